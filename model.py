@@ -1,0 +1,451 @@
+"""The network, its optimizers, generation, and checkpoint files. Needs only torch: copy this file where you like.
+
+One class, `GPT`, and two proven combinations of its flags:
+
+    GPT(GPTConfig())                        gpt2: LayerNorm, learned positions, GELU, biases (as OpenAI's GPT-2)
+    GPT(GPTConfig(**FAMILIES["modern"]))    modern: RMSNorm, rotary positions, QK-norm, SwiGLU, no biases (as Qwen3)
+
+Shapes in comments: B batch, T positions, C = n_embd, H = n_head, D = head_dim, V = vocab_size, S positions in a cache.
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+FORMAT_VERSION = 1  # of checkpoint files
+IGNORE = -100  # a target that does not count
+LOGITS_AT_ONCE = 2**27  # elements: the loss is computed in chunks of rows so that no more exist together
+
+
+@dataclass
+class GPTConfig:
+    """The defaults are the 712M model of config/fgpt_712m.py. ValueError for sizes that do not fit together."""
+
+    block_size: int = 1024  # positions
+    vocab_size: int = 50304  # rows of the embedding, padded to a multiple of 64
+    n_vocab: int = 50259  # ids that exist; the rows above are never produced
+    n_layer: int = 32
+    n_head: int = 24
+    n_embd: int = 1296
+    head_dim: int = 0  # 0: n_embd / n_head
+    mlp_dim: int = 0  # 0: 4 n_embd, with swiglu 8/3 n_embd rounded up to a multiple of 64
+    rmsnorm: bool = False  # else LayerNorm
+    rotary: bool = False  # else learned positions
+    rope_theta: float = 10000.0  # longest wavelength of rotary positions, in units of 2 pi positions
+    qk_norm: bool = False
+    swiglu: bool = False  # else GELU
+    bias: bool = True
+    zero_init: bool = False  # output projections start at zero: every block starts as the identity
+
+    def __post_init__(self):
+        if min(self.block_size, self.n_layer, self.n_head, self.n_embd, self.n_vocab) < 1:
+            raise ValueError("block_size, n_layer, n_head, n_embd and n_vocab must be at least 1")
+        if self.n_vocab > self.vocab_size:
+            raise ValueError(f"n_vocab {self.n_vocab} does not fit into vocab_size {self.vocab_size}")
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one, or set head_dim"
+            )
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.rotary and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
+        self.mlp_dim = self.mlp_dim or (-(-8 * self.n_embd // 3 // 64) * 64 if self.swiglu else 4 * self.n_embd)
+
+
+FAMILIES = {
+    "gpt2": dict(),
+    "modern": dict(rmsnorm=True, rotary=True, qk_norm=True, swiglu=True, bias=False, zero_init=True),
+}
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):  # the weight follows x under autocast: unequal dtypes would lose the fused kernel
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def make_norm(config):
+    if config.rmsnorm:
+        return RMSNorm(config.n_embd, eps=1e-6)
+    return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (Su et al. 2021), half-split layout. x (B, H, T, D); cos, sin (B or 1, 1, T, D/2)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.n_head, self.head_dim, self.layer = config.n_head, config.head_dim, layer
+        width = config.n_head * config.head_dim
+        self.c_attn = nn.Linear(config.n_embd, 3 * width, bias=config.bias)  # queries, keys, values
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.q_norm = RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
+
+    def forward(self, x, rope=None, cache=None):
+        B, T, _ = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and rotation may have come out in fp32
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            k, v, mask = cache.extend(self.layer, k, v)  # (B, H, S, D) twice, (B, 1, T, S)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_gate = nn.Linear(config.n_embd, config.mlp_dim, bias=config.bias) if config.swiglu else None
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_dim, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_dim, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        if self.c_gate is not None:  # SwiGLU (Shazeer 2020)
+            return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # OpenAI's gelu_new
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = Attention(config, layer)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope=None, cache=None):
+        x = x + self.attn(self.ln_1(x), rope, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, for B sequences that may differ in length.
+
+    Preallocated as (n_layer, B, H, S, D). `lengths` (B,) counts the filled positions of each sequence; `end` is an
+    upper bound of them that the host knows without asking the device, so that attention reads no further than needed.
+    """
+
+    def __init__(self, config, batch_size, n_positions, device, dtype):
+        shape = (config.n_layer, batch_size, config.n_head, n_positions, config.head_dim)
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.end = 0
+
+    def begin(self, n_new):
+        """Room for n_new positions a sequence; returns their absolute positions (B, n_new)."""
+        self.end += n_new
+        if self.end > self.k.shape[3]:
+            raise ValueError(f"{self.end} positions do not fit into a cache of {self.k.shape[3]}")
+        self.positions = self.lengths[:, None] + torch.arange(n_new, device=self.lengths.device)
+        seen = torch.arange(self.end, device=self.lengths.device)
+        self.mask = (seen <= self.positions[:, :, None])[:, None]  # (B, 1, T, S)
+        self.lengths = self.lengths + n_new
+        return self.positions
+
+    def extend(self, layer, k, v):
+        """Store k, v (B, H, T, D) of the new positions; return all keys and values and the mask of who sees what."""
+        row = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
+        self.k[layer, row, :, self.positions] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[layer, row, :, self.positions] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k[layer, :, :, : self.end].to(k.dtype), self.v[layer, :, :, : self.end].to(v.dtype), self.mask
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False  # True: a third more compute, activations of one block at a time
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head: tied
+        if config.rotary:
+            powers = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+            angles = torch.outer(torch.arange(config.block_size, dtype=torch.float32), config.rope_theta**-powers)
+            self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, D/2)
+            self.register_buffer("sin", angles.sin(), persistent=False)
+        else:
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.ln_f = make_norm(config)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """GPT-2's: normal(0, 0.02), output projections smaller by sqrt(2 n_layer), or zero; biases 0, norms 1."""
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
+                p.normal_(0.0, std)
+            elif p.ndim == 2:
+                p.normal_(0.0, 0.02)
+            elif name.endswith("bias"):
+                p.zero_()
+
+    def hidden(self, idx, cache=None):
+        """(B, T) ids -> (B, T, C) after the final norm. With a cache, idx continues what the cache holds."""
+        B, T = idx.shape
+        if cache is None and T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}")
+        positions = torch.arange(T, device=idx.device)[None] if cache is None else cache.begin(T)  # (1 or B, T)
+        x, rope = self.wte(idx), None  # (B, T, C)
+        if self.config.rotary:
+            rope = self.cos[positions][:, None], self.sin[positions][:, None]  # (1 or B, 1, T, D/2)
+        else:
+            x = x + self.wpe(positions)
+        for block in self.h:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, cache)
+        return self.ln_f(x)
+
+    def logits(self, hidden):
+        """(..., C) -> (..., n_vocab): scores of the ids that exist, and of no padding row."""
+        return F.linear(hidden, self.wte.weight[: self.config.n_vocab])
+
+    def forward(self, idx, targets=None):
+        """Without targets: logits (B, T, vocab_size). With targets (B, T): the SUM over them of -log p, in nats.
+
+        Targets of -100 do not count. The caller divides, by the number of targets in the whole global batch, so that
+        accumulation over unequal micro-batches stays exact.
+        """
+        x = self.hidden(idx)
+        if targets is None:
+            return F.linear(x, self.wte.weight)
+        return cross_entropy_sum(x.flatten(0, 1), self.wte.weight, targets.flatten())
+
+    def n_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self):
+        """Training FLOPs per token: 6 per parameter that multiplies, plus causal attention (PaLM, appendix B)."""
+        c = self.config
+        n_multiplied = self.n_params() - (0 if c.rotary else self.wpe.weight.numel())
+        return 6 * n_multiplied + 6 * c.n_layer * c.n_head * c.head_dim * c.block_size
+
+    @torch.inference_mode()
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, stop=None, generator=None):
+        """Continue B prompts (lists of ids, which may differ in length); yields a (B,) tensor of ids a step.
+
+        temperature 0 takes the likeliest id; top_k > 0 samples among the k likeliest; `stop` is the id that ends a
+        sequence: it is yielded, then -1 for that row, and generation ends when all rows have ended. It also ends when
+        the longest row fills block_size. ValueError for an empty or too long prompt, or NaN logits.
+        """
+        device, lengths = self.wte.weight.device, [len(prompt) for prompt in prompts]
+        if not prompts or min(lengths) == 0 or max(lengths) > self.config.block_size:
+            raise ValueError(f"a prompt must have 1 to {self.config.block_size} tokens (block_size), not {lengths}")
+        n_steps = min(max_new_tokens, self.config.block_size - max(lengths) + 1)
+        dtype = (
+            torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
+        )
+        n_positions = max(lengths) + n_steps
+        cache = KVCache(self.config, len(prompts), n_positions, device, dtype)
+        # Prompts are padded on the right: causal attention keeps the padding out of sight, and as each row goes on at
+        # its own length, the padding is overwritten.
+        idx = torch.tensor([p + [0] * (max(lengths) - len(p)) for p in prompts], device=device)  # (B, T)
+        lengths = torch.tensor(lengths, device=device)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        for step in range(n_steps):
+            hidden = self.hidden(idx, cache)
+            if step == 0:
+                hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1][:, None]
+                cache.lengths = lengths
+            next_id = sample_next(self.logits(hidden[:, -1]).float(), temperature, top_k, generator)  # (B,)
+            yield next_id.masked_fill(ended, -1)
+            if stop is not None:
+                ended = ended | (next_id == stop)
+                if ended.all():
+                    return
+            idx = next_id[:, None]
+
+
+def sample_next(logits, temperature, top_k, generator=None):
+    """(B, n_vocab) logits -> (B,) ids."""
+    if logits.isnan().any():
+        raise ValueError("the model's logits are not numbers: its training has diverged; use an earlier checkpoint")
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+def cross_entropy_sum(x, weight, targets):
+    """Sum of -log softmax(x @ weight.T)[target] over targets that are not -100. x (N, C), weight (V, C), targets (N,).
+
+    Beyond LOGITS_AT_ONCE logits, a chunk of rows at a time, whose logits are computed again for the backward pass:
+    16 x 1024 rows of 50,304 fp32 logits and their gradient would be 6.6 GB.
+    """
+
+    def loss_of(x, weight, targets):
+        return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=IGNORE, reduction="sum")
+
+    rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
+    if len(x) <= rows:
+        return loss_of(x, weight, targets)
+    chunks = zip(x.split(rows), targets.split(rows), strict=True)
+    return sum(checkpoint(loss_of, x_, weight, t, use_reentrant=False) for x_, t in chunks)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# optimizers
+
+
+def orthogonalize(G, steps=5):
+    """Bring all singular values of each matrix near 1, keeping its singular vectors. G (..., rows, cols).
+
+    Newton-Schulz iteration with the quintic coefficients of Keller Jordan (kellerjordan.github.io/posts/muon, 2024),
+    which leave the singular values between about 0.7 and 1.2. In bf16 on GPUs, where it is as good and faster.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.bfloat16() if G.is_cuda else G
+    tall = X.shape[-2] > X.shape[-1]
+    X = X.mT if tall else X  # so that X @ X.mT is the small product
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        B = b * A + c * A @ A
+        X = a * X + B @ X
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized (Jordan et al. 2024), for matrices inside the network; not for embeddings.
+
+    The step is lr * sqrt(max(1, rows / cols)) (Jordan's rule) times the orthogonalized Nesterov momentum; weight decay
+    is decoupled. A parameter group's `n_split` says into how many matrices its parameters are cut first, by rows: a
+    fused QKV matrix is three. Matrices of one shape are orthogonalized together.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, n_split=1))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            same_shape = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"])
+                same_shape.setdefault(p.shape, []).append((p, update))
+            for (rows, cols), pairs in same_shape.items():
+                rows //= group["n_split"]
+                updates = torch.stack([update for _, update in pairs])
+                updates = orthogonalize(updates.view(-1, rows, cols)).view_as(updates)
+                step_size = group["lr"] * max(1, rows / cols) ** 0.5
+                for (p, _), update in zip(pairs, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-step_size)
+
+
+def make_optimizers(model, optimizer="muon", learning_rate=3e-3, muon_learning_rate=0.02, weight_decay=0.1, beta2=0.95):
+    """[AdamW] or [AdamW, Muon], whose groups (each with a `name`) hold every parameter of the model exactly once.
+
+    Muon gets the matrices of the blocks, AdamW the embeddings, norms and biases, or all with optimizer="adamw".
+    Weight decay: matrices and embeddings. ValueError for another optimizer.
+    """
+    if optimizer not in ("muon", "adamw"):
+        raise ValueError(f"optimizer must be 'muon' or 'adamw', not {optimizer!r}")
+    named = list(model.named_parameters())
+    qkv = [p for n, p in named if n.endswith("c_attn.weight")]
+    matrices = [p for n, p in named if n.startswith("h.") and p.ndim == 2 and not n.endswith("c_attn.weight")]
+    embeddings = [p for n, p in named if not n.startswith("h.") and p.ndim == 2]
+    vectors = [p for _, p in named if p.ndim < 2]
+    groups = [
+        dict(name="embeddings", params=embeddings, weight_decay=weight_decay),
+        dict(name="norms and biases", params=vectors, weight_decay=0.0),
+    ]
+    hidden = [
+        dict(name="attention QKV", params=qkv, weight_decay=weight_decay),
+        dict(name="other matrices", params=matrices, weight_decay=weight_decay),
+    ]
+    placed = [id(p) for group in groups + hidden for p in group["params"]]
+    assert sorted(placed) == sorted(id(p) for _, p in named), "every parameter must be in exactly one group"
+    adamw = dict(lr=learning_rate, betas=(0.9, beta2), eps=1e-8, fused=True)
+    if optimizer == "adamw":
+        optimizers = [torch.optim.AdamW(groups + hidden, **adamw)]
+    else:
+        hidden[0]["n_split"] = 3
+        optimizers = [torch.optim.AdamW(groups, **adamw), Muon(hidden, lr=muon_learning_rate)]
+    for group in (group for opt in optimizers for group in opt.param_groups):
+        group["initial_lr"] = group["lr"]  # the schedule multiplies this
+    return optimizers
+
+
+def pick_device(device="", dtype=""):
+    """(torch.device, maker of its autocast context) for two settings that may be empty. ValueError for unusable ones.
+
+    Empty is cuda where there is one, and bfloat16 on GPUs that have it, else float32.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError):  # torch raises the latter where it was built without CUDA
+        raise ValueError(f"device {device!r} cannot be used here: try --device=cpu") from None
+    if not dtype:
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if native else "float32"
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype!r}")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what stays in fp32 may use TF32
+    return device, partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoint files: dicts of tensors, numbers and strings, read with weights_only=True; never code
+
+
+def save_checkpoint(path, model, **entries):
+    """Write the model's weights and config, and `entries`, so that at any moment `path` holds a whole file."""
+    temporary = f"{path}.tmp"
+    content = {"format_version": FORMAT_VERSION, "config": asdict(model.config), "model": model.state_dict(), **entries}
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    os.fsync(folder)  # the new name itself must survive a power cut
+    os.close(folder)
+
+
+def load_checkpoint(path, device="cpu"):
+    """The checkpoint's dict, tensors on `device`. FileNotFoundError, or ValueError for a file that is not one."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint; train.py writes best.pt and ckpt.pt into its out_dir")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has checkpoint format {version}; this version of fgpt reads format {FORMAT_VERSION}")
+    return content
+
+
+def load_model(path, device="cpu"):
+    """(model in eval mode on `device`, the checkpoint's dict)."""
+    content = load_checkpoint(path, device)
+    with torch.device(device):
+        model = GPT(GPTConfig(**content["config"]))
+    model.load_state_dict(content["model"])
+    return model.eval(), content
