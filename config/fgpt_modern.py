@@ -1,0 +1,21 @@
+# The modern family at the size of fgpt_712m (713,171,968 parameters): fewer, wider layers of GPU-friendly sizes, heads
+# of 128. The weights load into Qwen3ForCausalLM. Not yet trained to the end with this code.
+data_dir = "data/fineweb"
+out_dir = "out/fgpt_modern"
+
+family = "modern"
+block_size = 1024
+n_layer = 22
+n_head = 12
+n_embd = 1536
+mlp_dim = 4224
+
+tokens_per_step = 524288
+batch_size = 16
+max_steps = 19073
+warmup_steps = 200
+
+eval_interval = 250
+checkpoint_interval = 500
+hellaswag_interval = 1000
+sample_interval = 1000

@@ -1,0 +1,24 @@
+# Tiny Shakespeare as bytes, on a laptop CPU in about a minute. README.md says how to get and split the file.
+data_dir = "data/shakespeare"
+out_dir = "out/shakespeare"
+
+family = "modern"
+block_size = 64
+n_layer = 4
+n_head = 4
+n_embd = 128
+mlp_dim = 320
+
+tokens_per_step = 768
+batch_size = 12
+max_steps = 2000
+warmup_steps = 0
+learning_rate = 1e-2
+muon_learning_rate = 0.02
+weight_decay = 0.0
+decay_fraction = 0.7
+
+eval_interval = 250
+eval_tokens = 111_539  # all of it
+log_interval = 100
+checkpoint_interval = 1000

@@ -1,0 +1,537 @@
+"""Pretrain a GPT on token shards (stage 3: prepare_fineweb.py wrote them, hellaswag.py may measure it on the way).
+
+    python train.py config/shakespeare.py
+    python train.py config/fgpt_712m.py --batch_size=8 --init_from=resume
+
+Writes into out_dir: log.jsonl (a line of units, then a line a step), ckpt.pt (everything needed to go on) and best.pt
+(the weights with the lowest validation loss). Stopped by Ctrl-C, a signal or --max_minutes, it saves first;
+--init_from=resume goes on as if it had never stopped.
+"""
+
+import json
+import math
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import hellaswag
+from configurator import configure, settings_of
+from model import FAMILIES, GPT, IGNORE, GPTConfig, load_checkpoint, make_optimizers, pick_device, save_checkpoint
+from prepare_fineweb import find_shards, open_shard, read_meta
+from tokenizer import Tokenizer
+
+# files
+data_dir = "data/fineweb"  # folder of train and val shards
+out_dir = "out/fgpt_712m"  # where the log and the checkpoints go
+init_from = "scratch"  # scratch, or resume: go on from out_dir/ckpt.pt
+overwrite = False  # start anew in an out_dir that holds a run
+force = False  # resume although settings changed that change the run
+tokenizer = ""  # gpt2 or bytes; empty: what the data's meta.json says
+# model
+family = "gpt2"  # gpt2 or modern
+block_size = 1024  # context, tokens
+n_layer = 32  # blocks
+n_head = 24  # attention heads
+n_embd = 1296  # width
+head_dim = 0  # size of a head; 0: n_embd / n_head
+mlp_dim = 0  # hidden width of the MLP; 0: the family's ratio
+rope_theta = 10000.0  # base of rotary positions (modern)
+# optimization
+optimizer = "muon"  # muon (AdamW for embeddings and norms) or adamw
+tokens_per_step = 524288  # global batch, tokens
+batch_size = 16  # micro-batch, sequences; the rest is accumulated
+max_steps = 19073  # length of the run, optimizer steps
+learning_rate = 3e-3  # peak of AdamW
+muon_learning_rate = 0.02  # peak of Muon
+weight_decay = 0.1  # decoupled, on matrices and embeddings
+beta2 = 0.95  # AdamW's second momentum
+grad_clip = 1.0  # largest gradient norm; 0: no clipping
+warmup_steps = 200  # linear from 0 to the peak
+schedule = "constant"  # after warm-up: constant or cosine
+decay_fraction = 0.4  # share of the run at its end that decays linearly (constant)
+final_lr_fraction = 0.0  # share of the peak at the last step
+seed = 1337  # of the initial weights and the data order
+# evaluation and output
+eval_interval = 250  # steps between validations
+eval_tokens = 1048576  # size of the fixed validation set, tokens (at most all)
+hellaswag_interval = 0  # steps between HellaSwag scores; 0: never
+hellaswag_source = ""  # HellaSwag-format file; empty: the real one
+hellaswag_limit = 0  # items to score; 0: all
+sample_interval = 0  # steps between printed samples; 0: never
+sample_prompt = "The "  # what they continue
+log_interval = 10  # steps between printed lines
+checkpoint_interval = 500  # steps between writes of ckpt.pt
+max_minutes = 0.0  # save and stop after this time; 0: no limit
+# machine
+device = ""  # cpu, cuda, ...; empty: cuda where there is one
+dtype = ""  # float32 or bfloat16 (autocast); empty: bfloat16 on GPUs that have it
+compile = None  # torch.compile; None: on cuda only
+activation_checkpointing = False  # less memory for a third more compute
+deterministic = False  # bit-identical runs where kernels would differ
+
+UNITS = {
+    "step": "optimizer steps done",
+    "tokens": "trained tokens",
+    "loss": "nats/token",
+    "grad_norm": "before clipping",
+    "learning_rate": "AdamW",
+    "muon_learning_rate": "Muon",
+    "seconds": "training time",
+    "tokens_per_second": "this step",
+    "mfu": "share of the GPU's bf16 peak",
+    "val_loss": "nats/token",
+    "val_bpb": "bits/byte",
+    "hellaswag_acc": "share",
+    "hellaswag_acc_norm": "share",
+}
+# dense bf16 FLOP/s from NVIDIA's data sheets; the first name contained in the GPU's name counts
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
+# settings that may differ when a run is resumed, because they do not change its weights (or are extended on purpose)
+MAY_CHANGE = {"out_dir", "data_dir", "init_from", "overwrite", "force", "max_steps", "eval_interval", "eval_tokens"} | {
+    "hellaswag_interval", "hellaswag_source", "hellaswag_limit", "sample_interval", "sample_prompt", "log_interval",
+    "checkpoint_interval", "max_minutes",
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data order: the batch of a step is a pure function of (seed, step)
+
+
+def mix(x):
+    """splitmix64's finalizer (Steele et al. 2014): uint64 array -> well-mixed uint64 array."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def key_of(*numbers):
+    """One (1,) uint64 key from several integers."""
+    key = np.zeros(1, np.uint64)
+    for number in numbers:
+        key = mix(key + np.uint64(int(number) % 2**63) + np.uint64(0x9E3779B97F4A7C15))
+    return key
+
+
+def permute(index, n, key):
+    """Where a pseudo-random permutation of range(n) puts `index` (array of ints < n), without storing it.
+
+    A four-round Feistel network permutes the next power of four; a value that lands beyond n is sent through again
+    (cycle walking) until it lands below.
+    """
+    half = np.uint64(max(1, math.ceil(math.log2(max(n, 2)) / 2)))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+
+    def shuffle(x):
+        left, right = x >> half, x & mask
+        for round_ in range(4):
+            left, right = right, left ^ (mix(right ^ mix(key + np.uint64(round_))) & mask)
+        return (left << half) | right
+
+    x = shuffle(np.asarray(index, np.uint64))
+    while (outside := x >= n).any():
+        x[outside] = shuffle(x[outside])
+    return x.astype(np.int64)
+
+
+class Windows:
+    """Windows of block_size + 1 tokens from a list of shards, in an endless pseudo-random order.
+
+    A shard of n tokens holds (n - 1) // block_size windows; each epoch visits every window of every shard once. What a
+    shard has left over is skipped at its beginning or end, split anew each epoch. ValueError if there is no window, or
+    when a shard holds an id that is not below n_vocab.
+    """
+
+    def __init__(self, paths, block_size, n_vocab, seed):
+        self.paths, self.block_size, self.n_vocab, self.seed = paths, block_size, n_vocab, seed
+        self.shards = [open_shard(path) for path in paths]
+        self.counts = np.array([(len(shard) - 1) // block_size for shard in self.shards])
+        self.ends = np.cumsum(self.counts)
+        if len(self) == 0:
+            longest = max(len(shard) for shard in self.shards)
+            raise ValueError(
+                f"block_size {block_size} is longer than the data: the longest of {len(paths)} shards in "
+                f"{Path(paths[0]).parent} has {longest} tokens; use a smaller --block_size or more data"
+            )
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def batch(self, first, count):
+        """Windows number first to first + count - 1 of the endless order: (count, block_size + 1) int64."""
+        numbers = np.arange(first, first + count)
+        rows = [self.window(n // len(self), k) for n, k in zip(numbers, self.order(numbers), strict=True)]
+        batch = np.stack(rows).astype(np.int64)
+        if batch.max() >= self.n_vocab:
+            raise ValueError(
+                f"{Path(self.paths[0]).parent}: token id {batch.max()} is outside the vocabulary of {self.n_vocab}: "
+                "the shards are damaged or were made with another tokenizer (--tokenizer=)"
+            )
+        return batch
+
+    def order(self, numbers):
+        """Numbers in the endless order -> windows in range(len(self))."""
+        windows = np.empty_like(numbers)
+        for epoch in np.unique(numbers // len(self)):
+            here = numbers // len(self) == epoch
+            windows[here] = permute(numbers[here] % len(self), len(self), key_of(self.seed, epoch))
+        return windows
+
+    def window(self, epoch, k):
+        shard = int(np.searchsorted(self.ends, k, side="right"))
+        left_over = (len(self.shards[shard]) - 1) % self.block_size
+        offset = int(key_of(self.seed, epoch, shard)[0] % np.uint64(left_over + 1))
+        start = offset + int(k - (self.ends[shard] - self.counts[shard])) * self.block_size
+        return self.shards[shard][start : start + self.block_size + 1]
+
+
+def next_token_batch(windows, n_rows, step):
+    """The global batch of a step: (idx, targets), each (n_rows, block_size) int64."""
+    rows = torch.from_numpy(windows.batch(step * n_rows, n_rows))
+    return rows[:, :-1], rows[:, 1:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one step
+
+
+def lr_scale(step, max_steps, warmup_steps, schedule="constant", decay_fraction=0.4, final_lr_fraction=0.0):
+    """Share of the peak learning rate that step 0 <= step < max_steps uses."""
+    if schedule not in ("constant", "cosine"):
+        raise ValueError(f"schedule must be constant or cosine, not {schedule!r}")
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "cosine":
+        done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+        share = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        share = min(1.0, (max_steps - step) / max(1.0, decay_fraction * max_steps))
+    return final_lr_fraction + (1 - final_lr_fraction) * share
+
+
+def train_step(model, optimizers, batch, batch_size, grad_clip, autocast):
+    """One optimizer step on a global batch, batch_size rows at a time.
+
+    The loss is the sum over all targets divided by their number in the whole batch, so micro-batches of unequal numbers
+    of targets weigh right. A step whose loss or gradient is not finite is not applied. Returns loss (nats/token),
+    gradient norm before clipping, and whether the step was applied.
+    """
+    idx, targets = batch
+    device = next(model.parameters()).device
+    n_targets = max(1, int((targets != IGNORE).sum()))
+    total = torch.zeros((), device=device)
+    for start in range(0, len(idx), batch_size):
+        rows = slice(start, start + batch_size)
+        x, y = idx[rows].to(device, non_blocking=True), targets[rows].to(device, non_blocking=True)
+        with autocast():
+            loss = model(x, y) / n_targets
+        loss.backward()
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    loss, norm = torch.stack((total, norm)).tolist()  # the one time in a step that the host waits for the device
+    applied = math.isfinite(loss) and math.isfinite(norm)
+    for opt in optimizers:
+        if applied:
+            opt.step()
+        opt.zero_grad(set_to_none=True)
+    return loss, norm, applied
+
+
+@torch.inference_mode()
+def validation_loss(model, windows, n_windows, batch_size, token_bytes, autocast):
+    """Mean loss over the first n_windows of `windows`: {"val_loss": nats/token, "val_bpb": bits/byte}."""
+    device, nats, n_tokens, n_bytes = next(model.parameters()).device, 0.0, 0, 0
+    for first in range(0, n_windows, batch_size):
+        rows = torch.from_numpy(windows.batch(first, min(batch_size, n_windows - first)))
+        with autocast():
+            nats += model(rows[:, :-1].to(device), rows[:, 1:].to(device)).double()
+        n_tokens += rows[:, 1:].numel()
+        n_bytes += int(token_bytes[rows[:, 1:].numpy()].sum())
+    return {"val_loss": float(nats) / n_tokens, "val_bpb": float(nats) / math.log(2) / max(1, n_bytes)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the run
+
+
+def claim_out_dir(out_dir, init_from, overwrite):
+    """Make out_dir; the checkpoint to resume from, or None. ValueError if a run would be lost or there is none."""
+    folder = Path(out_dir)
+    if init_from not in ("scratch", "resume"):
+        raise ValueError(f"init_from must be scratch or resume, not {init_from!r}")
+    if init_from == "resume":
+        return load_checkpoint(folder / "ckpt.pt")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ValueError(
+            f"{out_dir} is in use: --init_from=resume goes on, --overwrite=True starts anew, or --out_dir="
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("ckpt.pt", "best.pt", "log.jsonl"):  # a later resume must not find the old run
+        (folder / name).unlink(missing_ok=True)
+    return None
+
+
+def check_resumable(settings, checkpoint, force):
+    """ValueError naming every setting that would make the resumed run another run than the stored one."""
+    old = checkpoint["settings"]
+    changed = [name for name in old if name not in MAY_CHANGE and settings.get(name) != old[name]]
+    if changed and not force:
+        listed = ", ".join(f"{name} {old[name]!r} -> {settings.get(name)!r}" for name in changed)
+        raise ValueError(f"resuming would change the run ({listed}); set them back, or --force=True")
+
+
+def open_log(path, n_bytes):
+    """The log, cut to its first n_bytes, ready to append; a new log begins with the line of units."""
+    log = open(path, "ab")
+    log.truncate(n_bytes)
+    if n_bytes == 0:
+        write_row(log, {"format": "fgpt log 1", "units": UNITS})
+    return log
+
+
+def write_row(log, row):
+    log.write((json.dumps(row) + "\n").encode())
+    log.flush()
+
+
+def stop_request(max_minutes):
+    """A function that is true once SIGINT or SIGTERM came, or the minutes are over (0: never).
+
+    A second signal ends the process at once.
+    """
+    began, caught = time.time(), []
+
+    def handler(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("stopping after this step; once more to stop at once", flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return lambda: bool(caught) or (max_minutes > 0 and time.time() - began > 60 * max_minutes)
+
+
+def peak_flops(device):
+    """Dense bf16 peak of the GPU in FLOP/s, or None where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def step_row(state, loss, norm, optimizers, n_tokens, seconds, flops_over_peak):
+    """The log's row for a step just done; flops_over_peak is FLOPs per token over the GPU's peak, or None."""
+    row = {"step": state["step"], "tokens": state["tokens"]}
+    row |= {"loss": loss} if math.isfinite(loss) else {"skipped": 1}
+    row |= {"grad_norm": norm} if math.isfinite(norm) else {"skipped": 1}
+    row["learning_rate"] = optimizers[0].param_groups[0]["lr"]
+    if len(optimizers) > 1:
+        row["muon_learning_rate"] = optimizers[1].param_groups[0]["lr"]
+    row |= {"seconds": round(state["seconds"], 3), "tokens_per_second": round(n_tokens / seconds)}
+    return row | ({"mfu": round(flops_over_peak * n_tokens / seconds, 4)} if flops_over_peak else {})
+
+
+def print_row(row, state, max_steps):
+    parts = [f"step {row['step']}/{max_steps}"]
+    for name, label in (
+        ("loss", "loss"),
+        ("val_loss", "val"),
+        ("val_bpb", "bits/byte"),
+        ("hellaswag_acc", "hellaswag"),
+    ):
+        parts += [f"{label} {row[name]:.4f}"] if name in row else []
+    if "tokens_per_second" in row:
+        left = int((max_steps - row["step"]) * row["tokens"] / row["step"] / row["tokens_per_second"])
+        parts += [f"lr {row['learning_rate']:.2e}", f"{row['tokens_per_second']:,} tok/s"]
+        parts += [f"MFU {row['mfu']:.1%}"] if "mfu" in row else []
+        parts += [f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"]
+    print(" | ".join(parts), flush=True)
+
+
+def new_state():
+    """What a run counts: steps, trained tokens, seconds of training, best validation loss, length of its log."""
+    return {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf, "log_bytes": 0, "skipped_in_a_row": 0}
+
+
+def finish_step(row, model, record, state, log, out_dir):
+    """Log a row; keep the weights as best.pt when its validation loss is the lowest yet."""
+    if row.get("val_loss", math.inf) < state["best_val_loss"]:
+        state["best_val_loss"] = row["val_loss"]
+        metrics = {name: row[name] for name in row if name.startswith(("val_", "hellaswag_"))}
+        save_checkpoint(f"{out_dir}/best.pt", model, step=row["step"], tokens=row["tokens"], metrics=metrics, **record)
+    write_row(log, row)
+    state["log_bytes"] = log.tell()
+
+
+def fit(model, optimizers, batch_at, metrics_at, lr_at, record, state, *, out_dir, max_steps, batch_size, grad_clip,
+        autocast, should_stop, compiled=False, log_interval=10, checkpoint_interval=500):  # fmt: skip
+    """The training loop, from state["step"] to max_steps.
+
+    batch_at(step) gives the global batch (idx, targets) of a step, metrics_at(step) what is measured after `step` steps
+    (a dict, often empty; the lowest "val_loss" decides which weights are best.pt), lr_at(step) the share of the peak
+    learning rates. `record` (tokenizer, settings) goes into the checkpoints; `state` (new_state()) changes in place.
+    ValueError when three steps in a row are not finite.
+    """
+    forward = torch.compile(model) if compiled else model  # evaluation and generation use the raw module
+    peak = peak_flops(next(model.parameters()).device)
+    flops_over_peak = model.flops_per_token() / peak if peak else None
+    log, ahead = open_log(f"{out_dir}/log.jsonl", state["log_bytes"]), ThreadPoolExecutor(1)
+    coming = ahead.submit(batch_at, state["step"])  # the next batch is read while this one is trained on
+    if state["step"] == 0:
+        row = {"step": 0, "tokens": 0} | metrics_at(0)
+        finish_step(row, model, record, state, log, out_dir)
+        print_row(row, state, max_steps)
+    while state["step"] < max_steps:
+        start = time.perf_counter()
+        batch, coming = coming.result(), ahead.submit(batch_at, state["step"] + 1)
+        for group in (group for opt in optimizers for group in opt.param_groups):
+            group["lr"] = group["initial_lr"] * lr_at(state["step"])
+        loss, norm, applied = train_step(forward, optimizers, batch, batch_size, grad_clip, autocast)
+        seconds, n_tokens = time.perf_counter() - start, int((batch[1] != IGNORE).sum())
+        state["step"] += 1
+        state["tokens"] += n_tokens
+        state["seconds"] += seconds
+        state["skipped_in_a_row"] = 0 if applied else state["skipped_in_a_row"] + 1
+        if state["skipped_in_a_row"] == 3:
+            raise ValueError(
+                f"loss or gradient is not finite since step {state['step'] - 2}: resume from {out_dir}/ckpt.pt with a "
+                "lower learning rate (--force=True) or more warm-up"
+            )
+        row = step_row(state, loss, norm, optimizers, n_tokens, seconds, flops_over_peak) | metrics_at(state["step"])
+        finish_step(row, model, record, state, log, out_dir)
+        stop = state["step"] == max_steps or should_stop()
+        if stop or "val_loss" in row or state["step"] % log_interval == 0:
+            print_row(row, state, max_steps)
+        if stop or state["step"] % checkpoint_interval == 0:
+            os.fsync(log.fileno())  # the checkpoint relies on the log's length
+            optimizer_states = [opt.state_dict() for opt in optimizers]
+            save_checkpoint(f"{out_dir}/ckpt.pt", model, optimizers=optimizer_states, state=state, **record)
+        if stop:
+            break
+    ahead.shutdown()
+    log.close()
+
+
+def resume(model, optimizers, checkpoint):
+    """Load weights and optimizer states; returns the run's state."""
+    model.load_state_dict(checkpoint["model"])
+    for opt, stored in zip(optimizers, checkpoint["optimizers"], strict=True):
+        peaks = [group["initial_lr"] for group in opt.param_groups]
+        opt.load_state_dict(stored)
+        for group, peak in zip(opt.param_groups, peaks, strict=True):
+            group["initial_lr"] = peak  # the settings' peak, should it have been changed by --force
+    return checkpoint["state"]
+
+
+def print_sample(model, tokenizer, prompt, step, autocast):
+    """64 tokens after the prompt, from a generator of its own: the run does not depend on samples."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(step)
+    prompt_ids = [tokenizer.eot, *tokenizer.encode(prompt)]
+    with autocast():
+        n_new = min(64, model.config.block_size - len(prompt_ids))
+        ids = [int(i) for i in model.generate([prompt_ids], n_new, top_k=50, stop=tokenizer.eot, generator=generator)]
+    print(f"sample: {prompt}{tokenizer.decode(ids)}", flush=True)
+
+
+def describe(model, optimizers, tokenizer, train, val, n_rows):
+    """What is about to happen, a line each."""
+    print(f"{model.n_params():,} parameters, tokenizer {tokenizer.name}, {model.flops_per_token():.3g} FLOPs/token")
+    for opt in optimizers:
+        for group in opt.param_groups:
+            n = sum(p.numel() for p in group["params"])
+            rates = f"learning rate {group['initial_lr']:g}, weight decay {group['weight_decay']:g}"
+            print(f"  {type(opt).__name__:5} {group['name']:16} {len(group['params']):4} tensors {n:13,}  {rates}")
+    T = train.block_size
+    print(
+        f"{len(train) * T:,} training and {len(val) * T:,} validation tokens; {n_rows * T:,} tokens a step", flush=True
+    )
+
+
+def make_model(settings, tokenizer):
+    """A GPT with new weights for the settings' sizes and the tokenizer's vocabulary. ValueError if they do not fit."""
+    if settings["family"] not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {settings['family']!r}")
+    sizes = ("block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "rope_theta")
+    sizes = {name: settings[name] for name in sizes}
+    n_rows = -(-tokenizer.n_vocab // 64) * 64
+    torch.manual_seed(settings["seed"])
+    return GPT(GPTConfig(vocab_size=n_rows, n_vocab=tokenizer.n_vocab, **FAMILIES[settings["family"]], **sizes))
+
+
+def check_batch(tokens_per_step, block_size, batch_size):
+    """Sequences in a global batch; ValueError if they do not divide into micro-batches."""
+    if batch_size < 1 or tokens_per_step < 1 or tokens_per_step % (block_size * batch_size):
+        raise ValueError(
+            f"tokens_per_step {tokens_per_step} must be a multiple of block_size x batch_size = {block_size} x "
+            f"{batch_size} = {block_size * batch_size}"
+        )
+    return tokens_per_step // block_size
+
+
+def main():
+    settings = settings_of(globals())
+    n_rows = check_batch(tokens_per_step, block_size, batch_size)
+    compute, autocast = pick_device(device, dtype)
+    torch.use_deterministic_algorithms(deterministic)
+    stored_name = read_meta(data_dir).get("tokenizer")
+    if tokenizer and stored_name and tokenizer != stored_name:
+        raise ValueError(
+            f"{data_dir} was made with the {stored_name} tokenizer, not {tokenizer}: leave --tokenizer= out"
+        )
+    coder = Tokenizer(tokenizer or stored_name or "gpt2")
+    train = Windows(find_shards(data_dir, "train"), block_size, coder.n_vocab, seed)
+    val = Windows(find_shards(data_dir, "val"), block_size, coder.n_vocab, seed=0)  # the same for every run
+    items = hellaswag.load_items(hellaswag_source, hellaswag_limit) if hellaswag_interval else []
+
+    model = make_model(settings, coder).to(compute)
+    model.checkpoint_activations = activation_checkpointing
+    optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
+    lr_at = partial(lr_scale, max_steps=max_steps, warmup_steps=warmup_steps, schedule=schedule,
+                    decay_fraction=decay_fraction, final_lr_fraction=final_lr_fraction)  # fmt: skip
+    lr_at(0)  # refuses an unknown schedule before anything is written
+    checkpoint = claim_out_dir(out_dir, init_from, overwrite)
+    state = new_state()
+    if checkpoint:
+        check_resumable(settings, checkpoint, force)
+        state = resume(model, optimizers, checkpoint)
+    describe(model, optimizers, coder, train, val, n_rows)
+    token_bytes, n_val = coder.token_bytes(), min(len(val), max(1, eval_tokens // block_size))
+
+    def metrics_at(step):
+        due, metrics = lambda interval: interval and (step % interval == 0 or step == max_steps), {}
+        if due(eval_interval):
+            metrics |= validation_loss(model, val, n_val, batch_size, token_bytes, autocast)
+        if due(hellaswag_interval):
+            scores = hellaswag.evaluate(model, coder, items, autocast=autocast)
+            metrics |= {f"hellaswag_{name}": scores[name] for name in ("acc", "acc_norm")}
+        if due(sample_interval):
+            print_sample(model, coder, sample_prompt, step, autocast)
+        return metrics
+
+    fit(
+        model,
+        optimizers,
+        batch_at=partial(next_token_batch, train, n_rows),
+        metrics_at=metrics_at,
+        lr_at=lr_at,
+        record={"stage": "pretrain", "tokenizer": coder.name, "settings": settings},
+        state=state,
+        out_dir=out_dir,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        grad_clip=grad_clip,
+        autocast=autocast,
+        should_stop=stop_request(max_minutes),
+        compiled=compute.type == "cuda" if compile is None else compile,
+        log_interval=log_interval,
+        checkpoint_interval=checkpoint_interval,
+    )
+    print(f"{out_dir}: step {state['step']}, best validation loss {state['best_val_loss']:.4f}, ckpt.pt and best.pt")
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()
