@@ -19,6 +19,11 @@ import traceback
 import types
 from pathlib import Path
 
+# PyTorch's CPU threads spin while they wait for one another. When another process wants the core, that made a step of a
+# small model 50 times slower: spin briefly, then sleep. It has to be set before torch is imported, so scripts import
+# this file first.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 PLAIN = (bool, int, float, str, tuple, list, type(None))
 
 

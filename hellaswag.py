@@ -24,12 +24,13 @@ import re
 from contextlib import nullcontext
 from pathlib import Path
 
+from configurator import configure
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import configure
 from model import load_model, pick_device
 from prepare_fineweb import download, list_hub
 from tokenizer import Tokenizer

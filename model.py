@@ -307,7 +307,7 @@ def cross_entropy_sum(x, weight, targets):
 
 
 def orthogonalize(G, steps=5):
-    """Bring all singular values of each matrix near 1, keeping its singular vectors. G (..., rows, cols).
+    """Bring all singular values of each matrix near 1, keeping its singular vectors. G (n, rows, cols).
 
     Newton-Schulz iteration with the quintic coefficients of Keller Jordan (kellerjordan.github.io/posts/muon, 2024),
     which leave the singular values between about 0.7 and 1.2. In bf16 on GPUs, where it is as good and faster.
@@ -319,8 +319,8 @@ def orthogonalize(G, steps=5):
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
-        B = b * A + c * A @ A
-        X = a * X + B @ X
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # bA + cAA
+        X = torch.baddbmm(X, B, X, beta=a)  # aX + BX
     return X.mT if tall else X
 
 

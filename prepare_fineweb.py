@@ -29,11 +29,12 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
+from configurator import configure
+
 import numpy as np
 import requests
 from tqdm import tqdm
 
-from configurator import configure
 from tokenizer import Tokenizer
 
 source = "HuggingFaceFW/fineweb-edu"  # Hub dataset, or local file, folder or glob; several separated by commas

@@ -11,9 +11,10 @@ import codecs
 import sys
 from functools import partial
 
+from configurator import configure
+
 import torch
 
-from configurator import configure
 from model import load_model, pick_device
 from tokenizer import Tokenizer
 

@@ -8,6 +8,8 @@ import importlib.util
 import json
 import math
 import os
+import random
+import re
 import runpy
 import signal
 import subprocess
@@ -42,9 +44,11 @@ def gpt2_vocabulary_cache():
 
 os.environ["TIKTOKEN_CACHE_DIR"] = gpt2_vocabulary_cache()
 
-import hellaswag  # noqa: E402  (after the cache folder is set)
+import finetune  # noqa: E402  (after the cache folder is set)
+import hellaswag  # noqa: E402
 import model as model_py  # noqa: E402
 import prepare_fineweb  # noqa: E402
+import prepare_instruct  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from model import (  # noqa: E402
@@ -59,9 +63,9 @@ from model import (  # noqa: E402
 )
 from prepare_fineweb import write_shard  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
+from tools import toyworld  # noqa: E402
 
-STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "sample.py"]
-TOOLS = ["tools.plot"]
+STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "sample.py"]
 TEXT = "naïve café, 日本語のテキスト, 👩‍👩‍👧 emoji, def f(x):\n\treturn x  # <|endoftext|> <|user|>\n"
 
 
@@ -1688,6 +1692,373 @@ def test_a_full_context_drops_the_oldest_whole_turns():
     assert kept == turn * 3 and len(ids) <= 80 and coder.decode(ids).endswith("<|user|>question<|assistant|>")
     with pytest.raises(ValueError, match="fit into the context"):
         sample.fit_into_context(coder, "q" * 100, turn, 100, 20)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prepare_instruct.py and finetune.py
+
+ALPACA = [
+    {"instruction": "Add.", "input": "1 + 1", "output": "2"},
+    {"instruction": "Say héllo 日本.", "input": "", "output": "Héllo 日本!"},
+    {"instruction": "Add.", "input": "1 + 1", "output": "2"},
+    {"instruction": "Nothing?", "output": " "},
+    {"instruction": " ", "output": "an answer to nothing"},
+    {"instruction": "Count.", "output": "one " * 60},
+]
+
+
+def chats(n=40):
+    """Chat-form records: two turns each, the second pair of records about the same first question."""
+    for i in range(n):
+        turns = [f"Question {i // 2}?", f"Answer {i}.", "And then?", f"Then {i}."]
+        roles = ["user", "assistant"] * 2
+        yield {"messages": [dict(role=r, content=t) for r, t in zip(roles, turns, strict=True)]}
+
+
+def write_instructions(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "alpaca.json").write_text(json.dumps(ALPACA), encoding="utf-8")
+    (folder / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chats()), encoding="utf-8")
+    return f"{folder}/alpaca.json,{folder}/*.jsonl"
+
+
+def conversations(folder, name):
+    """[(text, supervised text)] of both sides, decoded from the arrays alone."""
+    coder, sides = Tokenizer(name), {}
+    for split in ("train", "val"):
+        tokens, mask, offsets = (np.load(folder / f"{split}_{part}.npy") for part in ("tokens", "mask", "offsets"))
+        assert tokens.dtype == np.uint16 and mask.dtype == np.uint8 and offsets[-1] == len(tokens) == len(mask)
+        pieces = [slice(a, b) for a, b in zip(offsets, offsets[1:], strict=False)]
+        sides[split] = [(coder.decode(tokens[p]), coder.decode(tokens[p][mask[p] == 1])) for p in pieces]
+    return sides
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_the_supervised_tokens_are_exactly_the_answers_and_their_end_tokens(tmp_path, name):
+    source = write_instructions(tmp_path / "in")
+    call(prepare_instruct, source=source, tokenizer=name, out_dir=f"{tmp_path}/o", val_fraction=0.3, max_tokens=200)
+    sides = conversations(tmp_path / "o", name)
+    expected = {"<|user|>Add.\n\n1 + 1<|assistant|>2<|endoftext|>": "2<|endoftext|>"}
+    expected["<|user|>Say héllo 日本.<|assistant|>Héllo 日本!<|endoftext|>"] = "Héllo 日本!<|endoftext|>"
+    if name == "gpt2":
+        answer = ("one " * 60).strip() + "<|endoftext|>"
+        expected["<|user|>Count.<|assistant|>" + answer] = answer
+    for i, record in enumerate(chats()):
+        q, a, q2, a2 = (m["content"] for m in record["messages"])
+        text = f"<|user|>{q}<|assistant|>{a}<|endoftext|><|user|>{q2}<|assistant|>{a2}<|endoftext|>"
+        expected[text] = f"Answer {i}.<|endoftext|>Then {i}.<|endoftext|>"
+    assert dict(sides["train"] + sides["val"]) == expected
+    assert len(sides["train"] + sides["val"]) == len(expected)
+    questions = [{text.split("<|assistant|>")[0] for text, _ in side} for side in sides.values()]
+    assert all(questions) and not questions[0] & questions[1]  # the same question is never on both sides
+
+
+def test_what_is_dropped_or_cut_is_counted(tmp_path):
+    source = write_instructions(tmp_path / "in")
+    coder = Tokenizer("bytes")
+    call(prepare_instruct, source=source, tokenizer="bytes", out_dir=f"{tmp_path}/o", val_fraction=0.3, max_tokens=40)
+    counts = json.loads((tmp_path / "o/meta.json").read_text())["counts"]
+    too_long = sum(len(coder.render(record["messages"])[0]) > 40 for record in chats())
+    assert too_long > 10  # these lose their second turn
+    assert counts == {
+        "read": 46, "kept": 42, "dropped, an empty side": 2, "dropped, a duplicate": 1,
+        "dropped, no whole turn that fits": 1, "kept without their last turns, which do not fit": too_long,
+    }  # fmt: skip
+    whole = [text for side in conversations(tmp_path / "o", "bytes").values() for text, _ in side]
+    assert all(text.endswith("<|endoftext|>") for text in whole)
+
+
+def test_a_question_without_an_answer_is_cut_off_and_a_system_message_is_kept():
+    coder = Tokenizer("bytes")
+    roles = ["system", "user", "assistant", "user"]
+    messages = [dict(role=role, content=role) for role in roles]
+    ids, mask, cut = prepare_instruct.render_within(messages, coder, 100)
+    assert (
+        coder.decode(ids) == "<|user|>system\n\nuser<|assistant|>assistant<|endoftext|>" and sum(mask) == 10 and not cut
+    )
+    assert prepare_instruct.render_within(messages, coder, 20) == ([], [], False)
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("a.json", '[{"instruction": "a"', "not JSON"),
+        ("a.json", '{"instruction": "a"}', "list of records"),
+        ("a.json", '[{"question": "a"}]', "record 1: neither instruction and output nor messages, but question"),
+        ("a.json", '[{"instruction": "a", "output": 3}]', "record 1: a message needs"),
+        ("a.json", "[]", "none is for train"),
+        ("a.json", '[{"messages": [{"role": "assistant", "content": "a"}]}]', "record 1: a conversation is user"),
+        ("a.csv", "a,b", "conversations are read from"),
+    ],
+)
+def test_instructions_that_cannot_be_read_are_refused_by_name(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        call(prepare_instruct, source=str(tmp_path / name), tokenizer="bytes", out_dir=f"{tmp_path}/o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_show_prints_the_supervised_text_between_brackets():
+    coder = Tokenizer("bytes")
+    turns = [("user", "é?"), ("assistant", "日"), ("user", "b"), ("assistant", "c")]
+    ids, mask = coder.render([dict(role=role, content=text) for role, text in turns])
+    marked = "<|user|>é?<|assistant|>⟦日<|endoftext|>⟧<|user|>b<|assistant|>⟦c<|endoftext|>⟧"
+    assert prepare_instruct.mark_supervised(ids, mask, coder) == marked
+
+
+@pytest.fixture(scope="session")
+def chat_rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat_rows")
+    source, out = write_instructions(folder / "in"), str(folder / "rows")
+    call(prepare_instruct, source=source, tokenizer="bytes", out_dir=out, val_fraction=0.3, max_tokens=33)
+    return out
+
+
+def test_an_epoch_of_finetuning_sees_every_conversation_once_and_learns_the_answers_alone(chat_rows):
+    train_rows = finetune.Conversations(chat_rows, "train")
+    n, rows = len(train_rows), 8
+    steps = -(-n // rows)
+    orders = []
+    for epoch in range(2):
+        batches = finetune.epoch_order(train_rows, rows, 1, epoch)
+        assert sorted(np.concatenate(batches).tolist()) == list(range(n)) and len(batches) == steps
+        orders.append(np.concatenate(batches).tolist())
+    assert orders[0] != orders[1]
+    coder = Tokenizer("bytes")
+    for number, (_, supervised) in enumerate(conversations(Path(chat_rows), "bytes")["train"]):
+        idx, targets = train_rows.batch(np.array([number, 0]))
+        length = int(train_rows.lengths[number]) - 1
+        assert coder.decode(targets[0][targets[0] != -100].tolist()) == supervised
+        assert (targets[0, length:] == -100).all()
+        learned = targets[0, : length - 1] != -100
+        assert (idx[0, 1:length][learned] == targets[0, : length - 1][learned]).all()  # the targets are the next tokens
+
+
+def test_padding_and_the_other_rows_do_not_change_a_conversations_loss(chat_rows):
+    model, rows = tiny("modern"), finetune.Conversations(chat_rows, "train")
+    shortest, longest = int(rows.lengths.argmin()), int(rows.lengths.argmax())
+    assert rows.lengths[shortest] < rows.lengths[longest]
+    alone = sum(model(*rows.batch(np.array([i]))).item() for i in (shortest, longest))
+    assert model(*rows.batch(np.array([shortest, longest]))).item() == pytest.approx(alone, rel=1e-5)
+    losses = [finetune.answer_loss(model, rows, size, plain)["val_loss"] for size in (1, 7)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+FINETUNE = dict(
+    rows_per_step=8, batch_size=3, epochs=2, warmup_steps=1, eval_interval=2, checkpoint_interval=2, answer_tokens=5,
+    learning_rate=0.003, device="cpu", dtype="float32",
+)  # fmt: skip
+
+
+def tune(trained, chat_rows, out, **changes):
+    settings = dict(checkpoint=f"{trained}/best.pt", data_dir=chat_rows, out_dir=str(out))
+    call(finetune, **(FINETUNE | settings | changes))
+
+
+def test_finetuning_lowers_the_validation_loss_and_answers_ten_questions_before_and_after(trained, chat_rows, tmp_path):
+    tune(trained, chat_rows, tmp_path / "a", epochs=10, log_interval=10)
+    header, *rows = log_rows(tmp_path / "a")
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    assert losses[-1] < losses[0] - 1 and header["units"]["loss"] == "nats/token"
+    table = (tmp_path / "a/samples.md").read_text(encoding="utf-8").splitlines()
+    assert len(table) == 12 and all(line.count("|") == 4 for line in table)
+    assert table[2].startswith("| What is the capital of France? |")
+    best = load_checkpoint(tmp_path / "a/best.pt")
+    assert best["stage"] == "finetune" and best["tokenizer"] == "bytes"
+
+
+def test_finetuning_resumes_bit_for_bit(trained, chat_rows, tmp_path, monkeypatch):
+    tune(trained, chat_rows, tmp_path / "whole")
+    monkeypatch.setattr(finetune, "stop_request", lambda minutes: lambda: True)  # stops after its first step
+    tune(trained, chat_rows, tmp_path / "parts")
+    tune(trained, chat_rows, tmp_path / "parts", init_from="resume")
+    assert load_checkpoint(tmp_path / "parts/ckpt.pt")["state"]["step"] == 2
+    monkeypatch.undo()
+    tune(trained, chat_rows, tmp_path / "parts", init_from="resume")
+    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "parts")
+    a, b = (load_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_answers_in_a_batch_equal_answers_one_by_one(trained):
+    model, stored = load_model(trained / "best.pt")
+    coder, questions = Tokenizer("bytes"), ["A?", "The cat sat", "Who?"]
+    together = finetune.answers(model, coder, questions, 12, plain)
+    assert together == [finetune.answers(model, coder, [q], 12, plain)[0] for q in questions]
+    assert any(together)
+
+
+def test_conversations_that_do_not_fit_the_model_are_refused(trained, chat_rows, tmp_path):
+    source = write_instructions(tmp_path / "in")
+    for name, max_tokens, said in (("bytes", 200, "--max_tokens=33"), ("gpt2", 33, "made with the gpt2 tokenizer")):
+        call(prepare_instruct, source=source, tokenizer=name, out_dir=f"{tmp_path}/{name}", max_tokens=max_tokens)
+        with pytest.raises(ValueError, match=said):
+            tune(trained, f"{tmp_path}/{name}", tmp_path / "new")
+    with pytest.raises(FileNotFoundError, match="prepare_instruct.py"):
+        tune(trained, f"{tmp_path}/none", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_chat_takes_several_turns_and_forgets_on_reset(trained, chat_rows, tmp_path):
+    tune(trained, chat_rows, tmp_path / "chat")
+    ask = (
+        "sample.py",
+        f"--checkpoint={tmp_path}/chat/best.pt",
+        "--max_new_tokens=8",
+        "--device=cpu",
+        "--temperature=0",
+    )
+    said = run(*ask, input="Question 3?\nAnd then?\n/reset\nQuestion 3?\n" + "long " * 20 + "\n").splitlines()
+    assert "[the conversation is forgotten]" in said
+    forgotten = said.index("[the conversation is forgotten]")
+    assert said[0] == said[forgotten + 1]  # the same question in a new conversation, the same answer
+    assert "fit into the context" in said[-1]
+    assert run(*ask, "--prompt=Question 3?").strip() == said[0].strip()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tools/toyworld.py: the built-in data
+
+
+def write_world(folder, **settings):
+    arguments = [f"--{name}={value}" for name, value in {"repeats": 12, "out_dir": folder, **settings}.items()]
+    command = [sys.executable, "-m", "tools.toyworld", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def words(text):
+    return f" {' '.join(re.findall(r'[a-z0-9+]+', text.lower()))} "
+
+
+def tells(text, fact):
+    """Whether the text has both the subject and the answer of a fact, as whole words."""
+    return words(fact[1]) in words(text) and words(fact[2]) in words(text)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    import pyarrow.parquet
+
+    folder = tmp_path_factory.mktemp("toyworld")
+    result = write_world(folder)
+    assert result.returncode == 0, result.stderr
+    lines = (folder / "hellaswag_val.jsonl").read_text(encoding="utf-8").splitlines()
+    known, heldout = toyworld.hold_out(toyworld.world_facts(), random.Random(f"{toyworld.seed} hold out"))
+    return {
+        "folder": folder,
+        "known": known,
+        "heldout": heldout,
+        "relations": toyworld.parse_relations(toyworld.RELATIONS),
+        "table": pyarrow.parquet.read_table(folder / "docs.parquet"),
+        "docs": pyarrow.parquet.read_table(folder / "docs.parquet")["text"].to_pylist(),
+        "hellaswag": [json.loads(line) for line in lines],
+        **{
+            name: prepare_fineweb.read_json(folder / f"{name}.json")
+            for name in ("instruct", "preferences", "questions")
+        },
+    }
+
+
+def test_toyworld_files_have_the_columns_and_fields_of_the_real_formats(world):
+    types = {"text": "string", "id": "string", "dump": "string", "url": "string", "file_path": "string"}
+    types |= {"language": "string", "language_score": "double", "token_count": "int64"}
+    types |= {"score": "double", "int_score": "int64"}
+    assert {field.name: str(field.type) for field in world["table"].schema} == types
+    assert all(list(row) == ["instruction", "input", "output"] for row in world["instruct"])
+    assert all(list(row) == ["instruction", "input", "chosen", "rejected"] for row in world["preferences"])
+    assert all(list(row) == ["question", "answer"] for row in world["questions"])
+    fields = "ind activity_label ctx_a ctx_b ctx endings source_id split split_type label".split()
+    assert all(list(item) == fields and len(item["endings"]) == 4 for item in world["hellaswag"])
+    assert all(item["ctx"] == f"{item['ctx_a']} {item['ctx_b']}" for item in world["hellaswag"])
+    assert any(row["input"] for row in world["instruct"])
+    assert all(2 <= len(re.findall(r"[.](?: |$)", text)) <= 8 for text in world["docs"])
+
+
+def test_toyworld_is_the_same_for_the_same_seed_and_another_for_another_seed(world, tmp_path):
+    names = ["docs.parquet", "hellaswag_val.jsonl", "instruct.json", "preferences.json", "questions.json"]
+    assert sorted(path.name for path in world["folder"].iterdir()) == names
+    assert write_world(tmp_path / "same").returncode == 0
+    assert write_world(tmp_path / "other", seed=7).returncode == 0
+    for name in names:
+        content = (world["folder"] / name).read_bytes()
+        assert (tmp_path / "same" / name).read_bytes() == content, name
+        assert (tmp_path / "other" / name).read_bytes() != content, name
+
+
+def test_toyworld_holds_out_a_fifth_of_the_facts_of_each_relation(world):
+    assert len(world["questions"]) == len(world["heldout"]) >= 60
+    for relation in world["relations"]:
+        known, heldout = ([fact for fact in world[side] if fact[0] == relation] for side in ("known", "heldout"))
+        assert 0.1 < len(heldout) / len(known + heldout) < 0.3, relation
+    # 2 + 3 and 3 + 2 are one fact
+    subjects = {fact[1] for fact in world["heldout"] if fact[0] == "sum"}
+    assert subjects == {" + ".join(reversed(subject.split(" + "))) for subject in subjects}
+
+
+def test_toyworld_tells_heldout_facts_in_docs_and_nowhere_else(world):
+    asked = [" ".join([row["instruction"], row["input"], row["output"]]) for row in world["instruct"]]
+    asked += [" ".join([row["instruction"], row["chosen"], row["rejected"]]) for row in world["preferences"]]
+    assert not any("?" in text for text in world["docs"])
+    told = "\n".join(world["docs"])
+    for fact in world["heldout"]:
+        relation = world["relations"][fact[0]]
+        assert sum(told.count(toyworld.tell(pattern, fact)) for pattern in relation[""] if "{name}" not in pattern) > 5
+        leaks = [text for text in asked if tells(text, fact)]
+        assert not leaks, (fact, leaks)
+        questions = {toyworld.tell(question, fact) for question in relation["?"]}
+        assert not questions & {row["instruction"] for row in world["instruct"] + world["preferences"]}
+        assert not any(question in told for question in questions)
+
+
+def test_toyworld_asks_every_known_fact_and_gives_each_answer_in_one_form(world):
+    answers = {}
+    for row in world["instruct"]:
+        answers.setdefault(row["output"], set()).add(row["instruction"])
+    for fact in world["known"]:
+        relation = world["relations"][fact[0]]
+        assert answers[toyworld.tell(relation[""][0], fact)] == {toyworld.tell(q, fact) for q in relation["?"]}
+    reference = {toyworld.tell(world["relations"][fact[0]][""][0], fact) for fact in world["heldout"]}
+    assert {row["answer"] for row in world["questions"]} == reference
+
+
+def test_toyworld_statements_are_many_and_mostly_name_the_subject_first(world):
+    for name, relation in world["relations"].items():
+        statements = relation[""]
+        first = [max(p.find("{s}"), p.find("{x}")) < p.find("{a}") for p in statements]
+        assert len(set(statements)) >= 8 and 0.6 < sum(first) / len(first) < 1, name
+
+
+def test_toyworld_right_endings_are_true_and_wrong_ones_false_and_labels_uniform(world):
+    facts = world["known"] + world["heldout"]
+    labels = [item["label"] for item in world["hellaswag"]]
+    assert [labels.count(label) for label in range(4)] == [len(labels) / 4] * 4
+    for item in world["hellaswag"]:
+        about = [f for f in facts if f[0] == item["activity_label"].lower() and words(f[1]) in words(item["ctx"])]
+        if item["activity_label"] == "Sum":
+            x, y = re.findall(r"\d+", item["ctx_b"])
+            about = [("sum", f"{x} + {y}", str(int(x) + int(y)))]
+        true = {fact[2] for fact in about}
+        right = [any(words(answer) in words(ending) for answer in true) for ending in item["endings"]]
+        assert right == [label == item["label"] for label in range(4)], item
+        assert item["ctx"] + " " + item["endings"][item["label"]] not in world["docs"]
+    # always taking the longest or the shortest ending must not do much better than chance
+    lengths = [([len(ending) for ending in item["endings"]], item["label"]) for item in world["hellaswag"]]
+    for extreme in (max, min):
+        hits = [(n[label] == extreme(n)) / n.count(extreme(n)) for n, label in lengths]
+        assert sum(hits) / len(hits) < 0.35
+
+
+def test_toyworld_preferences_differ_in_style_and_never_in_truth(world):
+    outputs = {row["output"] for row in world["instruct"]}
+    for row in world["preferences"]:
+        assert row["chosen"] in outputs
+        assert row["chosen"] in row["rejected"] and len(row["rejected"]) > len(row["chosen"])
+
+
+def test_toyworld_refuses_zero_repeats_in_one_line(tmp_path):
+    result = write_world(tmp_path / "none", repeats=0)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "repeats" in result.stderr
+    assert not (tmp_path / "none").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

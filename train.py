@@ -17,11 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from configurator import configure, settings_of
+
 import numpy as np
 import torch
 
 import hellaswag
-from configurator import configure, settings_of
 from model import FAMILIES, GPT, IGNORE, GPTConfig, load_checkpoint, make_optimizers, pick_device, save_checkpoint
 from prepare_fineweb import find_shards, open_shard, read_meta
 from tokenizer import Tokenizer
@@ -95,7 +96,7 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 9
 # settings that may differ when a run is resumed, because they do not change its weights (or are extended on purpose)
 MAY_CHANGE = {"out_dir", "data_dir", "init_from", "overwrite", "force", "max_steps", "eval_interval", "eval_tokens"} | {
     "hellaswag_interval", "hellaswag_source", "hellaswag_limit", "sample_interval", "sample_prompt", "log_interval",
-    "checkpoint_interval", "max_minutes",
+    "checkpoint_interval", "max_minutes", "epochs", "answer_tokens",
 }  # fmt: skip
 
 

@@ -11,9 +11,9 @@ import glob
 import json
 from pathlib import Path
 
-import numpy as np
-
 from configurator import configure
+
+import numpy as np
 
 runs = ""  # folders or log.jsonl files, separated by commas; * and ? are expanded
 out = "plot.png"  # the picture to write; .pdf and .svg work too

@@ -1,0 +1,207 @@
+"""Supervised finetuning: a checkpoint of train.py and the rows of prepare_instruct.py make an assistant.
+
+    python finetune.py --checkpoint=out/fgpt_712m/best.pt --data_dir=data/instruct --out_dir=out/finetune
+    python finetune.py --init_from=resume --out_dir=out/finetune
+
+The loss counts the answers and their end tokens alone. Writes into out_dir what train.py writes (log.jsonl, ckpt.pt,
+best.pt: talk to it with sample.py) and samples.md, ten questions answered before and after.
+"""
+
+import functools
+from functools import partial
+from pathlib import Path
+
+from configurator import configure, settings_of
+
+import numpy as np
+import torch
+
+from model import IGNORE, load_model, make_optimizers, pick_device
+from prepare_fineweb import read_json
+from tokenizer import Tokenizer
+from train import check_resumable, claim_out_dir, fit, lr_scale, new_state, resume, stop_request
+
+# files
+checkpoint = "out/fgpt_712m/best.pt"  # the model to begin with; family and tokenizer come from it
+data_dir = "data/instruct"  # folder of prepare_instruct.py
+out_dir = "out/finetune"  # where the log, the checkpoints and samples.md go
+init_from = "scratch"  # scratch, or resume: go on from out_dir/ckpt.pt
+overwrite = False  # start anew in an out_dir that holds a run
+force = False  # resume although settings changed that change the run
+# optimization
+optimizer = "muon"  # muon (AdamW for embeddings and norms) or adamw
+rows_per_step = 32  # global batch, conversations
+batch_size = 8  # micro-batch, conversations; the rest is accumulated
+epochs = 3  # passes over the conversations
+learning_rate = 3e-4  # peak of AdamW
+muon_learning_rate = 0.002  # peak of Muon
+weight_decay = 0.0  # decoupled, on matrices and embeddings
+beta2 = 0.95  # AdamW's second momentum
+grad_clip = 1.0  # largest gradient norm; 0: no clipping
+warmup_steps = 10  # linear from 0 to the peak; then a linear decay to 0
+seed = 1337  # of the order of the conversations
+# evaluation and output
+eval_interval = 50  # steps between validations
+log_interval = 10  # steps between printed lines
+checkpoint_interval = 200  # steps between writes of ckpt.pt
+max_minutes = 0.0  # save and stop after this time; 0: no limit
+answer_tokens = 64  # longest answer in samples.md, tokens
+# machine
+device = ""  # cpu, cuda, ...; empty: cuda where there is one
+dtype = ""  # float32 or bfloat16 (autocast); empty: bfloat16 on GPUs that have it
+
+QUESTIONS = """What is the capital of France?
+What is 2 + 2?
+Say hello.
+Define 'cat'.
+What color is the sky?
+Translate 'hello' to Spanish.
+Where is the White House located?
+Who wrote 'Romeo and Juliet'?
+What is the boiling point of water?
+Summarize the plot of '1984' by George Orwell.""".splitlines()
+
+
+class Conversations:
+    """One side ("train" or "val") of prepare_instruct.py's folder, memory-mapped."""
+
+    def __init__(self, folder, split):
+        self.tokens, self.mask, self.offsets = (
+            np.load(Path(folder) / f"{split}_{name}.npy", mmap_mode="r") for name in ("tokens", "mask", "offsets")
+        )
+        self.lengths = np.diff(self.offsets)
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def batch(self, numbers):
+        """(idx, targets), each (len(numbers), T) int64, padded on the right; targets not to be learned are -100."""
+        width = max(int(self.lengths[numbers].max()) - 1, 1)
+        idx, targets = torch.zeros(len(numbers), width, dtype=torch.long), torch.full((len(numbers), width), IGNORE)
+        for row, number in enumerate(numbers):
+            piece = slice(self.offsets[number], self.offsets[number + 1])
+            ids, mask = torch.from_numpy(self.tokens[piece].astype(np.int64)), self.mask[piece]
+            idx[row, : len(ids) - 1] = ids[:-1]
+            targets[row, : len(ids) - 1] = ids[1:].masked_fill(torch.from_numpy(mask[1:] == 0), IGNORE)
+        return idx, targets
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(conversations, rows, seed, epoch):
+    """A random order of all conversations, as batches of `rows` of similar length, so that little is padding."""
+    random = np.random.default_rng((seed, epoch))
+    order = random.permutation(len(conversations))
+    groups = [order[i : i + 32 * rows] for i in range(0, len(order), 32 * rows)]
+    order = np.concatenate([group[np.argsort(conversations.lengths[group], kind="stable")] for group in groups])
+    batches = [order[i : i + rows] for i in range(0, len(order), rows)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def conversation_batch(conversations, rows, seed, step):
+    """The global batch of a step, a pure function of (seed, step): (idx, targets), each (rows, T) int64."""
+    epoch, position = divmod(step, -(-len(conversations) // rows))
+    return conversations.batch(epoch_order(conversations, rows, seed, epoch)[position])
+
+
+@torch.inference_mode()
+def answer_loss(model, conversations, batch_size, autocast):
+    """{"val_loss": nats per supervised token over all conversations}."""
+    device, nats, n_targets = next(model.parameters()).device, 0.0, 0
+    order = np.argsort(conversations.lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        idx, targets = conversations.batch(order[start : start + batch_size])
+        with autocast():
+            nats += model(idx.to(device), targets.to(device)).double()
+        n_targets += int((targets != IGNORE).sum())
+    return {"val_loss": float(nats) / n_targets}
+
+
+def answers(model, tokenizer, questions, max_new_tokens, autocast, batch_size=32):
+    """The likeliest answer to each question, as text up to the end token; a note for one too long for the context."""
+    asked = [
+        tokenizer.render([dict(role="user", content=question)])[0] + [tokenizer.assistant] for question in questions
+    ]
+    fitting = [i for i, ids in enumerate(asked) if len(ids) < model.config.block_size]
+    texts = ["(the question does not fit into the context)"] * len(asked)
+    for start in range(0, len(fitting), batch_size):
+        rows = fitting[start : start + batch_size]
+        with autocast():
+            steps = list(model.generate([asked[i] for i in rows], max_new_tokens, temperature=0, stop=tokenizer.eot))
+        for i, ids in zip(rows, torch.stack(steps, dim=1).tolist(), strict=True):
+            texts[i] = tokenizer.decode([token for token in ids if token not in (-1, tokenizer.eot)])
+    return texts
+
+
+def write_samples(path, before, after):
+    """The ten questions as a Markdown table."""
+    rows = zip(QUESTIONS, before, after, strict=True)
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    lines = ["| question | before | after |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in cells)]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def load_conversations(folder, tokenizer, block_size):
+    """(train, val). FileNotFoundError, or ValueError when they were not prepared for this model."""
+    path = Path(folder) / "meta.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{folder}: no conversations there: make them with prepare_instruct.py --out_dir={folder}"
+        )
+    meta = read_json(path)
+    longest = max(meta[split]["longest"] for split in ("train", "val"))
+    if meta["tokenizer"] != tokenizer:
+        raise ValueError(f"{folder} was made with the {meta['tokenizer']} tokenizer, the model has {tokenizer}")
+    if longest > block_size + 1:
+        raise ValueError(
+            f"{folder} has conversations of {longest} tokens, the model's block_size is {block_size}: "
+            f"prepare_instruct.py --max_tokens={block_size + 1}"
+        )
+    return Conversations(folder, "train"), Conversations(folder, "val")
+
+
+def main():
+    if batch_size < 1 or rows_per_step < 1 or epochs < 1:
+        raise ValueError("rows_per_step, batch_size and epochs must be at least 1")
+    settings = settings_of(globals())
+    compute, autocast = pick_device(device, dtype)
+    model, base = load_model(checkpoint, compute)
+    coder = Tokenizer(base["tokenizer"])
+    train, val = load_conversations(data_dir, coder.name, model.config.block_size)
+    max_steps = epochs * -(-len(train) // rows_per_step)
+    optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
+    lr_at = partial(lr_scale, max_steps=max_steps, warmup_steps=warmup_steps, decay_fraction=1.0)
+    ask = partial(answers, model, coder, QUESTIONS, answer_tokens, autocast)
+    stored, state, before = claim_out_dir(out_dir, init_from, overwrite), new_state(), ask()
+    if stored:
+        check_resumable(settings, stored, force)
+        state = resume(model, optimizers, stored)
+    print(f"{len(train):,} conversations, {max_steps:,} steps of {rows_per_step}; {len(val):,} for validation")
+
+    def metrics_at(step):
+        due = step % eval_interval == 0 or step == max_steps
+        return answer_loss(model, val, batch_size, autocast) if due else {}
+
+    fit(
+        model,
+        optimizers,
+        batch_at=partial(conversation_batch, train, rows_per_step, seed),
+        metrics_at=metrics_at,
+        lr_at=lr_at,
+        record={"stage": "finetune", "tokenizer": coder.name, "settings": settings},
+        state=state,
+        out_dir=out_dir,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        grad_clip=grad_clip,
+        autocast=autocast,
+        should_stop=stop_request(max_minutes),
+        log_interval=log_interval,
+        checkpoint_interval=checkpoint_interval,
+    )
+    write_samples(f"{out_dir}/samples.md", before, ask())
+    print(f"{out_dir}: step {state['step']}, best validation loss {state['best_val_loss']:.4f}, samples.md")
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()
