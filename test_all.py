@@ -63,7 +63,7 @@ from model import (  # noqa: E402
 )
 from prepare_fineweb import write_shard  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from tools import toyworld  # noqa: E402
+from tools import summary, toyworld  # noqa: E402
 
 STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "sample.py"]
 TEXT = "naïve café, 日本語のテキスト, 👩‍👩‍👧 emoji, def f(x):\n\treturn x  # <|endoftext|> <|user|>\n"
@@ -2059,6 +2059,35 @@ def test_toyworld_refuses_zero_repeats_in_one_line(tmp_path):
     result = write_world(tmp_path / "none", repeats=0)
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "repeats" in result.stderr
     assert not (tmp_path / "none").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# runs/quickstart.sh
+
+
+def test_the_quick_start_runs_every_stage_and_sums_up_what_it_measured(tmp_path):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", "runs/quickstart.sh", str(tmp_path / "q"), "--max_minutes=0.02"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "q/summary.json").read_text())
+    shares = {"hellaswag_before", "hellaswag_after", "heldout_base", "heldout_finetuned"}
+    assert result.keys() == shares | {"val_loss_before", "val_loss_after", "seconds"}
+    assert all(0 <= result[name] <= 1 for name in shares) and result["val_loss_before"] > 5
+    stages = ["toyworld", "prepare_fineweb", "train", "prepare_instruct", "finetune", "sample", "plot"]
+    assert list(result["seconds"]) == stages
+    for stage in (*stages[1:3], "sample"):
+        assert f"$ python {stage}.py" in done.stdout  # each command is printed as it runs
+    for line in ("validation loss", "HellaSwag format", "64 held-out questions", "checkpoints:", "picture:"):
+        assert line in done.stdout
+    assert (tmp_path / "q/loss.png").stat().st_size > 10_000
+
+
+def test_held_out_accuracy_counts_right_answers_whatever_their_case(monkeypatch, tmp_path):
+    model_py.save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
+    monkeypatch.setattr(summary, "answers", lambda model, coder, asked, *_: [f" {q.upper()} " for q in asked])
+    questions = [dict(question="Paris.", answer="paris."), dict(question="Rome", answer="Rom")]
+    assert summary.held_out_accuracy(tmp_path / "a.pt", questions, 5) == 0.5
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -476,6 +476,7 @@ def main():
     settings = settings_of(globals())
     n_rows = check_batch(tokens_per_step, block_size, batch_size)
     compute, autocast = pick_device(device, dtype)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic needs of cuBLAS
     torch.use_deterministic_algorithms(deterministic)
     stored_name = read_meta(data_dir).get("tokenizer")
     if tokenizer and stored_name and tokenizer != stored_name:

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The whole line on built-in data: no GPU, no network, a few minutes on two CPU cores.
+# Writes everything into out/quickstart (or the folder given first) and begins anew each time. Further arguments go to
+# train.py and finetune.py: bash runs/quickstart.sh out/short --max_minutes=1
+set -euo pipefail
+cd "$(dirname "$0")/.."
+dir=${1:-out/quickstart}
+more=("${@:2}")
+rm -rf "$dir" && mkdir -p "$dir"
+
+stage() { # stage NAME COMMAND...: print the command, run it, note its seconds
+    local name=$1 began=$SECONDS
+    shift
+    printf '\n\033[1m$ %s\033[0m\n' "$*"
+    "$@"
+    echo "$name $((SECONDS - began))" >>"$dir/seconds.txt"
+}
+
+stage toyworld python -m tools.toyworld --out_dir="$dir/world"
+stage prepare_fineweb python prepare_fineweb.py --source="$dir/world/docs.parquet" --tokenizer=bytes \
+    --val_fraction=0.02 --out_dir="$dir/tokens"
+stage train python train.py config/quickstart.py --data_dir="$dir/tokens" --out_dir="$dir/base" \
+    --hellaswag_source="$dir/world/hellaswag_val.jsonl" "${more[@]}"
+stage prepare_instruct python prepare_instruct.py --source="$dir/world/instruct.json" --tokenizer=bytes \
+    --max_tokens=129 --out_dir="$dir/instruct" --show=2
+stage finetune python finetune.py config/quickstart_chat.py --checkpoint="$dir/base/best.pt" \
+    --data_dir="$dir/instruct" --out_dir="$dir/chat" "${more[@]}"
+stage sample python sample.py --checkpoint="$dir/chat/best.pt" --prompt="What is the capital of Japan?" --temperature=0
+if python -c "import matplotlib" 2>/dev/null; then
+    stage plot python -m tools.plot --runs="$dir/base" --out="$dir/loss.png"
+fi
+stage summary python -m tools.summary --dir="$dir"

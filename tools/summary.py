@@ -1,0 +1,73 @@
+"""What a quick start has reached: a table, and the same as JSON (the last step of runs/quickstart.sh).
+
+    python -m tools.summary --dir=out/quickstart
+
+Reads the logs and checkpoints below `dir`, asks the base and the finetuned model every held-out question, and writes
+dir/summary.json: val_loss_before, val_loss_after (nats per byte), hellaswag_before, hellaswag_after, heldout_base,
+heldout_finetuned (shares between 0 and 1) and seconds (a dict, by stage).
+"""
+
+import json
+from pathlib import Path
+
+from configurator import configure
+
+from finetune import answers
+from model import load_model, pick_device
+from prepare_fineweb import read_json, write_json
+from tokenizer import Tokenizer
+
+dir = "out/quickstart"  # the folder that runs/quickstart.sh filled
+answer_tokens = 64  # longest answer, tokens
+
+
+def held_out_accuracy(checkpoint, questions, answer_tokens):
+    """Share of questions whose likeliest answer is the right one, but for case and outer blanks."""
+    device, autocast = pick_device("cpu", "float32")
+    model, stored = load_model(checkpoint, device)
+    asked = [question["question"] for question in questions]
+    given = answers(model, Tokenizer(stored["tokenizer"]), asked, answer_tokens, autocast)
+    right = [a.strip().lower() == q["answer"].strip().lower() for a, q in zip(given, questions, strict=True)]
+    return sum(right) / len(right)
+
+
+def first_and_last(log, name):
+    """The first and the last value of a column of a log.jsonl."""
+    rows = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
+    values = [row[name] for row in rows if name in row]
+    return values[0], values[-1]
+
+
+def main():
+    folder = Path(dir)
+    questions = read_json(folder / "world/questions.json")
+    losses = first_and_last(folder / "base/log.jsonl", "val_loss")
+    scores = first_and_last(folder / "base/log.jsonl", "hellaswag_acc")
+    held_out = [held_out_accuracy(folder / f"{run}/best.pt", questions, answer_tokens) for run in ("base", "chat")]
+    lines = (folder / "seconds.txt").read_text().splitlines()
+    seconds = {name: int(n) for name, n in (line.split() for line in lines)}
+    result = {
+        "val_loss_before": losses[0],
+        "val_loss_after": losses[1],
+        "hellaswag_before": scores[0],
+        "hellaswag_after": scores[1],
+        "heldout_base": held_out[0],
+        "heldout_finetuned": held_out[1],
+        "seconds": seconds,
+    }
+    write_json(folder / "summary.json", result)
+    print(f"{'':44} before   after")
+    print(f"{'validation loss (nats per byte)':42} {losses[0]:8.3f} {losses[1]:7.3f}   by pretraining")
+    print(f"{'HellaSwag format, right of four (chance 25%)':42} {scores[0]:6.1%} {scores[1]:7.1%}   by pretraining")
+    what = f"{len(questions)} held-out questions answered right"
+    print(f"{what:42} {held_out[0]:8.1%} {held_out[1]:7.1%}   by finetuning")
+    print("seconds: " + ", ".join(f"{name} {n}" for name, n in seconds.items()) + f"; in all {sum(seconds.values())}")
+    print(f"checkpoints: {dir}/base/best.pt, {dir}/chat/best.pt; answers before and after: {dir}/chat/samples.md")
+    plot = folder / "loss.png"
+    print(f"picture: {plot}" if plot.exists() else "picture: none, pip install -e '.[plot]' draws it")
+    print(f"talk to it: python sample.py --checkpoint={dir}/chat/best.pt")
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()
