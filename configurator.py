@@ -132,7 +132,8 @@ def one_line_errors(kind, error, trace):
     Bad input is any OSError, and a ValueError that this folder's code raised itself. FGPT_TRACEBACK=1 shows all.
     """
     frames = traceback.extract_tb(trace)
-    raised_here = bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(Path(__file__).resolve().parent)
+    file = Path(frames[-1].filename).resolve() if frames else Path()
+    raised_here = file.is_relative_to(Path(__file__).resolve().parent) and "site-packages" not in file.parts
     bad_input = issubclass(kind, OSError) or (issubclass(kind, ValueError) and raised_here)
     if bad_input and not os.environ.get("FGPT_TRACEBACK"):
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -1,13 +1,14 @@
 """Supervised finetuning: a checkpoint of train.py and the rows of prepare_instruct.py make an assistant.
 
     python finetune.py --checkpoint=out/fgpt_712m/best.pt --data_dir=data/instruct --out_dir=out/finetune
-    python finetune.py --init_from=resume --out_dir=out/finetune
+    python finetune.py --out_dir=out/finetune --init_from=resume
 
 The loss counts the answers and their end tokens alone. Writes into out_dir what train.py writes (log.jsonl, ckpt.pt,
-best.pt: talk to it with sample.py) and samples.md, ten questions answered before and after.
+best.pt: talk to it with sample.py) and samples.md, ten questions answered before and after (by best.pt).
 """
 
 import functools
+import os
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from model import IGNORE, load_model, make_optimizers, pick_device
 from prepare_fineweb import read_json
 from tokenizer import Tokenizer
-from train import check_resumable, claim_out_dir, fit, lr_scale, new_state, resume, stop_request
+from train import begin, check_settings, due, fit, lr_scale, stop_request
 
 # files
 checkpoint = "out/fgpt_712m/best.pt"  # the model to begin with; family and tokenizer come from it
@@ -41,7 +42,7 @@ grad_clip = 1.0  # largest gradient norm; 0: no clipping
 warmup_steps = 10  # linear from 0 to the peak; then a linear decay to 0
 seed = 1337  # of the order of the conversations
 # evaluation and output
-eval_interval = 50  # steps between validations
+eval_interval = 50  # steps between validations, which choose best.pt
 log_interval = 10  # steps between printed lines
 checkpoint_interval = 200  # steps between writes of ckpt.pt
 max_minutes = 0.0  # save and stop after this time; 0: no limit
@@ -49,6 +50,8 @@ answer_tokens = 64  # longest answer in samples.md, tokens
 # machine
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
 dtype = ""  # float32 or bfloat16 (autocast); empty: bfloat16 on GPUs that have it
+activation_checkpointing = False  # less memory for a third more compute
+deterministic = False  # bit-identical runs where kernels would differ
 
 QUESTIONS = """What is the capital of France?
 What is 2 + 2?
@@ -66,9 +69,13 @@ class Conversations:
     """One side ("train" or "val") of prepare_instruct.py's folder, memory-mapped."""
 
     def __init__(self, folder, split):
-        self.tokens, self.mask, self.offsets = (
-            np.load(Path(folder) / f"{split}_{name}.npy", mmap_mode="r") for name in ("tokens", "mask", "offsets")
-        )
+        try:
+            names = ("tokens", "mask", "offsets")
+            self.tokens, self.mask, self.offsets = (
+                np.load(Path(folder) / f"{split}_{name}.npy", mmap_mode="r") for name in names
+            )
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{folder}: damaged ({error}): run prepare_instruct.py again") from None
         self.lengths = np.diff(self.offsets)
 
     def __len__(self):
@@ -143,62 +150,54 @@ def write_samples(path, before, after):
 def load_conversations(folder, tokenizer, block_size):
     """(train, val). FileNotFoundError, or ValueError when they were not prepared for this model."""
     path = Path(folder) / "meta.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{folder}: no conversations there: make them with prepare_instruct.py --out_dir={folder}"
-        )
-    meta = read_json(path)
-    longest = max(meta[split]["longest"] for split in ("train", "val"))
-    if meta["tokenizer"] != tokenizer:
-        raise ValueError(f"{folder} was made with the {meta['tokenizer']} tokenizer, the model has {tokenizer}")
+    meta = read_json(path) if path.exists() else {}
+    if "supervised" not in meta.get("train", {}):
+        raise FileNotFoundError(f"{folder}: no conversations there: run prepare_instruct.py --out_dir={folder}")
+    if meta["tokenizer"] != tokenizer.name:
+        raise ValueError(f"{folder} was made with the {meta['tokenizer']} tokenizer, the model has {tokenizer.name}")
+    sides = Conversations(folder, "train"), Conversations(folder, "val")
+    longest = max(int(side.lengths.max()) for side in sides)
     if longest > block_size + 1:
         raise ValueError(
             f"{folder} has conversations of {longest} tokens, the model's block_size is {block_size}: "
             f"prepare_instruct.py --max_tokens={block_size + 1}"
         )
-    return Conversations(folder, "train"), Conversations(folder, "val")
+    if max(int(side.tokens.max()) for side in sides) >= tokenizer.n_vocab:
+        raise ValueError(f"{folder} holds ids outside the vocabulary, it is damaged: run prepare_instruct.py again")
+    return sides
 
 
 def main():
-    if batch_size < 1 or rows_per_step < 1 or epochs < 1:
-        raise ValueError("rows_per_step, batch_size and epochs must be at least 1")
     settings = settings_of(globals())
+    check_settings(settings)
+    if Path(checkpoint).resolve().parent == Path(out_dir).resolve():
+        raise ValueError(f"out_dir {out_dir} is where the checkpoint lies, which would be overwritten: name another")
     compute, autocast = pick_device(device, dtype)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic needs of cuBLAS
+    torch.use_deterministic_algorithms(deterministic)
     model, base = load_model(checkpoint, compute)
+    model.checkpoint_activations = activation_checkpointing
     coder = Tokenizer(base["tokenizer"])
-    train, val = load_conversations(data_dir, coder.name, model.config.block_size)
+    train, val = load_conversations(data_dir, coder, model.config.block_size)
     max_steps = epochs * -(-len(train) // rows_per_step)
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
     lr_at = partial(lr_scale, max_steps=max_steps, warmup_steps=warmup_steps, decay_fraction=1.0)
-    ask = partial(answers, model, coder, QUESTIONS, answer_tokens, autocast)
-    stored, state, before = claim_out_dir(out_dir, init_from, overwrite), new_state(), ask()
-    if stored:
-        check_resumable(settings, stored, force)
-        state = resume(model, optimizers, stored)
+    before = answers(model, coder, QUESTIONS, answer_tokens, autocast)
+    sizes = [len(train), len(train.tokens), int(train.mask.sum())]
+    record = {"stage": "finetune", "tokenizer": coder.name, "settings": settings, "data": sizes}
+    state = begin(model, optimizers, record, out_dir, init_from, overwrite, force)
     print(f"{len(train):,} conversations, {max_steps:,} steps of {rows_per_step}; {len(val):,} for validation")
 
     def metrics_at(step):
-        due = step % eval_interval == 0 or step == max_steps
-        return answer_loss(model, val, batch_size, autocast) if due else {}
+        return answer_loss(model, val, batch_size, autocast) if due(step, eval_interval, max_steps) else {}
 
     fit(
-        model,
-        optimizers,
-        batch_at=partial(conversation_batch, train, rows_per_step, seed),
-        metrics_at=metrics_at,
-        lr_at=lr_at,
-        record={"stage": "finetune", "tokenizer": coder.name, "settings": settings},
-        state=state,
-        out_dir=out_dir,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        grad_clip=grad_clip,
-        autocast=autocast,
-        should_stop=stop_request(max_minutes),
-        log_interval=log_interval,
-        checkpoint_interval=checkpoint_interval,
-    )
-    write_samples(f"{out_dir}/samples.md", before, ask())
+        model, optimizers, partial(conversation_batch, train, rows_per_step, seed), metrics_at, lr_at, record, state,
+        out_dir=out_dir, max_steps=max_steps, batch_size=batch_size, grad_clip=grad_clip, autocast=autocast,
+        should_stop=stop_request(max_minutes), log_interval=log_interval, checkpoint_interval=checkpoint_interval,
+    )  # fmt: skip
+    best, _ = load_model(f"{out_dir}/best.pt", compute)
+    write_samples(f"{out_dir}/samples.md", before, answers(best, coder, QUESTIONS, answer_tokens, autocast))
     print(f"{out_dir}: step {state['step']}, best validation loss {state['best_val_loss']:.4f}, samples.md")
 
 

@@ -56,6 +56,8 @@ class GPTConfig:
         if self.rotary and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
         self.mlp_dim = self.mlp_dim or (-(-8 * self.n_embd // 3 // 64) * 64 if self.swiglu else 4 * self.n_embd)
+        if min(self.head_dim, self.mlp_dim) < 1:
+            raise ValueError(f"head_dim {self.head_dim} and mlp_dim {self.mlp_dim} must not be negative")
 
 
 FAMILIES = {
@@ -99,11 +101,14 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and rotation may have come out in fp32
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
+        if cache is not None:
             k, v, mask = cache.extend(self.layer, k, v)  # (B, H, S, D) twice, (B, 1, T, S)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        elif x.device.type == "cpu":  # in fp32 also under autocast: the backward pass of bf16 takes twice as long there
+            with torch.autocast("cpu", enabled=False):
+                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).to(v.dtype)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
@@ -350,7 +355,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, cols), pairs in same_shape.items():
                 rows //= group["n_split"]
                 updates = torch.stack([update for _, update in pairs])
-                updates = orthogonalize(updates.view(-1, rows, cols)).view_as(updates)
+                updates = orthogonalize(updates.view(-1, rows, cols)).reshape(updates.shape)
                 step_size = group["lr"] * max(1, rows / cols) ** 0.5
                 for (p, _), update in zip(pairs, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-step_size)
@@ -443,9 +448,13 @@ def load_checkpoint(path, device="cpu"):
 
 
 def load_model(path, device="cpu"):
-    """(model in eval mode on `device`, the checkpoint's dict)."""
-    content = load_checkpoint(path, device)
-    with torch.device(device):
+    """(model in eval mode on `device`, the checkpoint's dict without tensors). ValueError if its parts do not fit."""
+    content = load_checkpoint(path)
+    try:
         model = GPT(GPTConfig(**content["config"]))
-    model.load_state_dict(content["model"])
-    return model.eval(), content
+        model.load_state_dict(content.pop("model"))
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: its weights and config make no model of this version ({reason:.200})") from None
+    content.pop("optimizers", None)
+    return model.to(device).eval(), content

@@ -108,7 +108,8 @@ def find_shards(folder, split):
     paths = sorted(path for path in Path(folder).glob("*.bin") if split_of(path.name) == split)
     if not paths:
         what = f"no {split} shards ({split}_*.bin)" if Path(folder).is_dir() else "no such folder"
-        raise FileNotFoundError(f"{folder}: {what}: make them with prepare_fineweb.py --out_dir={folder}")
+        more = " and a larger --val_fraction" if split == "val" and Path(folder).is_dir() else ""
+        raise FileNotFoundError(f"{folder}: {what}: make them with prepare_fineweb.py --out_dir={folder}{more}")
     return paths
 
 
@@ -116,7 +117,7 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError:
-        raise ValueError(f"{path}: not JSON: delete it and run prepare_fineweb.py again") from None
+        raise ValueError(f"{path}: not JSON, it is damaged: make it again") from None
 
 
 def write_json(path, value):

@@ -70,18 +70,18 @@ def to_messages(record, where):
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
         messages = record["messages"]
     elif isinstance(record, dict) and "instruction" in record and "output" in record:
-        asked = [record["instruction"], record.get("input")]
-        question = (
-            "\n\n".join(part for part in asked if part) if all(isinstance(p, str | None) for p in asked) else None
-        )
+        asked = [part for part in (record["instruction"], record.get("input")) if part]
+        question = "\n\n".join(asked) if all(isinstance(part, str) for part in asked) else asked
         messages = [dict(role="user", content=question), dict(role="assistant", content=record["output"])]
     else:
         names = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{where}: neither instruction and output nor messages, but {names}")
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
+        is_text = isinstance(message, dict) and isinstance(message.get("content"), str | None)
+        if not is_text or not isinstance(message.get("role"), str):
             raise ValueError(f"{where}: a message needs a role and a text as content, not {message!r:.80}")
-    return [dict(role=message["role"], content=message["content"].strip()) for message in messages]
+    texts = [(message["content"] or "").strip().encode("utf-8", errors="replace").decode() for message in messages]
+    return [dict(role=message["role"], content=text) for message, text in zip(messages, texts, strict=True)]
 
 
 def render_within(messages, tokenizer, max_tokens):

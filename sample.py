@@ -106,6 +106,8 @@ def converse(answer, tokenizer, block_size, room):
 
 
 def main():
+    if chat not in (None, True, False) or temperature < 0 or max_new_tokens < 1:
+        raise ValueError("chat must be None, True or False, temperature at least 0 and max_new_tokens at least 1")
     compute, autocast = pick_device(device, dtype)
     model, stored = load_model(checkpoint, compute)
     tokenizer = Tokenizer(stored["tokenizer"])
@@ -125,7 +127,10 @@ def main():
         converse(answer, tokenizer, model.config.block_size, max_new_tokens)
     else:
         for line in read_lines("text to continue: "):
-            answer(prompt_ids(tokenizer, line, False))
+            try:
+                answer(prompt_ids(tokenizer, line, False))
+            except ValueError as error:
+                print(f"[{error}]")
 
 
 if __name__ == "__main__":

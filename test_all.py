@@ -488,6 +488,18 @@ def test_every_parameter_is_in_one_group_and_decay_spares_norms_and_biases(famil
             assert (kind is Muon) == (optimizer == "muon" and in_blocks)
 
 
+def test_muon_steps_with_heads_wider_than_the_model():
+    model = tiny("modern", head_dim=32)  # each third of the fused QKV matrix is tall
+    loss, _, applied = train.train_step(model, make_optimizers(model), random_batch(2), 2, 1.0, plain)
+    assert applied and math.isfinite(loss)
+
+
+def test_a_model_in_bfloat16_computes_on_the_cpu():
+    model, idx = tiny("modern"), torch.arange(32)[None]
+    expected = model(idx)
+    assert (model.bfloat16()(idx).float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
 def test_weight_decay_is_decoupled_in_both_optimizers():
     model = tiny()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -520,9 +532,12 @@ def test_a_file_that_is_not_a_checkpoint_is_refused_by_name(tmp_path):
     whole = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     torch.save({"format_version": 99}, tmp_path / "new.pt")
-    for name, said in (("cut.pt", "damaged"), ("new.pt", "format 99"), ("none.pt", "no such checkpoint")):
-        message = run("sample.py", f"--checkpoint={tmp_path}/{name}", "--prompt=a", code=1)
-        assert said in message and name in message
+    torch.save({"format_version": 1, "config": {"n_layer": 1}, "model": {}}, tmp_path / "other.pt")
+    refused = {"cut.pt": "damaged", "new.pt": "format 99", "none.pt": "no such checkpoint", "other.pt": "make no model"}
+    for name, said in refused.items():
+        with pytest.raises((ValueError, OSError), match=f"{name}.*{said}"):
+            load_model(tmp_path / name)
+    assert "no such checkpoint" in run("sample.py", f"--checkpoint={tmp_path}/none.pt", "--prompt=a", code=1)
 
 
 @families
@@ -1622,6 +1637,36 @@ def test_a_used_out_dir_is_refused_and_nothing_is_lost(story, tmp_path):
     assert log_rows(out)[-1]["step"] == 3
 
 
+def test_force_changes_what_can_be_changed_and_no_sizes(story, tmp_path):
+    pretrain(story, tmp_path, max_steps=2)
+    with pytest.raises(ValueError, match="n_layer 2 -> 3.*: set it back$"):
+        pretrain(story, tmp_path, max_steps=4, init_from="resume", n_layer=3, force=True)
+    pretrain(story, tmp_path, max_steps=4, init_from="resume", weight_decay=0.5, force=True)
+    stored = load_checkpoint(tmp_path / "ckpt.pt")["optimizers"]
+    assert [group["weight_decay"] for opt in stored for group in opt["param_groups"]] == [0.5, 0.0, 0.5, 0.5]
+
+
+def test_resuming_on_other_data_is_refused(story, tmp_path):
+    pretrain(story, tmp_path / "run", max_steps=2)
+    files = dict(source=f"{story}/held_out.txt", val_source=f"{story}/text.txt", out_dir=f"{tmp_path}/data")
+    call(prepare_fineweb, **files, tokenizer="bytes")
+    changes = dict(max_steps=4, init_from="resume", data_dir=f"{tmp_path}/data")
+    with pytest.raises(ValueError, match="the training data is not what it was"):
+        pretrain(story, tmp_path / "run", **changes)
+    pretrain(story, tmp_path / "run", **changes, force=True)
+
+
+def test_a_lost_log_begins_anew_with_its_units(story, tmp_path):
+    pretrain(story, tmp_path, max_steps=2)
+    (tmp_path / "log.jsonl").unlink()
+    pretrain(story, tmp_path, max_steps=3, init_from="resume")
+    header, row = log_rows(tmp_path)
+    assert "units" in header and row["step"] == 3
+    (tmp_path / "ckpt.pt").write_bytes((tmp_path / "best.pt").read_bytes())
+    with pytest.raises(ValueError, match="no optimizer state"):
+        pretrain(story, tmp_path, max_steps=4, init_from="resume")
+
+
 def test_resuming_another_run_is_refused_by_naming_the_settings(story, tmp_path):
     pretrain(story, tmp_path, max_steps=2)
     with pytest.raises(ValueError, match="n_layer 2 -> 3, seed 1337 -> 1"):
@@ -1634,6 +1679,11 @@ def test_resuming_another_run_is_refused_by_naming_the_settings(story, tmp_path)
     "change, said",
     [
         (dict(data_dir="nowhere"), "prepare_fineweb.py"),
+        (dict(log_interval=0, learning_rate=-1.0), "log_interval is 0, at least 1.*learning_rate is -1.0, at least 0"),
+        (dict(block_size=0), "block_size is 0"),
+        (dict(beta2=1.5), "beta2 must be below 1"),
+        (dict(head_dim=-8), "head_dim is -8"),
+        (dict(compile="false"), "compile must be None, True or False"),
         (dict(block_size=100000), "multiple of block_size"),
         (dict(tokens_per_step=100), "multiple of block_size x batch_size"),
         (dict(family="gpt5"), "family must be one of gpt2, modern"),
@@ -1702,6 +1752,7 @@ ALPACA = [
     {"instruction": "Say héllo 日本.", "input": "", "output": "Héllo 日本!"},
     {"instruction": "Add.", "input": "1 + 1", "output": "2"},
     {"instruction": "Nothing?", "output": " "},
+    {"instruction": "Null?", "output": None},
     {"instruction": " ", "output": "an answer to nothing"},
     {"instruction": "Count.", "output": "one " * 60},
 ]
@@ -1761,7 +1812,7 @@ def test_what_is_dropped_or_cut_is_counted(tmp_path):
     too_long = sum(len(coder.render(record["messages"])[0]) > 40 for record in chats())
     assert too_long > 10  # these lose their second turn
     assert counts == {
-        "read": 46, "kept": 42, "dropped, an empty side": 2, "dropped, a duplicate": 1,
+        "read": 47, "kept": 42, "dropped, an empty side": 3, "dropped, a duplicate": 1,
         "dropped, no whole turn that fits": 1, "kept without their last turns, which do not fit": too_long,
     }  # fmt: skip
     whole = [text for side in conversations(tmp_path / "o", "bytes").values() for text, _ in side]
@@ -1897,6 +1948,19 @@ def test_conversations_that_do_not_fit_the_model_are_refused(trained, chat_rows,
     with pytest.raises(FileNotFoundError, match="prepare_instruct.py"):
         tune(trained, f"{tmp_path}/none", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    broken = tmp_path / "broken"
+    call(prepare_instruct, source=source, tokenizer="bytes", out_dir=str(broken), max_tokens=33)
+    tokens = (broken / "train_tokens.npy").read_bytes()
+    (broken / "train_tokens.npy").write_bytes(tokens[: len(tokens) // 2])
+    with pytest.raises(ValueError, match="broken: damaged.*prepare_instruct.py again"):
+        tune(trained, str(broken), tmp_path / "new")
+
+
+def test_finetuning_into_the_folder_of_its_checkpoint_is_refused(trained, chat_rows):
+    before = (trained / "best.pt").read_bytes()
+    with pytest.raises(ValueError, match="where the checkpoint lies"):
+        tune(trained, chat_rows, trained, overwrite=True)
+    assert (trained / "best.pt").read_bytes() == before
 
 
 def test_chat_takes_several_turns_and_forgets_on_reset(trained, chat_rows, tmp_path):
@@ -2081,6 +2145,12 @@ def test_the_quick_start_runs_every_stage_and_sums_up_what_it_measured(tmp_path)
     for line in ("validation loss", "HellaSwag format", "64 held-out questions", "checkpoints:", "picture:"):
         assert line in done.stdout
     assert (tmp_path / "q/loss.png").stat().st_size > 10_000
+
+
+def test_the_quick_start_does_not_clear_a_folder_that_holds_something_else(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    done = subprocess.run(["bash", "runs/quickstart.sh", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "holds something else" in done.stderr and (tmp_path / "mine.txt").exists()
 
 
 def test_held_out_accuracy_counts_right_answers_whatever_their_case(monkeypatch, tmp_path):

@@ -1,7 +1,7 @@
 """Pretrain a GPT on token shards (stage 3: prepare_fineweb.py wrote them, hellaswag.py may measure it on the way).
 
     python train.py config/shakespeare.py
-    python train.py config/fgpt_712m.py --batch_size=8 --init_from=resume
+    python train.py config/fgpt_712m.py --init_from=resume
 
 Writes into out_dir: log.jsonl (a line of units, then a line a step), ckpt.pt (everything needed to go on) and best.pt
 (the weights with the lowest validation loss). Stopped by Ctrl-C, a signal or --max_minutes, it saves first;
@@ -56,7 +56,7 @@ grad_clip = 1.0  # largest gradient norm; 0: no clipping
 warmup_steps = 200  # linear from 0 to the peak
 schedule = "constant"  # after warm-up: constant or cosine
 decay_fraction = 0.4  # share of the run at its end that decays linearly (constant)
-final_lr_fraction = 0.0  # share of the peak at the last step
+final_lr_fraction = 0.0  # share of the peak at which the decay ends
 seed = 1337  # of the initial weights and the data order
 # evaluation and output
 eval_interval = 250  # steps between validations
@@ -84,8 +84,9 @@ UNITS = {
     "learning_rate": "AdamW",
     "muon_learning_rate": "Muon",
     "seconds": "training time",
-    "tokens_per_second": "this step",
+    "tokens_per_second": "this step, padding included",
     "mfu": "share of the GPU's bf16 peak",
+    "skipped": "1: not finite, not applied",
     "val_loss": "nats/token",
     "val_bpb": "bits/byte",
     "hellaswag_acc": "share",
@@ -93,11 +94,19 @@ UNITS = {
 }
 # dense bf16 FLOP/s from NVIDIA's data sheets; the first name contained in the GPU's name counts
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
-# settings that may differ when a run is resumed, because they do not change its weights (or are extended on purpose)
+# settings that may differ when a run is resumed, because they do not change its weights (or extend it on purpose)
 MAY_CHANGE = {"out_dir", "data_dir", "init_from", "overwrite", "force", "max_steps", "eval_interval", "eval_tokens"} | {
     "hellaswag_interval", "hellaswag_source", "hellaswag_limit", "sample_interval", "sample_prompt", "log_interval",
-    "checkpoint_interval", "max_minutes", "epochs", "answer_tokens",
+    "checkpoint_interval", "max_minutes", "epochs", "answer_tokens", "checkpoint",
 }  # fmt: skip
+# settings that --force cannot change: weights and optimizer states would not fit
+SHAPES = {"family", "block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "optimizer", "tokenizer"}
+LEAST = {  # smallest sensible value of every number
+    1: "block_size n_layer n_head n_embd tokens_per_step batch_size max_steps eval_tokens log_interval rows_per_step "
+    "checkpoint_interval epochs answer_tokens",
+    0: "head_dim mlp_dim learning_rate muon_learning_rate weight_decay beta2 grad_clip warmup_steps decay_fraction "
+    "final_lr_fraction seed eval_interval hellaswag_interval hellaswag_limit sample_interval max_minutes",
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -277,18 +286,42 @@ def claim_out_dir(out_dir, init_from, overwrite):
     return None
 
 
-def check_resumable(settings, checkpoint, force):
-    """ValueError naming every setting that would make the resumed run another run than the stored one."""
-    old = checkpoint["settings"]
-    changed = [name for name in old if name not in MAY_CHANGE and settings.get(name) != old[name]]
-    if changed and not force:
-        listed = ", ".join(f"{name} {old[name]!r} -> {settings.get(name)!r}" for name in changed)
-        raise ValueError(f"resuming would change the run ({listed}); set them back, or --force=True")
+def check_settings(settings):
+    """ValueError that names every setting out of its range."""
+    problems = [
+        f"{name} is {settings[name]}, at least {least} is needed"
+        for least, names in LEAST.items()
+        for name in names.split()
+        if settings.get(name, least) < least
+    ]
+    problems += [f"{n} must be below 1" for n in ("beta2",) if settings[n] >= 1]
+    problems += [f"{n} must be at most 1" for n in ("decay_fraction", "final_lr_fraction") if settings.get(n, 0) > 1]
+    if settings.get("compile") not in (None, True, False):
+        problems.append("compile must be None, True or False")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def check_resumable(record, checkpoint, force):
+    """ValueError naming everything that would make the resumed run another run than the stored one."""
+    if "optimizers" not in checkpoint:
+        raise ValueError("ckpt.pt holds no optimizer state (is it a copy of best.pt?): it cannot be resumed")
+    old, new = checkpoint["settings"], record["settings"]
+    changed = [name for name in old if name not in MAY_CHANGE and new.get(name) != old[name]]
+    listed = [f"{name} {old[name]!r} -> {new.get(name)!r}" for name in changed]
+    if checkpoint["data"] != record["data"]:
+        listed.append("the training data is not what it was")
+    if listed and not (force and SHAPES.isdisjoint(changed)):
+        remedy = "set it back, or --force=True" if SHAPES.isdisjoint(changed) else "set it back"
+        raise ValueError(f"resuming would change the run ({', '.join(listed)}): {remedy}")
 
 
 def open_log(path, n_bytes):
     """The log, cut to its first n_bytes, ready to append; a new log begins with the line of units."""
     log = open(path, "ab")
+    if log.tell() < n_bytes:
+        print(f"{path} lacks rows that were written before the checkpoint: it begins anew")
+        n_bytes = 0
     log.truncate(n_bytes)
     if n_bytes == 0:
         write_row(log, {"format": "fgpt log 1", "units": UNITS})
@@ -335,7 +368,7 @@ def step_row(state, loss, norm, optimizers, n_tokens, seconds, flops_over_peak):
     return row | ({"mfu": round(flops_over_peak * n_tokens / seconds, 4)} if flops_over_peak else {})
 
 
-def print_row(row, state, max_steps):
+def print_row(row, max_steps):
     parts = [f"step {row['step']}/{max_steps}"]
     for name, label in (
         ("loss", "loss"),
@@ -345,7 +378,7 @@ def print_row(row, state, max_steps):
     ):
         parts += [f"{label} {row[name]:.4f}"] if name in row else []
     if "tokens_per_second" in row:
-        left = int((max_steps - row["step"]) * row["tokens"] / row["step"] / row["tokens_per_second"])
+        left = int((max_steps - row["step"]) * row["seconds"] / row["step"])
         parts += [f"lr {row['learning_rate']:.2e}", f"{row['tokens_per_second']:,} tok/s"]
         parts += [f"MFU {row['mfu']:.1%}"] if "mfu" in row else []
         parts += [f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"]
@@ -376,61 +409,76 @@ def fit(model, optimizers, batch_at, metrics_at, lr_at, record, state, *, out_di
     learning rates. `record` (tokenizer, settings) goes into the checkpoints; `state` (new_state()) changes in place.
     ValueError when three steps in a row are not finite.
     """
+    device = next(model.parameters()).device
     forward = torch.compile(model) if compiled else model  # evaluation and generation use the raw module
-    peak = peak_flops(next(model.parameters()).device)
+    peak = peak_flops(device)
     flops_over_peak = model.flops_per_token() / peak if peak else None
-    log, ahead = open_log(f"{out_dir}/log.jsonl", state["log_bytes"]), ThreadPoolExecutor(1)
-    coming = ahead.submit(batch_at, state["step"])  # the next batch is read while this one is trained on
-    if state["step"] == 0:
-        row = {"step": 0, "tokens": 0} | metrics_at(0)
-        finish_step(row, model, record, state, log, out_dir)
-        print_row(row, state, max_steps)
-    while state["step"] < max_steps:
-        start = time.perf_counter()
-        batch, coming = coming.result(), ahead.submit(batch_at, state["step"] + 1)
-        for group in (group for opt in optimizers for group in opt.param_groups):
-            group["lr"] = group["initial_lr"] * lr_at(state["step"])
-        loss, norm, applied = train_step(forward, optimizers, batch, batch_size, grad_clip, autocast)
-        seconds, n_tokens = time.perf_counter() - start, int((batch[1] != IGNORE).sum())
-        state["step"] += 1
-        state["tokens"] += n_tokens
-        state["seconds"] += seconds
-        state["skipped_in_a_row"] = 0 if applied else state["skipped_in_a_row"] + 1
-        if state["skipped_in_a_row"] == 3:
-            raise ValueError(
-                f"loss or gradient is not finite since step {state['step'] - 2}: resume from {out_dir}/ckpt.pt with a "
-                "lower learning rate (--force=True) or more warm-up"
-            )
-        row = step_row(state, loss, norm, optimizers, n_tokens, seconds, flops_over_peak) | metrics_at(state["step"])
-        finish_step(row, model, record, state, log, out_dir)
-        stop = state["step"] == max_steps or should_stop()
-        if stop or "val_loss" in row or state["step"] % log_interval == 0:
-            print_row(row, state, max_steps)
-        if stop or state["step"] % checkpoint_interval == 0:
-            os.fsync(log.fileno())  # the checkpoint relies on the log's length
-            optimizer_states = [opt.state_dict() for opt in optimizers]
-            save_checkpoint(f"{out_dir}/ckpt.pt", model, optimizers=optimizer_states, state=state, **record)
-        if stop:
-            break
-    ahead.shutdown()
-    log.close()
+
+    def fetch(step):  # pinned memory lets the copy to the GPU run while it computes
+        return [part.contiguous().pin_memory() if device.type == "cuda" else part for part in batch_at(step)]
+
+    with open_log(f"{out_dir}/log.jsonl", state["log_bytes"]) as log, ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(fetch, state["step"])  # the next batch is read while this one is trained on
+        if state["step"] == 0:
+            row = {"step": 0, "tokens": 0} | metrics_at(0)
+            finish_step(row, model, record, state, log, out_dir)
+            print_row(row, max_steps)
+        while state["step"] < max_steps:
+            start = time.perf_counter()
+            batch, coming = coming.result(), ahead.submit(fetch, state["step"] + 1)
+            for group in (group for opt in optimizers for group in opt.param_groups):
+                group["lr"] = group["initial_lr"] * lr_at(state["step"])
+            loss, norm, applied = train_step(forward, optimizers, batch, batch_size, grad_clip, autocast)
+            seconds = time.perf_counter() - start
+            state["step"] += 1
+            state["tokens"] += int((batch[1] != IGNORE).sum())
+            state["seconds"] += seconds
+            state["skipped_in_a_row"] = 0 if applied else state["skipped_in_a_row"] + 1
+            row = step_row(state, loss, norm, optimizers, batch[0].numel(), seconds, flops_over_peak)
+            row |= metrics_at(state["step"])
+            finish_step(row, model, record, state, log, out_dir)
+            check_finite(state, out_dir)
+            stop = state["step"] == max_steps or should_stop()
+            if stop or "val_loss" in row or state["step"] % log_interval == 0:
+                print_row(row, max_steps)
+            if stop or state["step"] % checkpoint_interval == 0:
+                save_run(model, optimizers, record, state, log, out_dir)
+            if stop:
+                break
+
+
+def check_finite(state, out_dir):
+    """ValueError after three steps in a row that were not applied."""
+    if state["skipped_in_a_row"] == 3:
+        raise ValueError(
+            f"loss or gradient is not finite since step {state['step'] - 2}: go on from the last checkpoint "
+            f"({out_dir}/ckpt.pt, if there is one) with a lower learning rate (--init_from=resume --force=True)"
+        )
+
+
+def save_run(model, optimizers, record, state, log, out_dir):
+    """Write ckpt.pt: all that is needed to go on."""
+    os.fsync(log.fileno())  # the checkpoint relies on the log's length
+    states = [opt.state_dict() for opt in optimizers]
+    entries = dict(step=state["step"], tokens=state["tokens"], optimizers=states, state=state)
+    save_checkpoint(f"{out_dir}/ckpt.pt", model, **entries, **record)
 
 
 def resume(model, optimizers, checkpoint):
-    """Load weights and optimizer states; returns the run's state."""
+    """Load weights and optimizer states, under the settings of now; returns the run's state."""
     model.load_state_dict(checkpoint["model"])
     for opt, stored in zip(optimizers, checkpoint["optimizers"], strict=True):
-        peaks = [group["initial_lr"] for group in opt.param_groups]
+        of_now = [{name: group[name] for name in group if name != "params"} for group in opt.param_groups]
         opt.load_state_dict(stored)
-        for group, peak in zip(opt.param_groups, peaks, strict=True):
-            group["initial_lr"] = peak  # the settings' peak, should it have been changed by --force
+        for group, settings in zip(opt.param_groups, of_now, strict=True):
+            group.update(settings)  # the same as stored, unless --force changed them
     return checkpoint["state"]
 
 
 def print_sample(model, tokenizer, prompt, step, autocast):
     """64 tokens after the prompt, from a generator of its own: the run does not depend on samples."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(step)
-    prompt_ids = [tokenizer.eot, *tokenizer.encode(prompt)]
+    prompt_ids = [tokenizer.eot, *tokenizer.encode(prompt)][-model.config.block_size // 2 :]
     with autocast():
         n_new = min(64, model.config.block_size - len(prompt_ids))
         ids = [int(i) for i in model.generate([prompt_ids], n_new, top_k=50, stop=tokenizer.eot, generator=generator)]
@@ -449,6 +497,15 @@ def describe(model, optimizers, tokenizer, train, val, n_rows):
     print(
         f"{len(train) * T:,} training and {len(val) * T:,} validation tokens; {n_rows * T:,} tokens a step", flush=True
     )
+
+
+def begin(model, optimizers, record, out_dir, init_from, overwrite, force):
+    """The state to begin with: a new run's in an empty out_dir, or that of the checkpoint there, loaded."""
+    checkpoint = claim_out_dir(out_dir, init_from, overwrite)
+    if checkpoint is None:
+        return new_state()
+    check_resumable(record, checkpoint, force)
+    return resume(model, optimizers, checkpoint)
 
 
 def make_model(settings, tokenizer):
@@ -472,66 +529,61 @@ def check_batch(tokens_per_step, block_size, batch_size):
     return tokens_per_step // block_size
 
 
+def due(step, interval, max_steps):
+    """Whether something that is measured every `interval` steps (0: never) and at the end is to be measured now."""
+    return interval and (step % interval == 0 or step == max_steps)
+
+
+def load_data(data_dir, tokenizer, block_size, seed):
+    """(Tokenizer, training windows, validation windows) of a folder of shards."""
+    stored = read_meta(data_dir).get("tokenizer")
+    if tokenizer and stored and tokenizer != stored:
+        raise ValueError(f"{data_dir} was made with the {stored} tokenizer, not {tokenizer}: leave --tokenizer= out")
+    coder = Tokenizer(tokenizer or stored or "gpt2")
+    train = Windows(find_shards(data_dir, "train"), block_size, coder.n_vocab, seed)
+    val = Windows(find_shards(data_dir, "val"), block_size, coder.n_vocab, seed=0)  # the same for every run
+    return coder, train, val
+
+
 def main():
     settings = settings_of(globals())
+    check_settings(settings)
     n_rows = check_batch(tokens_per_step, block_size, batch_size)
     compute, autocast = pick_device(device, dtype)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic needs of cuBLAS
     torch.use_deterministic_algorithms(deterministic)
-    stored_name = read_meta(data_dir).get("tokenizer")
-    if tokenizer and stored_name and tokenizer != stored_name:
-        raise ValueError(
-            f"{data_dir} was made with the {stored_name} tokenizer, not {tokenizer}: leave --tokenizer= out"
-        )
-    coder = Tokenizer(tokenizer or stored_name or "gpt2")
-    train = Windows(find_shards(data_dir, "train"), block_size, coder.n_vocab, seed)
-    val = Windows(find_shards(data_dir, "val"), block_size, coder.n_vocab, seed=0)  # the same for every run
+    coder, train, val = load_data(data_dir, tokenizer, block_size, seed)
     items = hellaswag.load_items(hellaswag_source, hellaswag_limit) if hellaswag_interval else []
-
-    model = make_model(settings, coder).to(compute)
-    model.checkpoint_activations = activation_checkpointing
-    optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
+    token_bytes, n_val = coder.token_bytes(), min(len(val), max(1, eval_tokens // block_size))
     lr_at = partial(lr_scale, max_steps=max_steps, warmup_steps=warmup_steps, schedule=schedule,
                     decay_fraction=decay_fraction, final_lr_fraction=final_lr_fraction)  # fmt: skip
     lr_at(0)  # refuses an unknown schedule before anything is written
-    checkpoint = claim_out_dir(out_dir, init_from, overwrite)
-    state = new_state()
-    if checkpoint:
-        check_resumable(settings, checkpoint, force)
-        state = resume(model, optimizers, checkpoint)
+    model = make_model(settings, coder).to(compute)
+    model.checkpoint_activations = activation_checkpointing
+    optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
+    shards = [[path.name, len(shard)] for path, shard in zip(train.paths, train.shards, strict=True)]
+    record = {"stage": "pretrain", "tokenizer": coder.name, "settings": settings, "data": shards}
+    state = begin(model, optimizers, record, out_dir, init_from, overwrite, force)
     describe(model, optimizers, coder, train, val, n_rows)
-    token_bytes, n_val = coder.token_bytes(), min(len(val), max(1, eval_tokens // block_size))
 
     def metrics_at(step):
-        due, metrics = lambda interval: interval and (step % interval == 0 or step == max_steps), {}
-        if due(eval_interval):
+        metrics = {}
+        if due(step, eval_interval, max_steps):
             metrics |= validation_loss(model, val, n_val, batch_size, token_bytes, autocast)
-        if due(hellaswag_interval):
+        if due(step, hellaswag_interval, max_steps):
             scores = hellaswag.evaluate(model, coder, items, autocast=autocast)
             metrics |= {f"hellaswag_{name}": scores[name] for name in ("acc", "acc_norm")}
-        if due(sample_interval):
+        if step and due(step, sample_interval, max_steps):  # before the first step there is only noise to see
             print_sample(model, coder, sample_prompt, step, autocast)
         return metrics
 
     fit(
-        model,
-        optimizers,
-        batch_at=partial(next_token_batch, train, n_rows),
-        metrics_at=metrics_at,
-        lr_at=lr_at,
-        record={"stage": "pretrain", "tokenizer": coder.name, "settings": settings},
-        state=state,
-        out_dir=out_dir,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        grad_clip=grad_clip,
-        autocast=autocast,
-        should_stop=stop_request(max_minutes),
-        compiled=compute.type == "cuda" if compile is None else compile,
-        log_interval=log_interval,
-        checkpoint_interval=checkpoint_interval,
-    )
-    print(f"{out_dir}: step {state['step']}, best validation loss {state['best_val_loss']:.4f}, ckpt.pt and best.pt")
+        model, optimizers, partial(next_token_batch, train, n_rows), metrics_at, lr_at, record, state,
+        out_dir=out_dir, max_steps=max_steps, batch_size=batch_size, grad_clip=grad_clip, autocast=autocast,
+        should_stop=stop_request(max_minutes), compiled=compute.type == "cuda" if compile is None else compile,
+        log_interval=log_interval, checkpoint_interval=checkpoint_interval,
+    )  # fmt: skip
+    print(f"{out_dir}: step {state['step']}, best validation loss {state['best_val_loss']:.4f}")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ mlp_dim = 320
 
 tokens_per_step = 768
 batch_size = 12
-max_steps = 2000
+max_steps = 800
 warmup_steps = 0
 learning_rate = 1e-2
 muon_learning_rate = 0.02
 weight_decay = 0.0
 decay_fraction = 0.7
 
-eval_interval = 250
+eval_interval = 200
 eval_tokens = 111_539  # all of it
 log_interval = 100
-checkpoint_interval = 1000
+checkpoint_interval = 400

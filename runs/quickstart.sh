@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # The whole line on built-in data: no GPU, no network, a few minutes on two CPU cores.
-# Writes everything into out/quickstart (or the folder given first) and begins anew each time. Further arguments go to
+# Writes everything into out/quickstart (or the folder given first, from the repository on) and begins anew each time. Further arguments go to
 # train.py and finetune.py: bash runs/quickstart.sh out/short --max_minutes=1
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dir=${1:-out/quickstart}
 more=("${@:2}")
-rm -rf "$dir" && mkdir -p "$dir"
+if [ -n "$(ls -A "$dir" 2>/dev/null)" ] && [ ! -f "$dir/seconds.txt" ]; then
+    echo "quickstart.sh: $dir holds something else: name another folder" >&2
+    exit 1
+fi
+rm -rf "$dir" && mkdir -p "$dir" && : >"$dir/seconds.txt"
 
 stage() { # stage NAME COMMAND...: print the command, run it, note its seconds
     local name=$1 began=$SECONDS
