@@ -1,0 +1,23 @@
+# A model of 7.5M parameters, most of them in the embedding of GPT-2's vocabulary, for a first look at some megabytes of
+# text: minutes on a CPU (faster with --dtype=bfloat16 where the CPU has it); on a GPU more steps are affordable.
+data_dir = "data/mine"
+out_dir = "out/mine"
+
+family = "modern"
+block_size = 256
+n_layer = 4
+n_head = 4
+n_embd = 128
+
+tokens_per_step = 2048
+batch_size = 8
+max_steps = 250
+warmup_steps = 10
+learning_rate = 5e-3
+muon_learning_rate = 0.02
+decay_fraction = 0.6
+
+eval_interval = 50
+eval_tokens = 32768
+log_interval = 10
+checkpoint_interval = 125
