@@ -170,6 +170,8 @@ def load_conversations(folder, tokenizer, block_size):
 def main():
     settings = settings_of(globals())
     check_settings(settings)
+    if eval_interval == 0:
+        raise ValueError("eval_interval must be at least 1: validation chooses best.pt")
     if Path(checkpoint).resolve().parent == Path(out_dir).resolve():
         raise ValueError(f"out_dir {out_dir} is where the checkpoint lies, which would be overwritten: name another")
     compute, autocast = pick_device(device, dtype)

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,7 +45,9 @@ def gpt2_vocabulary_cache():
 
 os.environ["TIKTOKEN_CACHE_DIR"] = gpt2_vocabulary_cache()
 
-import finetune  # noqa: E402  (after the cache folder is set)
+import configurator  # noqa: E402  (after the cache folder is set)
+
+import finetune  # noqa: E402
 import hellaswag  # noqa: E402
 import model as model_py  # noqa: E402
 import prepare_fineweb  # noqa: E402
@@ -2158,6 +2161,53 @@ def test_held_out_accuracy_counts_right_answers_whatever_their_case(monkeypatch,
     monkeypatch.setattr(summary, "answers", lambda model, coder, asked, *_: [f" {q.upper()} " for q in asked])
     questions = [dict(question="Paris.", answer="paris."), dict(question="Rome", answer="Rom")]
     assert summary.held_out_accuracy(tmp_path / "a.pt", questions, 5) == 0.5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# README.md and config/
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    inline = re.findall(r"`((?:python|bash) [^`]+)`", text)
+    return [part.strip() for line in lines + inline for part in line.split("&&")]
+
+
+def settings_by_script():
+    modules = [prepare_fineweb, hellaswag, train, prepare_instruct, finetune, sample]
+    return {f"{module.__name__}.py": train.settings_of(vars(module)) for module in modules}
+
+
+def test_the_commands_of_the_readme_name_files_and_settings_that_exist():
+    known, seen = settings_by_script(), set()
+    for command in readme_commands():
+        words = shlex.split(command)
+        if words[0] == "bash":
+            assert (ROOT / words[1]).is_file(), command
+        if words[0] != "python" or words[1] == "-m":
+            continue
+        seen.add(words[1])
+        for word in words[2:] if words[1] in known else []:
+            if word.startswith("--"):
+                assert word[2:].split("=")[0] in known[words[1]], command
+            else:
+                configurator.apply_file(str(ROOT / word), dict(known[words[1]]), known[words[1]])
+    assert seen >= {"prepare_fineweb.py", "train.py", "prepare_instruct.py", "finetune.py", "sample.py", "test_all.py"}
+
+
+def test_every_config_file_sets_only_settings_of_its_stage_and_fits_together():
+    known = settings_by_script()
+    for path in sorted((ROOT / "config").glob("*.py")):
+        stage = "finetune.py" if path.stem.endswith("chat") else "train.py"
+        settings = dict(known[stage])
+        configurator.apply_file(str(path), settings, known[stage])
+        train.check_settings(settings)
+        if stage == "train.py":
+            train.check_batch(settings["tokens_per_step"], settings["block_size"], settings["batch_size"])
+            with torch.device("meta"):
+                train.make_model(settings, Tokenizer("bytes"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -294,7 +294,7 @@ def check_settings(settings):
         for name in names.split()
         if settings.get(name, least) < least
     ]
-    problems += [f"{n} must be below 1" for n in ("beta2",) if settings[n] >= 1]
+    problems += ["beta2 must be below 1"] if settings["beta2"] >= 1 else []
     problems += [f"{n} must be at most 1" for n in ("decay_fraction", "final_lr_fraction") if settings.get(n, 0) > 1]
     if settings.get("compile") not in (None, True, False):
         problems.append("compile must be None, True or False")
@@ -370,12 +370,8 @@ def step_row(state, loss, norm, optimizers, n_tokens, seconds, flops_over_peak):
 
 def print_row(row, max_steps):
     parts = [f"step {row['step']}/{max_steps}"]
-    for name, label in (
-        ("loss", "loss"),
-        ("val_loss", "val"),
-        ("val_bpb", "bits/byte"),
-        ("hellaswag_acc", "hellaswag"),
-    ):
+    labels = {"loss": "loss", "val_loss": "val", "val_bpb": "bits/byte", "hellaswag_acc": "hellaswag"}
+    for name, label in labels.items():
         parts += [f"{label} {row[name]:.4f}"] if name in row else []
     if "tokens_per_second" in row:
         left = int((max_steps - row["step"]) * row["seconds"] / row["step"])
@@ -494,9 +490,8 @@ def describe(model, optimizers, tokenizer, train, val, n_rows):
             rates = f"learning rate {group['initial_lr']:g}, weight decay {group['weight_decay']:g}"
             print(f"  {type(opt).__name__:5} {group['name']:16} {len(group['params']):4} tensors {n:13,}  {rates}")
     T = train.block_size
-    print(
-        f"{len(train) * T:,} training and {len(val) * T:,} validation tokens; {n_rows * T:,} tokens a step", flush=True
-    )
+    sizes = f"{len(train) * T:,} training and {len(val) * T:,} validation tokens"
+    print(f"{sizes}; {n_rows * T:,} tokens a step", flush=True)
 
 
 def begin(model, optimizers, record, out_dir, init_from, overwrite, force):
@@ -583,7 +578,8 @@ def main():
         should_stop=stop_request(max_minutes), compiled=compute.type == "cuda" if compile is None else compile,
         log_interval=log_interval, checkpoint_interval=checkpoint_interval,
     )  # fmt: skip
-    print(f"{out_dir}: step {state['step']}, best validation loss {state['best_val_loss']:.4f}")
+    best = f"best.pt has validation loss {state['best_val_loss']:.4f}" if eval_interval else "no validation, no best.pt"
+    print(f"{out_dir}: ckpt.pt is at step {state['step']}, {best}")
 
 
 if __name__ == "__main__":

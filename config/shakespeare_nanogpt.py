@@ -1,5 +1,5 @@
-# The settings of nanoGPT's CPU recipe for this text (its README: 4 layers, width 128, 2,000 steps of 12 x 64 characters,
-# AdamW with cosine), to compare config/shakespeare.py with. It is ours in code: with biases, and bytes for characters.
+# The settings of nanoGPT's CPU recipe for this text (its README: 4 layers, width 128, 2,000 steps of 12 x 64 characters
+# and AdamW with cosine), to compare config/shakespeare.py with. The code is ours: with biases, bytes for characters.
 data_dir = "data/shakespeare"
 out_dir = "out/shakespeare_nanogpt"
 
