@@ -87,11 +87,10 @@ def to_messages(record, where):
 def render_within(messages, tokenizer, max_tokens):
     """(ids, mask, cut) of the whole turns that fit into max_tokens; ids is empty where not even the first does."""
     tokenizer.render(messages)  # another order of roles is refused, whatever fits
-    n_first = 1 + (messages[0]["role"] == "system")  # messages up to the first question
     while messages and messages[-1]["role"] != "assistant":  # a question without an answer teaches nothing
         messages = messages[:-1]
     whole = len(messages)
-    while len(messages) > n_first:
+    while len(messages) > 1:
         ids, mask = tokenizer.render(messages)
         if len(ids) <= max_tokens:
             return ids, mask, len(messages) < whole

@@ -530,6 +530,15 @@ def test_a_checkpoint_is_plain_data_and_is_replaced_whole(tmp_path, monkeypatch)
     assert load_checkpoint(path)["step"] == 1
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, original=original: (done.append(name), original(*a)))
+    model_py.save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
+    assert done == ["fsync", "replace", "fsync"]  # the content, the name, the folder that holds the name
+
+
 def test_a_file_that_is_not_a_checkpoint_is_refused_by_name(tmp_path):
     model_py.save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
     whole = (tmp_path / "a.pt").read_bytes()
@@ -1417,7 +1426,8 @@ def test_each_epoch_visits_every_window_of_every_uneven_shard_once(tmp_path):
         shard = np.searchsorted(starts, batch[:, 0], side="right") - 1
         assert np.bincount(shard, minlength=5).tolist() == counts
         first.append(batch[:, 0].tolist())
-    assert first[0] != first[1]  # another order, and other cuts
+    orders = [windows.order(np.arange(n, n + len(windows))).tolist() for n in (0, len(windows))]
+    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]  # another order, and other cuts
     assert sorted(first[0]) != sorted(first[1])
 
 
@@ -1470,6 +1480,14 @@ def test_accumulation_equals_one_big_batch_even_when_targets_are_uneven(family, 
     for loss, norm, weights in results[1:]:
         assert abs(loss - results[0][0]) < 1e-5 and abs(norm / results[0][1] - 1) < 1e-4
         assert (weights - results[0][2]).abs().max() < 1e-4
+
+
+def test_the_loss_of_a_step_is_the_mean_over_the_targets_that_count():
+    batch, model = random_batch(), tiny()
+    batch[1][0, 3:] = batch[1][5, :] = -100
+    expected = F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten()).item()
+    loss, _, _ = train.train_step(model, make_optimizers(model), batch, 3, 1.0, plain)
+    assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_clipping_acts_on_the_total_norm():
