@@ -1,7 +1,7 @@
 """Supervised finetuning: a checkpoint of train.py and the rows of prepare_instruct.py make an assistant.
 
     python finetune.py --checkpoint=out/fgpt_712m/best.pt --data_dir=data/instruct --out_dir=out/finetune
-    python finetune.py --out_dir=out/finetune --init_from=resume
+    python finetune.py --checkpoint=out/mine/best.pt --epochs=2 --init_from=resume
 
 The loss counts the answers and their end tokens alone. Writes into out_dir what train.py writes (log.jsonl, ckpt.pt,
 best.pt: talk to it with sample.py) and samples.md, ten questions answered before and after (by best.pt).
@@ -20,7 +20,7 @@ import torch
 from model import IGNORE, load_model, make_optimizers, pick_device
 from prepare_fineweb import read_json
 from tokenizer import Tokenizer
-from train import begin, check_settings, due, fit, lr_scale, stop_request
+from train import begin, check_settings, closing_line, due, fit, lr_scale, stop_request
 
 # files
 checkpoint = "out/fgpt_712m/best.pt"  # the model to begin with; family and tokenizer come from it
@@ -200,7 +200,7 @@ def main():
     )  # fmt: skip
     best, _ = load_model(f"{out_dir}/best.pt", compute)
     write_samples(f"{out_dir}/samples.md", before, answers(best, coder, QUESTIONS, answer_tokens, autocast))
-    print(f"{out_dir}: step {state['step']}, best validation loss {state['best_val_loss']:.4f}, samples.md")
+    print(f"{closing_line(state, out_dir)}; samples.md")
 
 
 if __name__ == "__main__":

@@ -436,7 +436,8 @@ def save_checkpoint(path, model, **entries):
 def load_checkpoint(path, device="cpu"):
     """The checkpoint's dict, tensors on `device`. FileNotFoundError, or ValueError for a file that is not one."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint; train.py writes best.pt and ckpt.pt into its out_dir")
+        what = "a folder, not a checkpoint" if os.path.isdir(path) else "no such checkpoint"
+        raise FileNotFoundError(f"{path}: {what}; train.py writes best.pt and ckpt.pt into its out_dir")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file

@@ -107,7 +107,7 @@ def find_shards(folder, split):
 
     paths = sorted(path for path in Path(folder).glob("*.bin") if split_of(path.name) == split)
     if not paths:
-        what = f"no {split} shards ({split}_*.bin)" if Path(folder).is_dir() else "no such folder"
+        what = f"no {split} shards ({split}_*.bin) there" if Path(folder).is_dir() else "no such folder of shards"
         more = " and a larger --val_fraction" if split == "val" and Path(folder).is_dir() else ""
         raise FileNotFoundError(f"{folder}: {what}: make them with prepare_fineweb.py --out_dir={folder}{more}")
     return paths

@@ -18,7 +18,7 @@ import torch
 from model import load_model, pick_device
 from tokenizer import Tokenizer
 
-checkpoint = "out/fgpt_712m/best.pt"  # file of train.py, finetune.py or dpo.py
+checkpoint = "out/fgpt_712m/best.pt"  # file of train.py or finetune.py
 prompt = ""  # text to continue or question to answer; empty: read lines
 chat = None  # True: a conversation, False: completion; None: by the stage that wrote the checkpoint
 num_samples = 1  # answers to --prompt
@@ -30,13 +30,20 @@ device = ""  # cpu, cuda, ...; empty: cuda where there is one
 dtype = ""  # float32 or bfloat16; empty: bfloat16 on GPUs that have it
 
 
-def stream(tokenizer, generated):
-    """Text pieces from an iterator of (1,) id tensors up to the end token; a character split over tokens is whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+def stream(tokenizer, generated, room=None):
+    """Text pieces from an iterator of (1,) id tensors up to the end token; a character split over tokens is whole.
+
+    room: tokens that fit into the context; when they are used up without an end token, stderr gets a note.
+    """
+    decoder, count = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
     for ids in generated:
+        count += 1
         if (token := int(ids)) == tokenizer.eot:
             break
         yield decoder.decode(tokenizer.decode_bytes([token]))
+    else:
+        if count == room:
+            print(" [the context is full]", end="", file=sys.stderr, flush=True)
     yield decoder.decode(b"", final=True)
 
 
@@ -100,7 +107,7 @@ def converse(answer, tokenizer, block_size, room):
             print(f"[{error}]")
             continue
         if len(kept) < len(history):
-            print(f"[the context is full: the oldest {(len(history) - len(kept)) // 2} turns are dropped]")
+            print(f"[the context is full: oldest turns dropped: {(len(history) - len(kept)) // 2}]")
         text = answer(ids)
         history = [*kept, {"role": "user", "content": line}, {"role": "assistant", "content": text}]
 
@@ -117,7 +124,8 @@ def main():
 
     def answer(ids):
         with autocast():
-            return say(stream(tokenizer, generate([ids], max_new_tokens)))
+            room = model.config.block_size - len(ids) + 1
+            return say(stream(tokenizer, generate([ids], max_new_tokens), room))
 
     if prompt:
         for _ in range(num_samples):

@@ -1448,7 +1448,7 @@ def test_targets_are_the_next_tokens(tmp_path):
 
 def test_data_that_cannot_be_trained_on_is_refused_by_name(tmp_path):
     paths = shards(tmp_path, 50, 60)
-    with pytest.raises(ValueError, match="block_size 64 is longer than the data.*60 tokens"):
+    with pytest.raises(ValueError, match="block_size 64 is longer than the data.*train_001.bin.*60 tokens"):
         train.Windows(paths, 64, 1000, seed=1)
     with pytest.raises(ValueError, match="token id 1.. is outside the vocabulary of 100"):
         train.Windows(paths, 8, 100, seed=1).batch(0, 13)
@@ -1754,6 +1754,13 @@ def test_streamed_text_never_splits_a_character():
         ids = [torch.tensor([i]) for i in [*coder.encode(TEXT), coder.eot, 65]]
         pieces = list(sample.stream(coder, ids))
         assert "".join(pieces) == TEXT and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_an_answer_that_fills_the_context_says_so(capsys):
+    model, coder = tiny(), Tokenizer("bytes")
+    for count, noted in ((99, True), (5, False)):
+        "".join(sample.stream(coder, model.generate([[1] * 20], count, temperature=0), room=13))
+        assert ("[the context is full]" in capsys.readouterr().err) == noted
 
 
 def test_a_full_context_drops_the_oldest_whole_turns():
@@ -2168,6 +2175,23 @@ def test_the_quick_start_runs_every_stage_and_sums_up_what_it_measured(tmp_path)
     assert (tmp_path / "q/loss.png").stat().st_size > 10_000
 
 
+def test_a_signal_ends_the_quick_start_and_not_only_its_stage(tmp_path):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", "runs/quickstart.sh", str(tmp_path / "q")]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+    for line in process.stdout:
+        if line.startswith("step 0/"):
+            os.killpg(process.pid, signal.SIGTERM)  # to all of the group, as a terminal sends Ctrl-C
+            break
+    output, errors = process.communicate()
+    assert process.returncode == 130 and "not complete" in errors and "prepare_instruct" not in output
+    help_ = subprocess.run(["bash", "runs/quickstart.sh", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert help_.returncode == 2 and "usage" in help_.stderr and not (ROOT / "--help").exists()
+
+
 def test_the_quick_start_does_not_clear_a_folder_that_holds_something_else(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     done = subprocess.run(["bash", "runs/quickstart.sh", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
@@ -2188,7 +2212,7 @@ def test_held_out_accuracy_counts_right_answers_whatever_their_case(monkeypatch,
 def readme_commands():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line.split("  #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     inline = re.findall(r"`((?:python|bash) [^`]+)`", text)
     return [part.strip() for line in lines + inline for part in line.split("&&")]
 

@@ -1,11 +1,11 @@
 """Pretrain a GPT on token shards (stage 3: prepare_fineweb.py wrote them, hellaswag.py may measure it on the way).
 
     python train.py config/shakespeare.py
-    python train.py config/fgpt_712m.py --init_from=resume
+    python train.py config/fgpt_712m.py
 
 Writes into out_dir: log.jsonl (a line of units, then a line a step), ckpt.pt (everything needed to go on) and best.pt
 (the weights with the lowest validation loss). Stopped by Ctrl-C, a signal or --max_minutes, it saves first;
---init_from=resume goes on as if it had never stopped.
+the same command with --init_from=resume goes on as if it had never stopped.
 """
 
 import json
@@ -163,10 +163,10 @@ class Windows:
         self.counts = np.array([(len(shard) - 1) // block_size for shard in self.shards])
         self.ends = np.cumsum(self.counts)
         if len(self) == 0:
-            longest = max(len(shard) for shard in self.shards)
+            longest = max(range(len(paths)), key=lambda i: len(self.shards[i]))
             raise ValueError(
-                f"block_size {block_size} is longer than the data: the longest of {len(paths)} shards in "
-                f"{Path(paths[0]).parent} has {longest} tokens; use a smaller --block_size or more data"
+                f"block_size {block_size} is longer than the data: {paths[longest]}, the longest of its kind, has "
+                f"{len(self.shards[longest])} tokens; use a smaller --block_size, more data, or a larger --val_fraction"
             )
 
     def __len__(self):
@@ -381,15 +381,23 @@ def print_row(row, max_steps):
     print(" | ".join(parts), flush=True)
 
 
+def closing_line(state, out_dir):
+    """Which weights lie in out_dir."""
+    best = f"best.pt of step {state['best_step']} (validation loss {state['best_val_loss']:.4f})"
+    best = "no best.pt, as nothing was validated" if state["best_val_loss"] == math.inf else best
+    return f"{out_dir}: ckpt.pt of step {state['step']}, {best}"
+
+
 def new_state():
-    """What a run counts: steps, trained tokens, seconds of training, best validation loss, length of its log."""
-    return {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf, "log_bytes": 0, "skipped_in_a_row": 0}
+    """What a run counts: steps, trained tokens, seconds of training, length of its log, best validation loss."""
+    counts = {"step": 0, "tokens": 0, "seconds": 0.0, "log_bytes": 0, "skipped_in_a_row": 0}
+    return counts | {"best_val_loss": math.inf, "best_step": 0}
 
 
 def finish_step(row, model, record, state, log, out_dir):
     """Log a row; keep the weights as best.pt when its validation loss is the lowest yet."""
     if row.get("val_loss", math.inf) < state["best_val_loss"]:
-        state["best_val_loss"] = row["val_loss"]
+        state["best_val_loss"], state["best_step"] = row["val_loss"], row["step"]
         metrics = {name: row[name] for name in row if name.startswith(("val_", "hellaswag_"))}
         save_checkpoint(f"{out_dir}/best.pt", model, step=row["step"], tokens=row["tokens"], metrics=metrics, **record)
     write_row(log, row)
@@ -534,9 +542,10 @@ def load_data(data_dir, tokenizer, block_size, seed):
     stored = read_meta(data_dir).get("tokenizer")
     if tokenizer and stored and tokenizer != stored:
         raise ValueError(f"{data_dir} was made with the {stored} tokenizer, not {tokenizer}: leave --tokenizer= out")
+    paths = [find_shards(data_dir, split) for split in ("train", "val")]
     coder = Tokenizer(tokenizer or stored or "gpt2")
-    train = Windows(find_shards(data_dir, "train"), block_size, coder.n_vocab, seed)
-    val = Windows(find_shards(data_dir, "val"), block_size, coder.n_vocab, seed=0)  # the same for every run
+    train = Windows(paths[0], block_size, coder.n_vocab, seed)
+    val = Windows(paths[1], block_size, coder.n_vocab, seed=0)  # the same for every run
     return coder, train, val
 
 
@@ -578,8 +587,7 @@ def main():
         should_stop=stop_request(max_minutes), compiled=compute.type == "cuda" if compile is None else compile,
         log_interval=log_interval, checkpoint_interval=checkpoint_interval,
     )  # fmt: skip
-    best = f"best.pt has validation loss {state['best_val_loss']:.4f}" if eval_interval else "no validation, no best.pt"
-    print(f"{out_dir}: ckpt.pt is at step {state['step']}, {best}")
+    print(closing_line(state, out_dir))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,20 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dir=${1:-out/quickstart}
+if [[ $dir == -* ]]; then
+    echo "usage: bash runs/quickstart.sh [FOLDER [--name=value ...]]" >&2
+    exit 2
+fi
+# the stages save and end well on Ctrl-C; the rest must not go on with half a model
+trap 'echo "quickstart.sh: stopped, $dir is not complete" >&2; exit 130' INT TERM
 more=("${@:2}")
 if [ -n "$(ls -A "$dir" 2>/dev/null)" ] && [ ! -f "$dir/seconds.txt" ]; then
     echo "quickstart.sh: $dir holds something else: name another folder" >&2
     exit 1
 fi
-rm -rf "$dir" && mkdir -p "$dir" && : >"$dir/seconds.txt"
+rm -rf "$dir"
+mkdir -p "$dir"
+: >"$dir/seconds.txt"
 
 stage() { # stage NAME COMMAND...: print the command, run it, note its seconds
     local name=$1 began=$SECONDS

@@ -40,6 +40,8 @@ def first_and_last(log, name):
 
 def main():
     folder = Path(dir)
+    if not (folder / "world/questions.json").exists():
+        raise FileNotFoundError(f"{dir}: not the folder of a quick start (bash runs/quickstart.sh {dir})")
     questions = read_json(folder / "world/questions.json")
     losses = first_and_last(folder / "base/log.jsonl", "val_loss")
     scores = first_and_last(folder / "base/log.jsonl", "hellaswag_acc")
