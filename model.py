@@ -315,7 +315,7 @@ def orthogonalize(G, steps=5):
     """Bring all singular values of each matrix near 1, keeping its singular vectors. G (n, rows, cols).
 
     Newton-Schulz iteration with the quintic coefficients of Keller Jordan (kellerjordan.github.io/posts/muon, 2024),
-    which leave the singular values between about 0.7 and 1.2. In bf16 on GPUs, where it is as good and faster.
+    which leave all but the smallest singular values between about 0.7 and 1.2. In bf16 on GPUs, as there.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.bfloat16() if G.is_cuda else G
@@ -420,13 +420,21 @@ def pick_device(device="", dtype=""):
 
 
 def save_checkpoint(path, model, **entries):
-    """Write the model's weights and config, and `entries`, so that at any moment `path` holds a whole file."""
+    """Write the model's weights and config, and `entries`, so that at any moment `path` holds a whole file.
+
+    OSError when it cannot be written; what `path` held before is still there.
+    """
     temporary = f"{path}.tmp"
     content = {"format_version": FORMAT_VERSION, "config": asdict(model.config), "model": model.state_dict(), **entries}
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise OSError(f"{path} could not be written (disk full?), an earlier one is untouched: {error}") from None
     os.replace(temporary, path)
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     os.fsync(folder)  # the new name itself must survive a power cut
