@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -393,6 +394,12 @@ def make_optimizers(model, optimizer="muon", learning_rate=3e-3, muon_learning_r
     for group in (group for opt in optimizers for group in opt.param_groups):
         group["initial_lr"] = group["lr"]  # the schedule multiplies this
     return optimizers
+
+
+def rank_and_world():
+    """(number of this process, number of processes): (0, 1) unless torchrun started several and they have joined."""
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
 
 def pick_device(device="", dtype=""):
