@@ -17,10 +17,19 @@ from configurator import configure, settings_of
 import numpy as np
 import torch
 
-from model import IGNORE, load_model, make_optimizers, pick_device
+from model import (
+    IGNORE,
+    join_processes,
+    leave_processes,
+    load_model,
+    make_optimizers,
+    pick_device,
+    rank_and_world,
+    sum_over_ranks,
+)
 from prepare_fineweb import read_json
 from tokenizer import Tokenizer
-from train import begin, check_settings, closing_line, due, fit, lr_scale, stop_request
+from train import begin, check_settings, claim_out_dir, closing_line, due, fit, lr_scale, stop_request
 
 # files
 checkpoint = "out/fgpt_712m/best.pt"  # the model to begin with; family and tokenizer come from it
@@ -113,14 +122,16 @@ def conversation_batch(conversations, rows, seed, step):
 @torch.inference_mode()
 def answer_loss(model, conversations, batch_size, autocast):
     """{"val_loss": nats per supervised token over all conversations}."""
-    device, nats, n_targets = next(model.parameters()).device, 0.0, 0
+    device, (rank, world) = next(model.parameters()).device, rank_and_world()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, supervised tokens
     order = np.argsort(conversations.lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
+    for start in range(rank * batch_size, len(order), world * batch_size):
         idx, targets = conversations.batch(order[start : start + batch_size])
         with autocast():
-            nats += model(idx.to(device), targets.to(device)).double()
-        n_targets += int((targets != IGNORE).sum())
-    return {"val_loss": float(nats) / n_targets}
+            sums[0] += model(idx.to(device), targets.to(device)).double()
+        sums[1] += int((targets != IGNORE).sum())
+    nats, n_targets = sum_over_ranks(sums).tolist()
+    return {"val_loss": nats / n_targets}
 
 
 def answers(model, tokenizer, questions, max_new_tokens, autocast, batch_size=32):
@@ -170,10 +181,11 @@ def load_conversations(folder, tokenizer, block_size):
 def main():
     settings = settings_of(globals())
     check_settings(settings)
-    if eval_interval == 0:
-        raise ValueError("eval_interval must be at least 1: validation chooses best.pt")
+    if eval_interval == 0 or batch_size == 0:
+        raise ValueError("eval_interval (validation chooses best.pt) and batch_size must be at least 1")
     if Path(checkpoint).resolve().parent == Path(out_dir).resolve():
         raise ValueError(f"out_dir {out_dir} is where the checkpoint lies, which would be overwritten: name another")
+    rank, _ = join_processes(device)
     compute, autocast = pick_device(device, dtype)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic needs of cuBLAS
     torch.use_deterministic_algorithms(deterministic)
@@ -187,7 +199,8 @@ def main():
     before = answers(model, coder, QUESTIONS, answer_tokens, autocast)
     sizes = [len(train), len(train.tokens), int(train.mask.sum())]
     record = {"stage": "finetune", "tokenizer": coder.name, "settings": settings, "data": sizes}
-    state = begin(model, optimizers, record, out_dir, init_from, overwrite, force)
+    checkpoint_of_run = claim_out_dir(out_dir, init_from, overwrite)
+    state = begin(model, optimizers, record, checkpoint_of_run, force, out_dir)
     print(f"{len(train):,} conversations, {max_steps:,} steps of {rows_per_step}; {len(val):,} for validation")
 
     def metrics_at(step):
@@ -198,9 +211,11 @@ def main():
         out_dir=out_dir, max_steps=max_steps, batch_size=batch_size, grad_clip=grad_clip, autocast=autocast,
         should_stop=stop_request(max_minutes), log_interval=log_interval, checkpoint_interval=checkpoint_interval,
     )  # fmt: skip
-    best, _ = load_model(f"{out_dir}/best.pt", compute)
-    write_samples(f"{out_dir}/samples.md", before, answers(best, coder, QUESTIONS, answer_tokens, autocast))
+    if rank == 0:
+        best, _ = load_model(f"{out_dir}/best.pt", compute)
+        write_samples(f"{out_dir}/samples.md", before, answers(best, coder, QUESTIONS, answer_tokens, autocast))
     print(f"{closing_line(state, out_dir)}; samples.md")
+    leave_processes()
 
 
 if __name__ == "__main__":

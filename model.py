@@ -10,6 +10,7 @@ Shapes in comments: B batch, T positions, C = n_embd, H = n_head, D = head_dim, 
 
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -309,6 +310,47 @@ def cross_entropy_sum(x, weight, targets):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# one process or many
+
+
+def join_processes(device=""):
+    """Under torchrun: join the other processes and take this one's GPU; from here on only the first one prints.
+
+    Returns rank_and_world(). ValueError when there are more processes than GPUs.
+    """
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        local_rank, on_gpu = int(os.environ["LOCAL_RANK"]), device != "cpu" and torch.cuda.is_available()
+        if on_gpu and local_rank >= torch.cuda.device_count():
+            n = torch.cuda.device_count()
+            raise ValueError(f"torchrun started more processes than this machine has GPUs: --nproc_per_node={n}")
+        if on_gpu:
+            torch.cuda.set_device(local_rank)
+        # small messages between hosts go through gloo: they do not wait for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+    return rank_and_world()
+
+
+def leave_processes():
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank_and_world():
+    """(number of this process, number of processes): (0, 1) unless torchrun started several and they have joined."""
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+
+
+def sum_over_ranks(tensor):
+    """The tensor, its elements summed over all processes, in place."""
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # optimizers
 
 
@@ -330,12 +372,26 @@ def orthogonalize(G, steps=5):
     return X.mT if tall else X
 
 
+def orthogonalize_shared(G):
+    """`orthogonalize`, the work shared between processes, which must all hold the same G (n, rows, cols)."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return orthogonalize(G)
+    share = -(-len(G) // world)
+    mine = G[rank * share : (rank + 1) * share]
+    mine = orthogonalize(torch.cat((mine, G.new_zeros(share - len(mine), *G.shape[1:]))))
+    whole = mine.new_empty(share * world, *G.shape[1:])
+    dist.all_gather_into_tensor(whole, mine.contiguous())
+    return whole[: len(G)]
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024), for matrices inside the network; not for embeddings.
 
     The step is lr * sqrt(max(1, rows / cols)) (Jordan's rule) times the orthogonalized Nesterov momentum; weight decay
     is decoupled. A parameter group's `n_split` says into how many matrices its parameters are cut first, by rows: a
-    fused QKV matrix is three. Matrices of one shape are orthogonalized together.
+    fused QKV matrix is three. Matrices of one shape are orthogonalized together. Under torchrun every process keeps
+    the momentum and orthogonalizes its share of the matrices; gradients must be the same on all.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
@@ -356,7 +412,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, cols), pairs in same_shape.items():
                 rows //= group["n_split"]
                 updates = torch.stack([update for _, update in pairs])
-                updates = orthogonalize(updates.view(-1, rows, cols)).reshape(updates.shape)
+                updates = orthogonalize_shared(updates.view(-1, rows, cols)).reshape(updates.shape)
                 step_size = group["lr"] * max(1, rows / cols) ** 0.5
                 for (p, _), update in zip(pairs, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-step_size)
@@ -394,12 +450,6 @@ def make_optimizers(model, optimizer="muon", learning_rate=3e-3, muon_learning_r
     for group in (group for opt in optimizers for group in opt.param_groups):
         group["initial_lr"] = group["lr"]  # the schedule multiplies this
     return optimizers
-
-
-def rank_and_world():
-    """(number of this process, number of processes): (0, 1) unless torchrun started several and they have joined."""
-    joined = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
 
 def pick_device(device="", dtype=""):

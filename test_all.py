@@ -5,11 +5,13 @@ import functools
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
 import random
 import re
+import resource
 import runpy
 import shlex
 import signal
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -1590,7 +1593,7 @@ def pretrain(story, out, **changes):
 def log_rows(out):
     """Rows of a run's log without their time fields."""
     rows = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "peak_memory")} for row in rows]
 
 
 @pytest.fixture(scope="session")
@@ -1648,6 +1651,259 @@ def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(story, tmp_path, family):
     for name in ("ckpt.pt", "best.pt"):
         a, b = (load_checkpoint(tmp_path / folder / name) for folder in ("whole", "parts"))
         assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def same_run(one, other):
+    """Whether two runs logged the same and ended with bit-identical weights."""
+    weights = [[load_checkpoint(Path(out, name))["model"] for name in ("ckpt.pt", "best.pt")] for out in (one, other)]
+    equal = [torch.equal(a[key], b[key]) for a, b in zip(*weights, strict=True) for key in a]
+    return log_rows(one) == log_rows(other) and all(equal)
+
+
+def start(*command, **settings):
+    """A stage in a process of its own, whose lines can be read as they come."""
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    return subprocess.Popen(
+        [sys.executable, *command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+FAMILY_AND_OPTIMIZER = [("gpt2", "adamw"), ("modern", "muon")]
+
+
+@pytest.mark.parametrize("family, optimizer", FAMILY_AND_OPTIMIZER)
+def test_a_run_that_was_killed_at_random_times_equals_one_that_was_not(story, tmp_path, family, optimizer):
+    changes = dict(family=family, optimizer=optimizer, max_steps=45, checkpoint_interval=3, eval_interval=5)
+    pretrain(story, tmp_path / "whole", **changes)
+    settings = SMALL | changes | dict(data_dir=story / "data", out_dir=tmp_path / "parts")
+    chance, target = random.Random(), 0
+    for _ in range(3):
+        target += chance.randint(3, 12)
+        process = start("train.py", init_from="resume" if target > 12 else "scratch", overwrite=True, **settings)
+        for line in process.stdout:
+            if re.match(rf"step {target}/", line):
+                break
+        time.sleep(chance.random() / 20)  # some steps, or a write
+        process.kill()
+        process.communicate()
+        if not (tmp_path / "parts/ckpt.pt").exists():
+            target = 0
+    pretrain(story, tmp_path / "parts", **changes, init_from="resume")
+    assert same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+class Died(BaseException):
+    """Stands for a kill: nothing in the product may catch it."""
+
+
+def die_at(patch, module, function, call, after):
+    """Let the process die before or after a function's call number `call`, after half of what torch.save writes."""
+    real, calls = getattr(module, function), iter(range(1, 1000))
+
+    def mortal(*arguments):
+        if next(calls) != call:
+            return real(*arguments)
+        if function == "save":
+            buffer = io.BytesIO()
+            real(arguments[0], buffer)
+            arguments[1].write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+        elif after:
+            real(*arguments)
+        raise Died
+
+    patch.setattr(module, function, mortal)
+
+
+@pytest.mark.parametrize("family, optimizer", FAMILY_AND_OPTIMIZER)
+def test_a_death_inside_the_write_of_a_checkpoint_changes_nothing(story, tmp_path, family, optimizer):
+    changes = dict(family=family, optimizer=optimizer, max_steps=9, checkpoint_interval=2, eval_interval=3)
+    pretrain(story, tmp_path / "whole", **changes)
+    deaths = [(torch, "save", 1, 0), (torch, "save", 4, 0), (torch, "save", 3, 0), (os, "replace", 2, 0)]
+    deaths += [(os, "replace", 2, 1), (os, "fsync", 2, 0), (os, "fsync", 5, 1)]  # of best.pt, ckpt.pt and the log
+    for number, death in enumerate(deaths):
+        out = tmp_path / str(number)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
+            die_at(patch, *death)
+            pretrain(story, out, **changes)
+        pretrain(story, out, **changes, init_from="resume")
+        assert same_run(tmp_path / "whole", out), death
+
+
+def test_a_full_disk_is_reported_and_the_next_checkpoint_is_written(story, tmp_path, monkeypatch, capsys):
+    changes = dict(max_steps=8, checkpoint_interval=2, eval_interval=4)
+    pretrain(story, tmp_path / "whole", **changes)
+    real, log, limits, kept = train.write, tmp_path / "out/log.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE), []
+
+    def full_for_a_while(path, model, entries, *more):
+        full = 2 <= entries["step"] <= 5
+        before = Path(path).read_bytes() if full else b""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 10 if full else limits[1], limits[1]))
+        written = real(path, model, entries, *more)
+        kept.extend([not written and Path(path).read_bytes() == before] if full else [])
+        return written
+
+    monkeypatch.setattr(train, "write", full_for_a_while)
+    pretrain(story, tmp_path / "out", **changes)
+    said = capsys.readouterr().out
+    assert said.count("warning: no new") == 3 and said.count("goes on") == 3
+    assert kept == [True] * 3 and not list((tmp_path / "out").glob("*.tmp"))
+    assert same_run(tmp_path / "whole", tmp_path / "out")  # the log's rows had waited for space
+    monkeypatch.setattr(torch, "save", lambda *arguments: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError, match="disk full.*No space left"):  # the last one must
+        pretrain(story, tmp_path / "out", **changes | dict(max_steps=9, init_from="resume"))
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_resumed_from_its_start(story, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/ckpt.pt.tmp").write_bytes(b"half a checkpo")
+    pretrain(story, tmp_path / "out", max_steps=2, init_from="resume")
+    pretrain(story, tmp_path / "whole", max_steps=2)
+    assert same_run(tmp_path / "whole", tmp_path / "out")
+    (tmp_path / "out/ckpt.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):  # best.pt would be lost
+        pretrain(story, tmp_path / "out", max_steps=2, init_from="resume")
+
+
+def test_a_second_signal_stops_at_once_but_not_in_the_same_second(story, tmp_path):
+    settings = SMALL | dict(data_dir=story / "data", out_dir=tmp_path / "out", max_steps=10**6, eval_interval=0)
+    process = start("train.py", **settings | dict(tokens_per_step=32 * 8192, batch_size=8192, max_minutes=1.0))
+    for line in process.stdout:
+        if line.startswith("step 0/"):
+            break
+    for pause in (0.2, 1.5, 0):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(pause)
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGTERM and output.count("stopping after this step") == 1
+
+
+def test_the_length_of_a_run_is_given_in_steps_or_tokens_and_its_time_in_minutes(story, tmp_path):
+    pretrain(story, tmp_path / "tokens", max_tokens=1000, max_steps=1)
+    header, *rows = log_rows(tmp_path / "tokens")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows[-1]["learning_rate"] < rows[2]["learning_rate"]
+    pretrain(story, tmp_path / "minutes", max_steps=1000, max_minutes=1e-9)
+    assert load_checkpoint(tmp_path / "minutes/ckpt.pt")["step"] == 1
+
+
+def test_the_largest_micro_batch_is_found_stored_and_used_again(story, tmp_path, monkeypatch, capsys):
+    tried, real = [], GPT.forward
+
+    def forward(self, idx, targets=None):  # a machine whose memory holds three rows
+        if torch.is_grad_enabled():
+            tried.append(len(idx))
+            if len(idx) > 3:
+                raise torch.OutOfMemoryError("out of memory")
+        return real(self, idx, targets)
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    sizes = dict(tokens_per_step=12 * 32, batch_size=0)
+    pretrain(story, tmp_path / "found", max_steps=2, **sizes)
+    assert tried == [12, 6, 3] + 2 * [3, 3, 3, 3] and "3 windows at a time" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "found/ckpt.pt")["settings"]["batch_size"] == 3
+    pretrain(story, tmp_path / "found", max_steps=3, **sizes, init_from="resume")
+    assert tried[11:] == [3, 3, 3, 3]
+    pretrain(story, tmp_path / "given", max_steps=2, **sizes | dict(batch_size=3))
+    assert log_rows(tmp_path / "given")[1:3] == log_rows(tmp_path / "found")[1:3]  # the search left no trace
+    monkeypatch.setattr(train, "fits", lambda *arguments: False)
+    with pytest.raises(ValueError, match="not even one row fits into memory"):
+        pretrain(story, tmp_path / "none", max_steps=2, **sizes)
+
+
+def test_a_run_tells_at_the_start_what_it_will_do_and_logs_its_memory(story, tmp_path, capsys):
+    pretrain(story, tmp_path, max_steps=4, seed=5)
+    said = capsys.readouterr().out
+    changed = re.search("settings that are not the default: (.*)", said).group(1).split(" ")
+    assert "seed=5" in changed and "max_steps=4" in changed and not any(s.startswith("grad_clip") for s in changed)
+    model, _ = load_model(tmp_path / "ckpt.pt")
+    counts = [int(n.replace(",", "")) for n in re.findall(r"tensors +([\d,]+)", said)]
+    assert sum(counts) == model.n_params() and f"{model.n_params():,} parameters" in said
+    flops = model.flops_per_token() * 4 * 256
+    epoch = len(train.Windows(train.find_shards(story / "data", "train"), 32, 259, seed=0)) * 32
+    assert f"4 steps: 1,024 tokens ({1024 / epoch:.3g} epochs), {flops:.3g} FLOPs" in said
+    assert f"{epoch:,} training" in said and "a step: 256 tokens, 4 windows at a time" in said
+    assert re.search(r"step 4/4 \| loss .* \| val .* tok/s \| 0:00:00 left", said)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert 0.05 < rows[-1]["peak_memory"] < 20 and rows[-1]["peak_memory"] >= rows[2]["peak_memory"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# many processes: two of them, with gloo
+
+
+def difference(one, two, name):
+    """Largest difference of two runs' logs in what all their rows, or those that were validated, hold."""
+    values = [[row[name] for row in log_rows(out) if name in row] for out in (one, two)]
+    return max(abs(a - b) for a, b in zip(*values, strict=True))
+
+
+SHARED_WORK = """
+import json, sys, torch
+sys.path.insert(0, {root!r})
+import model, train, test_all
+rank, world = model.join_processes("cpu")
+matrices = torch.randn(5, 6, 9, generator=torch.Generator().manual_seed(0))
+network = test_all.tiny("gpt2")
+optimizers = model.make_optimizers(network, "muon")
+parallel = train.DistributedDataParallel(network)
+idx, targets = test_all.random_batch(rows=3)
+targets[0, 4:] = -100
+norms = [train.train_step(parallel, optimizers, (idx[:n], targets[:n]), 1, 1.0, test_all.plain) for n in (1, 3)]
+result = dict(rank=rank, world=world, norms=norms, weights=network.h[0].attn.c_attn.weight.tolist())
+result["orthogonal"] = model.orthogonalize_shared(matrices).tolist()
+json.dump(result, open(f"{folder}/{{rank}}.json", "w"))
+print("printed by", rank)
+model.leave_processes()
+"""
+
+
+def test_processes_share_rows_and_matrices_even_where_there_are_too_few(tmp_path):
+    (tmp_path / "work.py").write_text(SHARED_WORK.format(root=str(ROOT), folder=str(tmp_path)))
+    output, errors = start(*TORCHRUN, str(tmp_path / "work.py")).communicate()
+    assert output == "printed by 0\n", errors
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [(result.pop("rank"), result.pop("world")) for result in results] == [(0, 2), (1, 2)]
+    assert results[0] == results[1]  # bit for bit the same weights on both
+    network = tiny("gpt2")
+    optimizers = make_optimizers(network, "muon")
+    idx, targets = random_batch(rows=3)
+    targets[0, 4:] = -100
+    norms = [train.train_step(network, optimizers, (idx[:n], targets[:n]), 1, 1.0, plain) for n in (1, 3)]
+    torch.testing.assert_close(torch.tensor(results[0]["norms"]), torch.tensor(norms), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(results[0]["weights"]), network.h[0].attn.c_attn.weight.data)
+    matrices = torch.randn(5, 6, 9, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.tensor(results[0]["orthogonal"]), model_py.orthogonalize(matrices))
+
+
+def test_two_processes_train_as_one_stop_together_and_one_goes_on(story, tmp_path):
+    changes = dict(batch_size=4, max_steps=50, eval_interval=10, checkpoint_interval=100)
+    pretrain(story, tmp_path / "one", **changes)
+    settings = SMALL | changes | dict(data_dir=story / "data", out_dir=tmp_path / "two")
+    process = start(*TORCHRUN, "train.py", **settings)
+    for line in process.stdout:
+        if line.startswith("step 25/"):
+            process.terminate()
+    assert 25 <= load_checkpoint(tmp_path / "two/ckpt.pt")["step"] < 50, process.stderr.read()
+    process.communicate()
+    pretrain(story, tmp_path / "two", **changes, init_from="resume")
+    assert log_rows(tmp_path / "two")[-1]["step"] == 50
+    assert difference(tmp_path / "one", tmp_path / "two", "loss") < 1e-5
+    assert difference(tmp_path / "one", tmp_path / "two", "val_loss") < 1e-5
+    assert difference(tmp_path / "one", tmp_path / "two", "grad_norm") < 1e-4  # clipping sees the norm of the whole
+
+
+def test_two_processes_go_on_with_the_run_of_one(story, tmp_path, monkeypatch):
+    changes = dict(family="modern", optimizer="adamw", batch_size=2, max_steps=50, eval_interval=25)
+    pretrain(story, tmp_path / "one", **changes)
+    with monkeypatch.context() as patch:
+        steps = iter([False] * 4 + [True])
+        patch.setattr(train, "stop_request", lambda minutes: lambda: next(steps))
+        pretrain(story, tmp_path / "two", **changes)
+    settings = SMALL | changes | dict(data_dir=story / "data", out_dir=tmp_path / "two", init_from="resume")
+    output, errors = start(*TORCHRUN, "train.py", **settings).communicate()
+    assert output.count("another number of processes") == output.count("shared by 2 processes") == 1, errors
+    assert difference(tmp_path / "one", tmp_path / "two", "loss") < 1e-5
+    assert load_checkpoint(tmp_path / "two/ckpt.pt")["step"] == 50
 
 
 def test_a_used_out_dir_is_refused_and_nothing_is_lost(story, tmp_path):

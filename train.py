@@ -1,19 +1,22 @@
 """Pretrain a GPT on token shards (stage 3: prepare_fineweb.py wrote them, hellaswag.py may measure it on the way).
 
     python train.py config/shakespeare.py
-    python train.py config/fgpt_712m.py
+    torchrun --nproc_per_node=8 train.py config/fgpt_712m.py --batch_size=0
 
 Writes into out_dir: log.jsonl (a line of units, then a line a step), ckpt.pt (everything needed to go on) and best.pt
-(the weights with the lowest validation loss). Stopped by Ctrl-C, a signal or --max_minutes, it saves first;
-the same command with --init_from=resume goes on as if it had never stopped.
+(the weights with the lowest validation loss). Stopped by Ctrl-C, SIGTERM or --max_minutes, it saves first. Killed at
+any moment, the same command with --init_from=resume goes on from ckpt.pt as if nothing had happened. Under torchrun
+every process takes its share of the same global batches, and the first one writes; several nodes need one out_dir.
 """
 
 import json
 import math
 import os
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +24,24 @@ from configurator import configure, settings_of
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import hellaswag
-from model import FAMILIES, GPT, IGNORE, GPTConfig, load_checkpoint, make_optimizers, pick_device, save_checkpoint
+from model import (
+    FAMILIES,
+    GPT,
+    IGNORE,
+    GPTConfig,
+    join_processes,
+    leave_processes,
+    load_checkpoint,
+    make_optimizers,
+    pick_device,
+    rank_and_world,
+    save_checkpoint,
+    sum_over_ranks,
+)
 from prepare_fineweb import find_shards, open_shard, read_meta
 from tokenizer import Tokenizer
 
@@ -46,8 +64,9 @@ rope_theta = 10000.0  # base of rotary positions (modern)
 # optimization
 optimizer = "muon"  # muon (AdamW for embeddings and norms) or adamw
 tokens_per_step = 524288  # global batch, tokens
-batch_size = 16  # micro-batch, sequences; the rest is accumulated
+batch_size = 16  # micro-batch, sequences, the rest is accumulated; 0: the largest that fits into the GPU
 max_steps = 19073  # length of the run, optimizer steps
+max_tokens = 0  # length of the run, tokens (then max_steps does not count); 0: max_steps
 learning_rate = 3e-3  # peak of AdamW
 muon_learning_rate = 0.02  # peak of Muon
 weight_decay = 0.1  # decoupled, on matrices and embeddings
@@ -76,6 +95,7 @@ compile = None  # torch.compile; None: on cuda only
 activation_checkpointing = False  # less memory for a third more compute
 deterministic = False  # bit-identical runs where kernels would differ
 
+DEFAULTS = settings_of(globals())
 UNITS = {
     "step": "optimizer steps done",
     "tokens": "trained tokens",
@@ -85,7 +105,8 @@ UNITS = {
     "muon_learning_rate": "Muon",
     "seconds": "training time",
     "tokens_per_second": "this step, padding included",
-    "mfu": "share of the GPU's bf16 peak",
+    "mfu": "share of the GPUs' bf16 peak",
+    "peak_memory": "GB, of the first process: allocated on its GPU, or resident",
     "skipped": "1: not finite, not applied",
     "val_loss": "nats/token",
     "val_bpb": "bits/byte",
@@ -95,17 +116,20 @@ UNITS = {
 # dense bf16 FLOP/s from NVIDIA's data sheets; the first name contained in the GPU's name counts
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
 # settings that may differ when a run is resumed, because they do not change its weights (or extend it on purpose)
-MAY_CHANGE = {"out_dir", "data_dir", "init_from", "overwrite", "force", "max_steps", "eval_interval", "eval_tokens"} | {
+MAY_CHANGE = {"out_dir", "data_dir", "init_from", "overwrite", "force", "max_steps", "max_tokens"} | {
+    "eval_interval", "eval_tokens",
     "hellaswag_interval", "hellaswag_source", "hellaswag_limit", "sample_interval", "sample_prompt", "log_interval",
     "checkpoint_interval", "max_minutes", "epochs", "answer_tokens", "checkpoint",
 }  # fmt: skip
 # settings that --force cannot change: weights and optimizer states would not fit
 SHAPES = {"family", "block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "optimizer", "tokenizer"}
+CPU_TOKENS = 8192  # largest micro-batch that --batch_size=0 finds on a CPU
 LEAST = {  # smallest sensible value of every number
-    1: "block_size n_layer n_head n_embd tokens_per_step batch_size max_steps eval_tokens log_interval rows_per_step "
+    1: "block_size n_layer n_head n_embd tokens_per_step max_steps eval_tokens log_interval rows_per_step "
     "checkpoint_interval epochs answer_tokens",
-    0: "head_dim mlp_dim learning_rate muon_learning_rate weight_decay beta2 grad_clip warmup_steps decay_fraction "
-    "final_lr_fraction seed eval_interval hellaswag_interval hellaswag_limit sample_interval max_minutes",
+    0: "batch_size max_tokens head_dim mlp_dim learning_rate muon_learning_rate weight_decay beta2 grad_clip "
+    "warmup_steps decay_fraction final_lr_fraction seed eval_interval hellaswag_interval hellaswag_limit "
+    "sample_interval max_minutes",
 }
 
 
@@ -121,10 +145,10 @@ def mix(x):
 
 
 def key_of(*numbers):
-    """One (1,) uint64 key from several integers."""
+    """A uint64 key from several integers, or (n,) keys where some of them are (n,) arrays."""
     key = np.zeros(1, np.uint64)
     for number in numbers:
-        key = mix(key + np.uint64(int(number) % 2**63) + np.uint64(0x9E3779B97F4A7C15))
+        key = mix(key + np.asarray(number).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
     return key
 
 
@@ -159,8 +183,9 @@ class Windows:
 
     def __init__(self, paths, block_size, n_vocab, seed):
         self.paths, self.block_size, self.n_vocab, self.seed = paths, block_size, n_vocab, seed
-        self.shards = [open_shard(path) for path in paths]
-        self.counts = np.array([(len(shard) - 1) // block_size for shard in self.shards])
+        self.shards = [np.asarray(open_shard(path)) for path in paths]  # slices of a plain view are made faster
+        self.lengths = np.array([len(shard) for shard in self.shards])
+        self.counts = (self.lengths - 1) // block_size
         self.ends = np.cumsum(self.counts)
         if len(self) == 0:
             longest = max(range(len(paths)), key=lambda i: len(self.shards[i]))
@@ -174,15 +199,24 @@ class Windows:
 
     def batch(self, first, count):
         """Windows number first to first + count - 1 of the endless order: (count, block_size + 1) int64."""
-        numbers = np.arange(first, first + count)
-        rows = [self.window(n // len(self), k) for n, k in zip(numbers, self.order(numbers), strict=True)]
-        batch = np.stack(rows).astype(np.int64)
+        shards, starts = self.places(np.arange(first, first + count))
+        stop = self.block_size + 1
+        rows = [self.shards[shard][start : start + stop] for shard, start in zip(shards, starts, strict=True)]
+        batch = np.stack(rows)
         if batch.max() >= self.n_vocab:
             raise ValueError(
                 f"{Path(self.paths[0]).parent}: token id {batch.max()} is outside the vocabulary of {self.n_vocab}: "
                 "the shards are damaged or were made with another tokenizer (--tokenizer=)"
             )
-        return batch
+        return batch.astype(np.int64)
+
+    def places(self, numbers):
+        """Numbers in the endless order -> (shard, first token in it) of each window, two arrays."""
+        epochs, windows = numbers // len(self), self.order(numbers)
+        shards = np.searchsorted(self.ends, windows, side="right")
+        left_over = (self.lengths[shards] - 1) % self.block_size
+        offsets = (key_of(self.seed, epochs, shards) % (left_over + 1).astype(np.uint64)).astype(np.int64)
+        return shards, offsets + (windows - (self.ends - self.counts)[shards]) * self.block_size
 
     def order(self, numbers):
         """Numbers in the endless order -> windows in range(len(self))."""
@@ -191,13 +225,6 @@ class Windows:
             here = numbers // len(self) == epoch
             windows[here] = permute(numbers[here] % len(self), len(self), key_of(self.seed, epoch))
         return windows
-
-    def window(self, epoch, k):
-        shard = int(np.searchsorted(self.ends, k, side="right"))
-        left_over = (len(self.shards[shard]) - 1) % self.block_size
-        offset = int(key_of(self.seed, epoch, shard)[0] % np.uint64(left_over + 1))
-        start = offset + int(k - (self.ends[shard] - self.counts[shard])) * self.block_size
-        return self.shards[shard][start : start + self.block_size + 1]
 
 
 def next_token_batch(windows, n_rows, step):
@@ -225,25 +252,29 @@ def lr_scale(step, max_steps, warmup_steps, schedule="constant", decay_fraction=
 
 
 def train_step(model, optimizers, batch, batch_size, grad_clip, autocast):
-    """One optimizer step on a global batch, batch_size rows at a time.
+    """One optimizer step on a global batch, of which every process takes its share, batch_size rows at a time.
 
-    The loss is the sum over all targets divided by their number in the whole batch, so micro-batches of unequal numbers
-    of targets weigh right. A step whose loss or gradient is not finite is not applied. Returns loss (nats/token),
-    gradient norm before clipping, and whether the step was applied.
+    The loss is the sum over all targets divided by their number in the whole batch, so shares and micro-batches of
+    unequal numbers of targets weigh right. A step whose loss or gradient is not finite is not applied. Returns loss
+    (nats/token), gradient norm before clipping, and whether the step was applied: the same on every process.
     """
-    idx, targets = batch
-    device = next(model.parameters()).device
+    (idx, targets), device, (rank, world) = batch, next(model.parameters()).device, rank_and_world()
     n_targets = max(1, int((targets != IGNORE).sum()))
+    idx, targets = (part.tensor_split(world)[rank] for part in (idx, targets))
+    if len(idx) == 0:  # fewer rows than processes: the others still wait for this one's gradients, which are zero
+        idx, targets = batch[0][:1], torch.full_like(batch[1][:1], IGNORE)
     total = torch.zeros((), device=device)
     for start in range(0, len(idx), batch_size):
-        rows = slice(start, start + batch_size)
+        rows, last = slice(start, start + batch_size), start + batch_size >= len(idx)
         x, y = idx[rows].to(device, non_blocking=True), targets[rows].to(device, non_blocking=True)
-        with autocast():
-            loss = model(x, y) / n_targets
-        loss.backward()
+        with nullcontext() if last or world == 1 else model.no_sync():  # gradients are exchanged once a step
+            with autocast():
+                loss = model(x, y) / n_targets
+            (loss * world).backward()  # DistributedDataParallel takes the mean over processes, but this is a sum
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    loss, norm = torch.stack((total, norm)).tolist()  # the one time in a step that the host waits for the device
+    # the one time in a step that the host waits for the device
+    loss, norm = torch.stack((sum_over_ranks(total), norm)).tolist()
     applied = math.isfinite(loss) and math.isfinite(norm)
     for opt in optimizers:
         if applied:
@@ -255,14 +286,60 @@ def train_step(model, optimizers, batch, batch_size, grad_clip, autocast):
 @torch.inference_mode()
 def validation_loss(model, windows, n_windows, batch_size, token_bytes, autocast):
     """Mean loss over the first n_windows of `windows`: {"val_loss": nats/token, "val_bpb": bits/byte}."""
-    device, nats, n_tokens, n_bytes = next(model.parameters()).device, 0.0, 0, 0
-    for first in range(0, n_windows, batch_size):
+    device, (rank, world) = next(model.parameters()).device, rank_and_world()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
+    for first in range(rank * batch_size, n_windows, world * batch_size):
         rows = torch.from_numpy(windows.batch(first, min(batch_size, n_windows - first)))
         with autocast():
-            nats += model(rows[:, :-1].to(device), rows[:, 1:].to(device)).double()
-        n_tokens += rows[:, 1:].numel()
-        n_bytes += int(token_bytes[rows[:, 1:].numpy()].sum())
-    return {"val_loss": float(nats) / n_tokens, "val_bpb": float(nats) / math.log(2) / max(1, n_bytes)}
+            sums[0] += model(rows[:, :-1].to(device), rows[:, 1:].to(device)).double()
+        sums[1] += rows[:, 1:].numel()
+        sums[2] += int(token_bytes[rows[:, 1:].numpy()].sum())
+    nats, n_tokens, n_bytes = sum_over_ranks(sums).tolist()
+    return {"val_loss": nats / n_tokens, "val_bpb": nats / math.log(2) / max(1, n_bytes)}
+
+
+def fits(model, optimizers, batch_size, autocast):
+    """Whether a forward and backward pass of batch_size rows fits into memory, beside the optimizers' states."""
+    try:
+        states = [
+            torch.empty_like(p)
+            for opt in optimizers
+            for group in opt.param_groups
+            for p in group["params"]
+            for _ in range(2 if isinstance(opt, torch.optim.AdamW) else 1)
+        ]
+        idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=states[0].device)
+        with autocast():
+            loss = model(idx, idx)
+        loss.backward()
+        return True
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # the latter on a CPU
+            return False
+        raise
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def find_batch_size(model, optimizers, checkpoint, n_rows, autocast):
+    """The micro-batch for n_rows a step and process: that of the checkpoint if it divides them, else the largest.
+
+    The divisors of n_rows are tried from the largest down, each at most half the one before, until one fits into the
+    memory of every process; without torch.compile, which needs less. ValueError when not even one row fits.
+    """
+    stored = checkpoint["settings"].get("batch_size", 0) if checkpoint else 0
+    if stored and n_rows % stored == 0:
+        return stored
+    on_cpu, T = next(model.parameters()).device.type == "cpu", model.config.block_size
+    sizes = [size for size in range(n_rows, 0, -1) if n_rows % size == 0]
+    if on_cpu:  # more is not faster there, and what does not fit is swapped
+        sizes = [size for size in sizes if size * T <= CPU_TOKENS] or [1]
+    while sum_over_ranks(torch.tensor(float(not fits(model, optimizers, sizes[0], autocast)))) > 0:
+        sizes = [size for size in sizes if size <= sizes[0] // 2]
+        if not sizes:
+            raise ValueError("not even one row fits into memory: --activation_checkpointing=True or a smaller model")
+    torch.cuda.empty_cache()
+    return sizes[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -271,18 +348,20 @@ def validation_loss(model, windows, n_windows, batch_size, token_bytes, autocast
 
 def claim_out_dir(out_dir, init_from, overwrite):
     """Make out_dir; the checkpoint to resume from, or None. ValueError if a run would be lost or there is none."""
-    folder = Path(out_dir)
+    folder, is_first = Path(out_dir), rank_and_world()[0] == 0
     if init_from not in ("scratch", "resume"):
         raise ValueError(f"init_from must be scratch or resume, not {init_from!r}")
-    if init_from == "resume":
+    begun = (folder / "ckpt.pt").exists() or (folder / "best.pt").exists() or not folder.is_dir()
+    if init_from == "resume" and begun:  # else the run was killed before its first checkpoint: there is nothing to lose
         return load_checkpoint(folder / "ckpt.pt")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if init_from == "scratch" and is_first and folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(
             f"{out_dir} is in use: --init_from=resume goes on, --overwrite=True starts anew, or --out_dir="
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("ckpt.pt", "best.pt", "log.jsonl"):  # a later resume must not find the old run
-        (folder / name).unlink(missing_ok=True)
+    if is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("ckpt.pt", "best.pt", "log.jsonl"):  # a later resume must not find the old run
+            (folder / name).unlink(missing_ok=True)
     return None
 
 
@@ -317,8 +396,13 @@ def check_resumable(record, checkpoint, force):
 
 
 def open_log(path, n_bytes):
-    """The log, cut to its first n_bytes, ready to append; a new log begins with the line of units."""
-    log = open(path, "ab")
+    """The log, cut to its first n_bytes, ready to append; a new log begins with the line of units.
+
+    What a full disk does not take waits in the file's buffer, large enough for thousands of rows.
+    """
+    if rank_and_world()[0] > 0:
+        return open(os.devnull, "ab")
+    log = open(path, "ab", buffering=1 << 20)
     if log.tell() < n_bytes:
         print(f"{path} lacks rows that were written before the checkpoint: it begins anew")
         n_bytes = 0
@@ -329,25 +413,35 @@ def open_log(path, n_bytes):
 
 
 def write_row(log, row):
-    log.write((json.dumps(row) + "\n").encode())
-    log.flush()
+    with suppress(OSError):  # a full disk: saving a checkpoint will report it
+        log.write((json.dumps(row) + "\n").encode())
+        log.flush()
 
 
 def stop_request(max_minutes):
-    """A function that is true once SIGINT or SIGTERM came, or the minutes are over (0: never).
+    """A function that is true once SIGINT or SIGTERM came, or the minutes are over (0: never), on any process.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once, unless it comes in the same second: of Ctrl-C, torchrun's processes get
+    one from the terminal and one from torchrun.
     """
     began, caught = time.time(), []
 
     def handler(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        print("stopping after this step; once more to stop at once", flush=True)
+        caught.append(time.time())
+        if caught[-1] - caught[0] > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif len(caught) == 1:
+            print("stopping after this step; once more to stop at once", flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
-    return lambda: bool(caught) or (max_minutes > 0 and time.time() - began > 60 * max_minutes)
+
+    def should_stop():
+        wanted = bool(caught) or (max_minutes > 0 and time.time() - began > 60 * max_minutes)
+        return bool(sum_over_ranks(torch.tensor(float(wanted))) > 0)
+
+    return should_stop
 
 
 def peak_flops(device):
@@ -356,29 +450,49 @@ def peak_flops(device):
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def step_row(state, loss, norm, optimizers, n_tokens, seconds, flops_over_peak):
-    """The log's row for a step just done; flops_over_peak is FLOPs per token over the GPU's peak, or None."""
+def peak_memory(device):
+    """Largest memory of this process so far, GB: allocated on the GPU, else resident; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def step_row(state, loss, norm, optimizers, tokens_per_second, flops_over_peak, device):
+    """The log's row for a step just done; flops_over_peak: FLOPs per token over the GPUs' peak, or None."""
     row = {"step": state["step"], "tokens": state["tokens"]}
     row |= {"loss": loss} if math.isfinite(loss) else {"skipped": 1}
     row |= {"grad_norm": norm} if math.isfinite(norm) else {"skipped": 1}
     row["learning_rate"] = optimizers[0].param_groups[0]["lr"]
     if len(optimizers) > 1:
         row["muon_learning_rate"] = optimizers[1].param_groups[0]["lr"]
-    row |= {"seconds": round(state["seconds"], 3), "tokens_per_second": round(n_tokens / seconds)}
-    return row | ({"mfu": round(flops_over_peak * n_tokens / seconds, 4)} if flops_over_peak else {})
+    row |= {"seconds": round(state["seconds"], 3), "tokens_per_second": round(tokens_per_second)}
+    row |= {"mfu": round(flops_over_peak * tokens_per_second, 4)} if flops_over_peak else {}
+    memory = peak_memory(device)
+    return row | ({"peak_memory": round(memory, 3)} if memory else {})
 
 
-def print_row(row, max_steps):
+def say(line):
+    """Print a line above the progress bar, and at once also into a pipe."""
+    with tqdm.external_write_mode():
+        print(line, flush=True)
+
+
+def line_of(row, max_steps):
+    """What a terminal shows of a log row."""
     parts = [f"step {row['step']}/{max_steps}"]
     labels = {"loss": "loss", "val_loss": "val", "val_bpb": "bits/byte", "hellaswag_acc": "hellaswag"}
     for name, label in labels.items():
         parts += [f"{label} {row[name]:.4f}"] if name in row else []
     if "tokens_per_second" in row:
-        left = int((max_steps - row["step"]) * row["seconds"] / row["step"])
         parts += [f"lr {row['learning_rate']:.2e}", f"{row['tokens_per_second']:,} tok/s"]
         parts += [f"MFU {row['mfu']:.1%}"] if "mfu" in row else []
+        left = int((max_steps - row["step"]) * row["seconds"] / row["step"])
         parts += [f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"]
-    print(" | ".join(parts), flush=True)
+    return " | ".join(parts)
 
 
 def closing_line(state, out_dir):
@@ -389,17 +503,18 @@ def closing_line(state, out_dir):
 
 
 def new_state():
-    """What a run counts: steps, trained tokens, seconds of training, length of its log, best validation loss."""
+    """What a run counts: steps, trained tokens, seconds of training, length of its log, what its checkpoints hold."""
     counts = {"step": 0, "tokens": 0, "seconds": 0.0, "log_bytes": 0, "skipped_in_a_row": 0}
-    return counts | {"best_val_loss": math.inf, "best_step": 0}
+    return counts | {"best_val_loss": math.inf, "best_step": 0, "saved_step": 0}
 
 
 def finish_step(row, model, record, state, log, out_dir):
     """Log a row; keep the weights as best.pt when its validation loss is the lowest yet."""
     if row.get("val_loss", math.inf) < state["best_val_loss"]:
-        state["best_val_loss"], state["best_step"] = row["val_loss"], row["step"]
         metrics = {name: row[name] for name in row if name.startswith(("val_", "hellaswag_"))}
-        save_checkpoint(f"{out_dir}/best.pt", model, step=row["step"], tokens=row["tokens"], metrics=metrics, **record)
+        entries = dict(step=row["step"], tokens=row["tokens"], metrics=metrics, **record)
+        if write(f"{out_dir}/best.pt", model, entries):  # if not, the next one may be no better
+            state["best_val_loss"], state["best_step"] = row["val_loss"], row["step"]
     write_row(log, row)
     state["log_bytes"] = log.tell()
 
@@ -411,61 +526,85 @@ def fit(model, optimizers, batch_at, metrics_at, lr_at, record, state, *, out_di
     batch_at(step) gives the global batch (idx, targets) of a step, metrics_at(step) what is measured after `step` steps
     (a dict, often empty; the lowest "val_loss" decides which weights are best.pt), lr_at(step) the share of the peak
     learning rates. `record` (tokenizer, settings) goes into the checkpoints; `state` (new_state()) changes in place.
-    ValueError when three steps in a row are not finite.
+    ValueError when three steps in a row are not finite; OSError when the last checkpoint cannot be written.
     """
-    device = next(model.parameters()).device
+    device, (rank, world) = next(model.parameters()).device, rank_and_world()
     forward = torch.compile(model) if compiled else model  # evaluation and generation use the raw module
+    if world > 1:
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
     peak = peak_flops(device)
-    flops_over_peak = model.flops_per_token() / peak if peak else None
+    flops_over_peak = model.flops_per_token() / (peak * world) if peak else None
 
     def fetch(step):  # pinned memory lets the copy to the GPU run while it computes
         return [part.contiguous().pin_memory() if device.type == "cuda" else part for part in batch_at(step)]
 
-    with open_log(f"{out_dir}/log.jsonl", state["log_bytes"]) as log, ThreadPoolExecutor(1) as ahead:
+    log = open_log(f"{out_dir}/log.jsonl", state["log_bytes"])
+    bar = tqdm(total=max_steps, initial=state["step"], unit=" steps", disable=None if rank == 0 else True)
+    with log, bar, ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(fetch, state["step"])  # the next batch is read while this one is trained on
         if state["step"] == 0:
             row = {"step": 0, "tokens": 0} | metrics_at(0)
             finish_step(row, model, record, state, log, out_dir)
-            print_row(row, max_steps)
-        while state["step"] < max_steps:
+            say(line_of(row, max_steps))
+        stop = state["step"] >= max_steps
+        while not stop:
             start = time.perf_counter()
             batch, coming = coming.result(), ahead.submit(fetch, state["step"] + 1)
             for group in (group for opt in optimizers for group in opt.param_groups):
                 group["lr"] = group["initial_lr"] * lr_at(state["step"])
             loss, norm, applied = train_step(forward, optimizers, batch, batch_size, grad_clip, autocast)
             seconds = time.perf_counter() - start
-            state["step"] += 1
-            state["tokens"] += int((batch[1] != IGNORE).sum())
-            state["seconds"] += seconds
-            state["skipped_in_a_row"] = 0 if applied else state["skipped_in_a_row"] + 1
-            row = step_row(state, loss, norm, optimizers, batch[0].numel(), seconds, flops_over_peak)
+            count_step(state, batch, seconds, applied)
+            row = step_row(state, loss, norm, optimizers, batch[0].numel() / seconds, flops_over_peak, device)
             row |= metrics_at(state["step"])
             finish_step(row, model, record, state, log, out_dir)
             check_finite(state, out_dir)
-            stop = state["step"] == max_steps or should_stop()
+            stop = should_stop() or state["step"] == max_steps
+            bar.update()
             if stop or "val_loss" in row or state["step"] % log_interval == 0:
-                print_row(row, max_steps)
+                say(line_of(row, max_steps))
             if stop or state["step"] % checkpoint_interval == 0:
-                save_run(model, optimizers, record, state, log, out_dir)
-            if stop:
-                break
+                save_run(model, optimizers, record, state, out_dir, log, must=stop)
+
+
+def count_step(state, batch, seconds, applied):
+    state["step"] += 1
+    state["tokens"] += int((batch[1] != IGNORE).sum())
+    state["seconds"] += seconds
+    state["skipped_in_a_row"] = 0 if applied else state["skipped_in_a_row"] + 1
 
 
 def check_finite(state, out_dir):
     """ValueError after three steps in a row that were not applied."""
     if state["skipped_in_a_row"] == 3:
         raise ValueError(
-            f"loss or gradient is not finite since step {state['step'] - 2}: go on from the last checkpoint "
-            f"({out_dir}/ckpt.pt, if there is one) with a lower learning rate (--init_from=resume --force=True)"
+            f"loss or gradient is not finite since step {state['step'] - 2}: go on from {out_dir}/ckpt.pt (of step "
+            f"{state['saved_step']}) with a lower learning rate (--init_from=resume --force=True --learning_rate=...)"
         )
 
 
-def save_run(model, optimizers, record, state, log, out_dir):
+def save_run(model, optimizers, record, state, out_dir, log=None, must=False):
     """Write ckpt.pt: all that is needed to go on."""
-    os.fsync(log.fileno())  # the checkpoint relies on the log's length
     states = [opt.state_dict() for opt in optimizers]
-    entries = dict(step=state["step"], tokens=state["tokens"], optimizers=states, state=state)
-    save_checkpoint(f"{out_dir}/ckpt.pt", model, **entries, **record)
+    entries = dict(step=state["step"], tokens=state["tokens"], optimizers=states, state=state, **record)
+    if write(f"{out_dir}/ckpt.pt", model, entries, log, must):
+        state["saved_step"] = state["step"]
+
+
+def write(path, model, entries, log=None, must=False):
+    """Write a checkpoint, from the first process; whether it worked. A full disk ends the run only if it `must`."""
+    try:
+        if rank_and_world()[0] == 0:
+            if log:
+                log.flush()
+                os.fsync(log.fileno())  # the checkpoint relies on the log's length
+            save_checkpoint(path, model, **entries)
+        return True
+    except OSError as error:
+        if must:
+            raise
+        say(f"warning: no new {path} ({error}); training goes on, and tries again later")
+        return False
 
 
 def resume(model, optimizers, checkpoint):
@@ -476,7 +615,7 @@ def resume(model, optimizers, checkpoint):
         opt.load_state_dict(stored)
         for group, settings in zip(opt.param_groups, of_now, strict=True):
             group.update(settings)  # the same as stored, unless --force changed them
-    return checkpoint["state"]
+    return checkpoint["state"] | {"saved_step": checkpoint["step"]}
 
 
 def print_sample(model, tokenizer, prompt, step, autocast):
@@ -486,28 +625,42 @@ def print_sample(model, tokenizer, prompt, step, autocast):
     with autocast():
         n_new = min(64, model.config.block_size - len(prompt_ids))
         ids = [int(i) for i in model.generate([prompt_ids], n_new, top_k=50, stop=tokenizer.eot, generator=generator)]
-    print(f"sample: {prompt}{tokenizer.decode(ids)}", flush=True)
+    say(f"sample: {prompt}{tokenizer.decode(ids)}")
 
 
-def describe(model, optimizers, tokenizer, train, val, n_rows):
+def describe(model, optimizers, record, train, val, max_steps):
     """What is about to happen, a line each."""
-    print(f"{model.n_params():,} parameters, tokenizer {tokenizer.name}, {model.flops_per_token():.3g} FLOPs/token")
+    settings, T, world = record["settings"], train.block_size, rank_and_world()[1]
+    changed = [f"{name}={value}" for name, value in settings.items() if value != DEFAULTS[name]]
+    print(f"settings that are not the default: {' '.join(changed) or 'none'}")
+    print(f"{model.n_params():,} parameters, {model.flops_per_token():.3g} FLOPs/token")
     for opt in optimizers:
         for group in opt.param_groups:
             n = sum(p.numel() for p in group["params"])
             rates = f"learning rate {group['initial_lr']:g}, weight decay {group['weight_decay']:g}"
             print(f"  {type(opt).__name__:5} {group['name']:16} {len(group['params']):4} tensors {n:13,}  {rates}")
-    T = train.block_size
-    sizes = f"{len(train) * T:,} training and {len(val) * T:,} validation tokens"
-    print(f"{sizes}; {n_rows * T:,} tokens a step", flush=True)
+    n_tokens, n_epoch, n_val = max_steps * settings["tokens_per_step"], len(train) * T, len(val) * T
+    print(f"{n_epoch:,} training and {n_val:,} validation tokens, tokenizer {record['tokenizer']}, windows of {T}")
+    shared = f", shared by {world} processes" * (world > 1)
+    print(f"a step: {settings['tokens_per_step']:,} tokens, {settings['batch_size']} windows at a time{shared}")
+    total = f"{n_tokens:,} tokens ({n_tokens / n_epoch:.3g} epochs), {n_tokens * model.flops_per_token():.3g} FLOPs"
+    print(f"{max_steps:,} steps: {total}", flush=True)
 
 
-def begin(model, optimizers, record, out_dir, init_from, overwrite, force):
-    """The state to begin with: a new run's in an empty out_dir, or that of the checkpoint there, loaded."""
-    checkpoint = claim_out_dir(out_dir, init_from, overwrite)
+def begin(model, optimizers, record, checkpoint, force, out_dir):
+    """The state to begin with: that of the checkpoint, which is loaded, or a new run's, which is saved.
+
+    So a run can be resumed from its first moment, and a disk that is too small shows at once.
+    """
+    world = rank_and_world()[1]
+    record["processes"] = world
     if checkpoint is None:
-        return new_state()
+        state = new_state()
+        save_run(model, optimizers, record, state, out_dir, must=True)
+        return state
     check_resumable(record, checkpoint, force)
+    if checkpoint.get("processes", 1) != world:
+        print("another number of processes than before: the run goes on as it would have, within rounding")
     return resume(model, optimizers, checkpoint)
 
 
@@ -522,12 +675,13 @@ def make_model(settings, tokenizer):
     return GPT(GPTConfig(vocab_size=n_rows, n_vocab=tokenizer.n_vocab, **FAMILIES[settings["family"]], **sizes))
 
 
-def check_batch(tokens_per_step, block_size, batch_size):
-    """Sequences in a global batch; ValueError if they do not divide into micro-batches."""
-    if batch_size < 1 or tokens_per_step < 1 or tokens_per_step % (block_size * batch_size):
+def check_batch(tokens_per_step, block_size, batch_size, world):
+    """Rows of a global batch; ValueError if they do not divide into micro-batches. batch_size 0: still to be found."""
+    unit = block_size * max(1, batch_size) * world
+    if tokens_per_step % unit:
+        processes = f" x {world} processes" * (world > 1)
         raise ValueError(
-            f"tokens_per_step {tokens_per_step} must be a multiple of block_size x batch_size = {block_size} x "
-            f"{batch_size} = {block_size * batch_size}"
+            f"tokens_per_step {tokens_per_step} must be a multiple of block_size x batch_size{processes} = {unit}"
         )
     return tokens_per_step // block_size
 
@@ -552,42 +706,49 @@ def load_data(data_dir, tokenizer, block_size, seed):
 def main():
     settings = settings_of(globals())
     check_settings(settings)
-    n_rows = check_batch(tokens_per_step, block_size, batch_size)
+    rank, world = join_processes(device)
+    n_rows = check_batch(tokens_per_step, block_size, batch_size, world)
+    n_steps = -(-max_tokens // tokens_per_step) or max_steps
     compute, autocast = pick_device(device, dtype)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic needs of cuBLAS
     torch.use_deterministic_algorithms(deterministic)
     coder, train, val = load_data(data_dir, tokenizer, block_size, seed)
     items = hellaswag.load_items(hellaswag_source, hellaswag_limit) if hellaswag_interval else []
     token_bytes, n_val = coder.token_bytes(), min(len(val), max(1, eval_tokens // block_size))
-    lr_at = partial(lr_scale, max_steps=max_steps, warmup_steps=warmup_steps, schedule=schedule,
+    lr_at = partial(lr_scale, max_steps=n_steps, warmup_steps=warmup_steps, schedule=schedule,
                     decay_fraction=decay_fraction, final_lr_fraction=final_lr_fraction)  # fmt: skip
     lr_at(0)  # refuses an unknown schedule before anything is written
     model = make_model(settings, coder).to(compute)
     model.checkpoint_activations = activation_checkpointing
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
+    checkpoint = claim_out_dir(out_dir, init_from, overwrite)
+    size = settings["batch_size"] = batch_size or find_batch_size(
+        model, optimizers, checkpoint, n_rows // world, autocast
+    )
     shards = [[path.name, len(shard)] for path, shard in zip(train.paths, train.shards, strict=True)]
     record = {"stage": "pretrain", "tokenizer": coder.name, "settings": settings, "data": shards}
-    state = begin(model, optimizers, record, out_dir, init_from, overwrite, force)
-    describe(model, optimizers, coder, train, val, n_rows)
+    state = begin(model, optimizers, record, checkpoint, force, out_dir)
+    describe(model, optimizers, record, train, val, n_steps)
 
     def metrics_at(step):
         metrics = {}
-        if due(step, eval_interval, max_steps):
-            metrics |= validation_loss(model, val, n_val, batch_size, token_bytes, autocast)
-        if due(step, hellaswag_interval, max_steps):
+        if due(step, eval_interval, n_steps):
+            metrics |= validation_loss(model, val, n_val, size, token_bytes, autocast)
+        if due(step, hellaswag_interval, n_steps):
             scores = hellaswag.evaluate(model, coder, items, autocast=autocast)
             metrics |= {f"hellaswag_{name}": scores[name] for name in ("acc", "acc_norm")}
-        if step and due(step, sample_interval, max_steps):  # before the first step there is only noise to see
+        if step and rank == 0 and due(step, sample_interval, n_steps):  # before the first step there is only noise
             print_sample(model, coder, sample_prompt, step, autocast)
         return metrics
 
     fit(
         model, optimizers, partial(next_token_batch, train, n_rows), metrics_at, lr_at, record, state,
-        out_dir=out_dir, max_steps=max_steps, batch_size=batch_size, grad_clip=grad_clip, autocast=autocast,
+        out_dir=out_dir, max_steps=n_steps, batch_size=size, grad_clip=grad_clip, autocast=autocast,
         should_stop=stop_request(max_minutes), compiled=compute.type == "cuda" if compile is None else compile,
         log_interval=log_interval, checkpoint_interval=checkpoint_interval,
     )  # fmt: skip
     print(closing_line(state, out_dir))
+    leave_processes()
 
 
 if __name__ == "__main__":
