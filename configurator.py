@@ -129,12 +129,16 @@ def help_text(namespace, settings):
 def one_line_errors(kind, error, trace):
     """sys.excepthook: bad input is one line on stderr; a bug keeps its traceback.
 
-    Bad input is any OSError, and a ValueError that this folder's code raised itself. FGPT_TRACEBACK=1 shows all.
+    Bad input is any OSError, and a ValueError that this folder's code raised itself; a GPU whose memory is full gets a
+    line as well. FGPT_TRACEBACK=1 shows all.
     """
     frames = traceback.extract_tb(trace)
     file = Path(frames[-1].filename).resolve() if frames else Path()
     raised_here = file.is_relative_to(Path(__file__).resolve().parent) and "site-packages" not in file.parts
     bad_input = issubclass(kind, OSError) or (issubclass(kind, ValueError) and raised_here)
+    if kind.__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        bad_input = True
+        error = type(error)("the GPU's memory is full: use a smaller batch, or --activation_checkpointing=True")
     if bad_input and not os.environ.get("FGPT_TRACEBACK"):
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
     else:

@@ -1988,6 +1988,8 @@ def test_bad_input_is_one_line_on_stderr_and_a_bug_keeps_its_traceback(tmp_path)
     hook = "import sys, configurator; sys.excepthook = configurator.one_line_errors; "
     bug = subprocess.run([sys.executable, "-c", hook + "[].x"], cwd=ROOT, capture_output=True, text=True)
     assert bug.returncode == 1 and "Traceback" in bug.stderr
+    full = hook + "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried ...')"
+    assert "memory is full: use a smaller batch" in run("-c", full, code=1)
 
 
 def test_three_steps_that_are_not_finite_end_the_run_with_what_to_try(story, tmp_path):

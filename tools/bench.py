@@ -1,23 +1,40 @@
 """Measurements, each a table with the machine it was made on; docs/benchmarks.md keeps them.
 
-    python -m tools.bench WHAT [config/x.py] [--name=value ...]
+    python -m tools.bench memory --configs=config/fgpt_712m.py    a training step's peak memory and tokens/s
+    python -m tools.bench loss                                    the same of three ways to compute the loss
+    python -m tools.bench loader                                  tokens/s of the data loader
+    python -m tools.bench checkpoint --configs=config/small.py    seconds to write and to load a checkpoint
 
-Runs that are compared take turns, `repeats` times, and medians are printed: machines are noisy.
+Things that are compared take turns, `repeats` times, and medians are printed: machines are noisy. What is measured for
+its memory runs in a process of its own.
 """
 
 import datetime
+import multiprocessing
 import os
 import platform
 import statistics
 import sys
+import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
-from configurator import configure
+from configurator import apply_file, configure
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+
+import model as model_py
+import train
+from prepare_fineweb import write_shard
 
 repeats = 3  # how often each thing is measured
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
+dtype = ""  # float32 or bfloat16 (autocast); empty: bfloat16 on GPUs that have it
+configs = "config/fgpt_712m.py,config/fgpt_modern.py"  # models to measure, configs of train.py
+batch_sizes = "1,4,16"  # micro-batches of them, rows
 
 
 def machine():
@@ -42,9 +59,159 @@ def take_turns(repeats, **functions):
     return {name: statistics.median(values) for name, values in results.items()}
 
 
+def in_child(function, *arguments):
+    """What the function returns in a new process, whose peak memory is its own; the text of an error it raised."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        try:
+            return pool.apply(function, arguments)
+        except RuntimeError as error:  # such as out of memory
+            return str(error).splitlines()[0]
+
+
+def seconds_of(function, device):
+    """Seconds of the last of three calls: the first two compile and allocate."""
+    for _ in range(3):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# memory
+
+
+def make(config, device):
+    """(model, optimizers) of one of train.py's configs."""
+    settings = dict(train.DEFAULTS)
+    apply_file(config, settings, train.DEFAULTS)
+    n_vocab = 259 if settings["tokenizer"] == "bytes" else 50259
+    model = train.make_model(settings, SimpleNamespace(n_vocab=n_vocab)).to(device)
+    return model, model_py.make_optimizers(model, settings["optimizer"])
+
+
+def training_step(config, batch_size, activation_checkpointing, device, dtype):
+    """(peak memory in GB, tokens/s) of optimizer steps with one micro-batch of random tokens."""
+    device, autocast = model_py.pick_device(device, dtype)
+    model, optimizers = make(config, device)
+    model.checkpoint_activations = activation_checkpointing
+    idx = torch.randint(model.config.n_vocab, (batch_size, model.config.block_size))
+    forward = torch.compile(model) if device.type == "cuda" else model
+
+    def step():
+        train.train_step(forward, optimizers, (idx, idx), batch_size, 1.0, autocast)
+
+    speed = idx.numel() / seconds_of(step, device)
+    return train.peak_memory(device), speed
+
+
+def memory(configs, batch_sizes, device, dtype):
+    print(f"{'config':28} {'micro-batch':>11}  {'activation checkpointing':24} {'peak GB':>8} {'tokens/s':>10}")
+    for config in configs.split(","):
+        for size in map(int, batch_sizes.split(",")):
+            for checkpointing in (True, False):
+                found = in_child(training_step, config, size, checkpointing, device, dtype)
+                figures = found if isinstance(found, str) else f"{found[0]:8.2f} {found[1]:10,.0f}"
+                print(f"{config:28} {size:11}  {str(checkpointing):24} {figures}", flush=True)
+
+
+def plain_loss(x, weight, targets):
+    return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="sum")
+
+
+def built_in_loss(x, weight, targets):  # autocast does not reach into it
+    kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(x.to(kind), weight.to(kind), targets, reduction="sum", options=options)
+
+
+LOSSES = {"all logits at once": plain_loss, "fgpt's chunks": model_py.cross_entropy_sum}
+if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13
+    LOSSES["linear_cross_entropy with options"] = built_in_loss
+
+
+def loss_step(way, device, dtype, rows=8192, width=1280, n_vocab=50304):
+    """(peak memory in GB beyond inputs and gradients, seconds) of a loss and its gradients."""
+    device, autocast = model_py.pick_device(device, dtype)
+    x = torch.randn(rows, width, device=device, requires_grad=True)
+    weight = torch.randn(n_vocab, width, device=device).div_(width**0.5).requires_grad_()
+    targets = torch.randint(n_vocab, (rows,), device=device)
+    x.grad, weight.grad = torch.zeros_like(x), torch.zeros_like(weight)
+    before = train.peak_memory(device)
+
+    def step():
+        with autocast():
+            loss = LOSSES[way](x, weight, targets)
+        loss.backward()
+
+    seconds = seconds_of(step, device)
+    return train.peak_memory(device) - before, seconds
+
+
+def loss(repeats, device):
+    print(f"{'8,192 rows of 1,280, vocabulary 50,304':40} {'dtype':9} {'extra GB':>9} {'seconds':>8}")
+    for dtype in ("float32", "bfloat16"):
+        for way in LOSSES:
+            measured = [in_child(loss_step, way, device, dtype) for _ in range(repeats)]
+            gigabytes, seconds = map(statistics.median, zip(*measured, strict=True))
+            print(f"{way:40} {dtype:9} {gigabytes:9.2f} {seconds:8.3f}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data
+
+
+def loader(repeats, n_shards=4, shard_tokens=25_000_000, batch_tokens=524_288):
+    """Batches of 0.5M tokens from random shards that have been read once."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(n_shards):
+            with open(f"{folder}/train_{number}.bin", "wb") as file:
+                write_shard(file, np.random.default_rng(number).integers(0, 50257, shard_tokens))
+        for block_size in (64, 256, 1024):
+            windows = train.Windows(train.find_shards(folder, "train"), block_size, 50304, seed=0)
+            n_rows, speeds = batch_tokens // block_size, []
+            for number in range(n_shards * shard_tokens // batch_tokens * repeats):
+                start = time.perf_counter()
+                train.next_token_batch(windows, n_rows, number)
+                speeds.append(batch_tokens / (time.perf_counter() - start))
+            warm = statistics.median(speeds[len(speeds) // repeats :])
+            print(f"windows of {block_size:4}: {warm / 1e6:6.1f}M tokens/s")
+
+
+def checkpoint(configs, repeats, device):
+    """Writes into the current folder: a run's speed depends on the disk of its out_dir."""
+    device, _ = model_py.pick_device(device)
+    for config in configs.split(","):
+        model, optimizers = make(config, device)
+        for opt in optimizers:
+            for p in (p for group in opt.param_groups for p in group["params"]):
+                if isinstance(opt, model_py.Muon):  # a step of it takes minutes on a CPU
+                    opt.state[p]["momentum"] = torch.zeros_like(p)
+                p.grad = torch.zeros_like(p)
+            if not isinstance(opt, model_py.Muon):
+                opt.step()
+        times = []
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            for _ in range(repeats):
+                start = time.perf_counter()
+                train.save_run(model, optimizers, {}, train.new_state(), folder, must=True)
+                written = time.perf_counter()
+                train.resume(model, optimizers, model_py.load_checkpoint(f"{folder}/ckpt.pt"))
+                times.append((written - start, time.perf_counter() - written))
+            gigabytes = os.path.getsize(f"{folder}/ckpt.pt") / 1e9
+        write, load = map(statistics.median, zip(*times, strict=True))
+        print(f"{config}: {gigabytes:.2f} GB, written in {write:.1f} s, loaded in {load:.1f} s", flush=True)
+
+
 def main():
     print(machine())
-    measurements = {}
+    measurements = {
+        "memory": lambda: memory(configs, batch_sizes, device, dtype),
+        "loss": lambda: loss(repeats, device),
+        "loader": lambda: loader(repeats),
+        "checkpoint": lambda: checkpoint(configs, repeats, device),
+    }
     if what not in measurements:
         raise ValueError(f"python -m tools.bench WHAT, one of {', '.join(measurements)}: not {what!r}")
     measurements[what]()
