@@ -379,10 +379,10 @@ def orthogonalize_shared(G):
         return orthogonalize(G)
     share = -(-len(G) // world)
     mine = G[rank * share : (rank + 1) * share]
-    mine = orthogonalize(torch.cat((mine, G.new_zeros(share - len(mine), *G.shape[1:]))))
-    whole = mine.new_empty(share * world, *G.shape[1:])
-    dist.all_gather_into_tensor(whole, mine.contiguous())
-    return whole[: len(G)]
+    mine = orthogonalize(torch.cat((mine, G.new_zeros(share - len(mine), *G.shape[1:])))).contiguous()
+    shares = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(shares, mine)
+    return torch.cat(shares)[: len(G)]
 
 
 class Muon(torch.optim.Optimizer):
