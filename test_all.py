@@ -2513,7 +2513,7 @@ def test_every_config_file_sets_only_settings_of_its_stage_and_fits_together():
         configurator.apply_file(str(path), settings, known[stage])
         train.check_settings(settings)
         if stage == "train.py":
-            train.check_batch(settings["tokens_per_step"], settings["block_size"], settings["batch_size"])
+            train.check_batch(settings["tokens_per_step"], settings["block_size"], settings["batch_size"], world=1)
             with torch.device("meta"):
                 train.make_model(settings, Tokenizer("bytes"))
 
