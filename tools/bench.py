@@ -1,6 +1,6 @@
 """Measurements, each a table with the machine it was made on; docs/benchmarks.md keeps them.
 
-    python -m tools.bench memory --configs=config/fgpt_712m.py    a training step's peak memory and tokens/s
+    python -m tools.bench train --configs=config/fgpt_712m.py     a training step's peak memory and tokens/s
     python -m tools.bench loss                                    the same of three ways to compute the loss
     python -m tools.bench loader                                  tokens/s of the data loader
     python -m tools.bench checkpoint --configs=config/small.py    seconds to write and to load a checkpoint
@@ -79,7 +79,7 @@ def seconds_of(function, device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# memory
+# training
 
 
 def make(config, device):
@@ -106,7 +106,7 @@ def training_step(config, batch_size, activation_checkpointing, device, dtype):
     return train.peak_memory(device), speed
 
 
-def memory(configs, batch_sizes, device, dtype):
+def training(configs, batch_sizes, device, dtype):
     print(f"{'config':28} {'micro-batch':>11}  {'activation checkpointing':24} {'peak GB':>8} {'tokens/s':>10}")
     for config in configs.split(","):
         for size in map(int, batch_sizes.split(",")):
@@ -207,7 +207,7 @@ def checkpoint(configs, repeats, device):
 def main():
     print(machine())
     measurements = {
-        "memory": lambda: memory(configs, batch_sizes, device, dtype),
+        "train": lambda: training(configs, batch_sizes, device, dtype),
         "loss": lambda: loss(repeats, device),
         "loader": lambda: loader(repeats),
         "checkpoint": lambda: checkpoint(configs, repeats, device),
