@@ -1903,7 +1903,9 @@ def test_two_processes_go_on_with_the_run_of_one(story, tmp_path, monkeypatch):
         steps = iter([False] * 4 + [True])
         patch.setattr(train, "stop_request", lambda minutes: lambda: next(steps))
         pretrain(story, tmp_path / "two", **changes)
-    settings = SMALL | changes | dict(data_dir=story / "data", out_dir=tmp_path / "two", init_from="resume")
+    settings = (
+        SMALL | changes | dict(data_dir=story / "data", out_dir=tmp_path / "two", init_from="resume", batch_size=1)
+    )
     output, errors = start(*TORCHRUN, "train.py", **settings).communicate()
     assert output.count("another number of processes") == output.count("shared by 2 processes") == 1, errors
     assert "Warning" not in errors

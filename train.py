@@ -386,7 +386,8 @@ def check_resumable(record, checkpoint, force):
     if "optimizers" not in checkpoint:
         raise ValueError("ckpt.pt holds no optimizer state (is it a copy of best.pt?): it cannot be resumed")
     old, new = checkpoint["settings"], record["settings"]
-    changed = [name for name in old if name not in MAY_CHANGE and new.get(name) != old[name]]
+    may_change = MAY_CHANGE | ({"batch_size"} if checkpoint.get("processes", 1) != record["processes"] else set())
+    changed = [name for name in old if name not in may_change and new.get(name) != old[name]]
     listed = [f"{name} {old[name]!r} -> {new.get(name)!r}" for name in changed]
     if checkpoint["data"] != record["data"]:
         listed.append("the training data is not what it was")
@@ -481,8 +482,8 @@ def say(line):
         print(line, flush=True)
 
 
-def line_of(row, max_steps):
-    """What a terminal shows of a log row."""
+def line_of(row, max_steps, seconds=0.0):
+    """What a terminal shows of a log row; the time left is that of steps like this one, which took `seconds`."""
     parts = [f"step {row['step']}/{max_steps}"]
     labels = {"loss": "loss", "val_loss": "val", "val_bpb": "bits/byte", "hellaswag_acc": "hellaswag"}
     for name, label in labels.items():
@@ -490,7 +491,7 @@ def line_of(row, max_steps):
     if "tokens_per_second" in row:
         parts += [f"lr {row['learning_rate']:.2e}", f"{row['tokens_per_second']:,} tok/s"]
         parts += [f"MFU {row['mfu']:.1%}"] if "mfu" in row else []
-        left = int((max_steps - row["step"]) * row["seconds"] / row["step"])
+        left = int((max_steps - row["step"]) * seconds)
         parts += [f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"]
     return " | ".join(parts)
 
@@ -546,7 +547,7 @@ def fit(model, optimizers, batch_at, metrics_at, lr_at, record, state, *, out_di
             row = {"step": 0, "tokens": 0} | metrics_at(0)
             finish_step(row, model, record, state, log, out_dir)
             say(line_of(row, max_steps))
-        stop = state["step"] >= max_steps
+        stop, first = state["step"] >= max_steps, state["step"] + 1
         while not stop:
             start = time.perf_counter()
             batch, coming = coming.result(), ahead.submit(fetch, state["step"] + 1)
@@ -560,9 +561,11 @@ def fit(model, optimizers, batch_at, metrics_at, lr_at, record, state, *, out_di
             finish_step(row, model, record, state, log, out_dir)
             check_finite(state, out_dir)
             stop = should_stop() or state["step"] == max_steps
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
-            if stop or "val_loss" in row or state["step"] % log_interval == 0:
-                say(line_of(row, max_steps))
+            # the second step is the first that tells how long the run will take: the first one compiles
+            if stop or "val_loss" in row or state["step"] % log_interval == 0 or state["step"] == first + 1:
+                say(line_of(row, max_steps, seconds))
             if stop or state["step"] % checkpoint_interval == 0:
                 save_run(model, optimizers, record, state, out_dir, log, must=stop)
 
