@@ -73,7 +73,7 @@ from model import (  # noqa: E402
 )
 from prepare_fineweb import write_shard  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from tools import summary, toyworld  # noqa: E402
+from tools import bench, summary, toyworld  # noqa: E402
 
 STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "sample.py"]
 TEXT = "naïve café, 日本語のテキスト, 👩‍👩‍👧 emoji, def f(x):\n\treturn x  # <|endoftext|> <|user|>\n"
@@ -1455,6 +1455,15 @@ def test_a_terminal_shows_documents_tokens_speed_and_time_left(tmp_path):
             while True:
                 shown += terminal.read(1000).decode(errors="replace")
     assert re.search(r"100%\|.* 50 documents, [\d,]+ tokens, [\d,]+ tokens/s \[00:00<00:00\]", shown), shown
+
+
+def test_the_speed_of_preparing_data_is_measured_against_tiktoken_alone(tmp_path, capsys):
+    write_parquet(tmp_path / "a.parquet", make_texts(50))
+    bench.tokenize(str(tmp_path / "*.parquet"), 2, 1)
+    output = capsys.readouterr().out
+    assert output.startswith("50 documents") and "| prepare_fineweb.py | " in output and output.count("\n| ") == 4
+    with pytest.raises(ValueError, match="--source"):
+        bench.tokenize("", 2, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -56,6 +56,8 @@ def tokenize(source, workers, repeats):
 
     tiktoken gets the same documents, already in memory, and as many threads.
     """
+    if not source:
+        raise ValueError("tokenize needs --source, files of text like texts/*.parquet")
     coder, n_threads = Tokenizer("gpt2"), workers or os.cpu_count()
     paths = [file["path"] for file in prepare_fineweb.find_files(source, None)]
     texts = [text for path in paths for _, text in prepare_fineweb.read_documents(path, "text", False) if text]
