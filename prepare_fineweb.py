@@ -4,41 +4,51 @@
     python prepare_fineweb.py --source=train.txt --val_source=val.txt --tokenizer=bytes --out_dir=data/mine
 
 A source is a Hub dataset (owner/name), or a local file, folder or glob; several are separated by commas. Formats:
-.parquet, .jsonl and .jsonl.gz (one document a row, in `text_field`) and .txt (one document a file).
+.parquet, .jsonl and .jsonl.gz (one document a row, in `text_field`) and .txt (one document a file); or token shards by
+others, .bin with train or val in the name, which are checked and taken as they are. Text wins where both are.
 
 Writes into out_dir, for each source file (NAME is its name and the first 8 digits of its checksum):
     train_NAME.bin, val_NAME.bin   shards: a header of 256 int32, then uint16 tokens; none without documents
     source_NAME.json               what went into them; written last, so a file that has one is finished
     meta.json                      tokenizer, split and totals, derived from all source_*.json
-Stopped at any point, the same command goes on with the first source file that is not finished. A file is known by
-its content: copies of it are taken once. HF_ENDPOINT and HF_TOKEN name another Hub and a token for it.
+Stopped at any point, even by kill -9, the same command goes on: with the first source file that is not finished, and
+in the middle of a download. The next file downloads (into out_dir/downloads) while one is tokenized. A file is known
+by its content: copies of it are taken once. HF_ENDPOINT and HF_TOKEN name another Hub and a token for it.
 """
 
+import errno
 import glob
 import gzip
 import hashlib
 import json
 import os
 import re
+import shutil
+import signal
 import sys
+import threading
 import time
 import zlib
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from configurator import configure
 
 import numpy as np
 import requests
 from tqdm import tqdm
+from urllib3.exceptions import InvalidHeader
+from urllib3.util import Retry
 
 from tokenizer import Tokenizer
 
 source = "HuggingFaceFW/fineweb-edu"  # Hub dataset, or local file, folder or glob; several separated by commas
-subset = "sample/10BT"  # folder inside the Hub dataset (sample/100BT, sample/350BT, ...; empty: all of it)
+subset = ""  # folder inside a Hub dataset, like sample/100BT (empty: sample/10BT of FineWeb-Edu, all of any other)
+revision = "main"  # branch, tag or commit of a Hub dataset (main: the commit with which out_dir was begun, if it was)
 out_dir = "data/fineweb"  # where the shards go
 tokenizer = "gpt2"  # gpt2 or bytes
 val_fraction = 0.005  # share of documents held out for validation, chosen by a hash of their text
@@ -46,15 +56,27 @@ val_source = ""  # files that are validation (like source); then all of source i
 text_field = "text"  # parquet column or JSON field that holds a document
 split_blank_lines = False  # a .txt is cut into documents at its blank lines
 max_tokens = 0  # stop after the source file that brings train to this many tokens (0: all files)
+part = ""  # do a share of the files, like 3/8: the third of eight machines
+keep_downloads = False  # keep what was downloaded, in out_dir/downloads
 workers = 0  # threads that tokenize (0: all cores)
 
-FORMATS = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+FORMATS = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".bin")
 SPLITS = ("train", "val")
 COUNTS = ("documents", "tokens", "bytes")  # what is counted of each; bytes of the text as UTF-8
 RULES = ("tokenizer", "split", "text_field", "split_blank_lines")  # must be the same for all of a folder
+RECORD = ("source", "stem", "size", "checksum", "revision", "val_fraction")  # of a source file, in its sidecar
+DEFAULT_SUBSETS = {"HuggingFaceFW/fineweb-edu": "sample/10BT"}
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4  # llm.c's shard format
 HASH_KEY = b"fgpt validation"  # never change it: a document would change sides
-BATCH_CHARS = 250_000  # text that a thread tokenizes at a time
+BATCH_CHARS, MAX_IN_WORK = 250_000, 32_000_000  # text that a thread tokenizes at a time, and that all may hold
+BATCH_BYTES = 16_000_000  # of parquet rows decoded at a time
+MAX_DOCUMENT = 50_000_000  # characters: what fits into 1.5 GiB of memory
+STALL_SECONDS = 60  # a connection that is silent for so long is given up
+FIRST_CONTACT, PATIENCE = 30, 600  # seconds without any progress: see `patiently`
+FIRST_WAIT, LONGEST_WAIT = 1, 60  # seconds between tries: doubled each time
+# bytes of shard for a byte of source, until a folder has its own: .parquet as FineWeb-Edu's, 28.5 GB for 10B tokens
+GROWTH = {".parquet": 0.7, ".jsonl": 0.4, ".jsonl.gz": 1.2, ".txt": 0.4, ".bin": 1.0}
+SHARD_STEP = 4_000_000  # tokens of a shard by others that are checked at a time
 FORMAT_VERSION = 1
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,17 +116,14 @@ def open_shard(path):
     return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES)
 
 
+def split_of(name):
+    """Side of a shard by its file's name, or None: its beginning (train_, val_) counts, else a word anywhere in it."""
+    starts = [word for word in SPLITS if name.startswith(f"{word}_")]
+    return next(iter(starts + [word for word in ("val", "train") if word in name]), None)
+
+
 def find_shards(folder, split):
-    """Sorted paths of a folder's shards, split "train" or "val".
-
-    The beginning of a name decides (train_*.bin, val_*.bin); any other name counts that contains the word, so that
-    shards by others work. Raises FileNotFoundError when there are none.
-    """
-
-    def split_of(name):
-        starts = [word for word in SPLITS if name.startswith(f"{word}_")]
-        return next(iter(starts + [word for word in ("val", "train") if word in name]), None)
-
+    """Sorted paths of a folder's shards, split "train" or "val" (see `split_of`). FileNotFoundError without any."""
     paths = sorted(path for path in Path(folder).glob("*.bin") if split_of(path.name) == split)
     if not paths:
         what = f"no {split} shards ({split}_*.bin) there" if Path(folder).is_dir() else "no such folder of shards"
@@ -131,7 +150,13 @@ def write_json(path, value):
 
 
 def read_records(folder):
-    return [read_json(path) for path in sorted(Path(folder).glob("source_*.json"))]
+    """The sidecars of a folder's source files. Raises ValueError for a file that only has the name of one."""
+    records, needed = [], {*RULES, *SPLITS, *RECORD} - {"revision"}
+    for path in sorted(Path(folder).glob("source_*.json")):
+        records.append(read_json(path))
+        if not isinstance(records[-1], dict) or not needed <= records[-1].keys():
+            raise ValueError(f"{path}: not a record by prepare_fineweb.py: move it to another folder")
+    return records
 
 
 def read_meta(folder):
@@ -154,9 +179,8 @@ def read_meta(folder):
     return meta | {"sources": sorted(record["source"] for record in records)}
 
 
-def check_folder(folder, rules, sources):
-    """The folder's records by checksum. Raises ValueError when they do not go with these rules and sources."""
-    records = read_records(folder)
+def check_folder(folder, records, rules, sources):
+    """The records by checksum. Raises ValueError when they do not go with these rules and sources."""
     for name in RULES:
         for record in records:
             if record[name] != rules[name]:
@@ -166,10 +190,11 @@ def check_folder(folder, rules, sources):
                 )
     by_name = {record["source"]: record for record in records}
     by_content = {record["checksum"]: record for record in records}
+    there = {file["checksum"] for file in sources}
     for file in sources:
-        named, same = by_name.get(file["name"], {}), by_content.get(file["checksum"], {})
-        changed = named.get("checksum", file["checksum"]) != file["checksum"]
-        if changed or same.get("val_fraction", file["val_fraction"]) != file["val_fraction"]:
+        named, same = by_name.get(file["name"]), by_content.get(file["checksum"])
+        changed = named and not same and named["checksum"] not in there
+        if changed or same and same.get("val_fraction", file["val_fraction"]) != file["val_fraction"]:
             raise ValueError(
                 f"{file['name']} has changed {'' if changed else 'sides '}since {folder} was prepared: choose another "
                 f"--out_dir, or delete source_{(named if changed else same)['stem']}.json and its shards there"
@@ -181,31 +206,59 @@ def check_folder(folder, rules, sources):
 # where the text comes from
 
 
-def list_sources(source, val_source, subset, val_fraction):
-    """The source files, validation files first: dicts of name, stem, size, checksum, val_fraction, and path or url."""
+def list_sources(source, val_source, val_fraction, list_dataset):
+    """The source files, validation files first: dicts of name, stem, size, checksum, val_fraction, and path or url.
+
+    list_dataset: function of a Hub dataset's name, returns what `list_hub` does.
+    """
     found = {}
     for items, fraction in ((val_source, 1.0), (source, 0.0 if val_source else val_fraction)):
         for item in filter(None, map(str.strip, items.split(","))):
-            for file in find_files(item, subset):
-                stem = re.sub(r"[^\w.-]", "_", file["name"].rsplit("/", 1)[-1].split(".")[0])[:80]
-                stem = f"{stem}_{file['checksum'][:8]}"
-                found.setdefault(file["checksum"], {**file, "stem": stem, "val_fraction": fraction})
-    if all(file["val_fraction"] == 1 for file in found.values()):
+            for file in find_files(item, list_dataset):
+                name = file["name"].rsplit("/", 1)[-1]
+                stem = re.sub(r"[^\w.-]", "_", name.split(".")[0])[:80] + "_" + file["checksum"][:8]
+                is_val = fraction if not is_shard(file) or items is val_source else float(split_of(name) == "val")
+                found.setdefault(file["checksum"], {**file, "stem": stem, "val_fraction": is_val})
+    texts = [file for file in found.values() if not is_shard(file)]
+    if 0 < len(texts) < len(found):
+        print(f"{len(found) - len(texts)} token shards (.bin) beside text are left out: name them alone to take them")
+    files = texts or list(found.values())
+    if all(file["val_fraction"] == 1 for file in files):
         raise ValueError(f"source={source!r} has no file to train on (files of val_source do not count)")
-    return list(found.values())
+    return files
 
 
-def find_files(item, subset):
+def is_shard(file):
+    return file["name"].endswith(".bin")
+
+
+def is_source(name):
+    """Whether the name is that of a file to read: of a known format, and a .bin says train or val."""
+    return name.endswith(FORMATS) and (not name.endswith(".bin") or split_of(name.rsplit("/", 1)[-1]) is not None)
+
+
+def take_part(files, part):
+    """Every n-th file, for part "i/n" the i-th such; all for "". Raises ValueError for another part."""
+    match = re.fullmatch(r"(\d+)/(\d+)", part or "1/1")
+    i, n = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= i <= n:
+        raise ValueError(f"part must be like 3/8 (the third of eight machines), not {part!r}")
+    if i > len(files):
+        raise ValueError(f"part {part} is empty: there are only {len(files)} files")
+    return files[i - 1 :: n]
+
+
+def find_files(item, list_dataset):
     """Files of one local path, glob or Hub dataset."""
     path = Path(item)
     if path.is_dir():
-        paths = [p for p in path.rglob("[!.]*") if p.name.endswith(FORMATS) and p.is_file()]
+        paths = [p for p in path.rglob("[!.]*") if is_source(p.name) and p.is_file()]
     elif path.exists():
         paths = [path]
     elif any(character in item for character in "*?["):
         paths = [p for p in map(Path, glob.glob(item, recursive=True)) if p.is_file()]
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", item) and not item.endswith(FORMATS):
-        return list_hub(item, subset)
+        return list_dataset(item)
     else:
         raise FileNotFoundError(f"{item}: no such file or folder (a dataset of the Hub is owner/name)")
     if not paths:
@@ -215,93 +268,261 @@ def find_files(item, subset):
 
 def local_file(path):
     size = path.stat().st_size
-    if not path.name.endswith(FORMATS):
-        raise ValueError(f"{path}: the name of a source file must end in {', '.join(FORMATS)}")
+    if not is_source(path.name):
+        raise ValueError(f"{path}: the name of a source must end in {', '.join(FORMATS)} (with train or val in it)")
     if size == 0:
         raise ValueError(f"{path}: an empty file: get it again, or leave it out")
-    return {"name": path.resolve().as_posix(), "path": path, "size": size, "checksum": checksum(path)}
+    return {"name": path.as_posix(), "path": path, "size": size, "checksum": checksum(path)}
 
 
-def checksum(path, kind="sha256", start=b""):
-    digest = hashlib.new(kind, start)
+def checksum(path, is_git=False):
+    """sha256 of a file, or its git blob hash."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size) if is_git else hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def list_hub(repo, subset):
-    """Data files below a folder of a Hub dataset. The checksum is a sha256 (LFS) or a git blob hash (small files)."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    subset = subset.strip("/")
-    url = f"{endpoint}/api/datasets/{repo}/tree/main{'/' * bool(subset)}{quote(subset)}?recursive=true"
+# ---------------------------------------------------------------------------------------------------------------------
+# the Hub
+
+
+class Later(OSError):
+    """A request failed that may succeed later. seconds: the wait that the server asks for; None: it did not answer."""
+
+    def __init__(self, message, seconds=None):
+        super().__init__(message)
+        self.seconds = seconds
+
+
+def hub_endpoint():
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def list_hub(repo, subset="", revision="main"):
+    """Data files below a folder of a Hub dataset, sorted: dicts of name, url, size, checksum, revision.
+
+    checksum: sha256 (files in LFS) or git blob hash (small files). revision: a branch, tag or commit; resolved to a
+    commit, at which the files are listed and fetched (a server that does not name it is asked for the one given).
+    """
+    subset, ref = subset.strip("/"), quote(revision, safe="")
+    url = f"{hub_endpoint()}/api/datasets/{repo}/tree/{ref}{'/' * bool(subset)}{quote(subset)}?recursive=true"
     files, endings = [], set()
     while url:  # the listing comes in pages
         response = fetch(url)
         for entry in response.json():
             path = entry["path"]
             endings.add(Path(path).suffix)
-            if entry["type"] == "file" and path.endswith(FORMATS[:3]):
-                link = f"{endpoint}/datasets/{repo}/resolve/main/{quote(path)}"
-                digest = entry.get("lfs", entry)["oid"]
-                files.append({"name": f"{repo}/{path}", "url": link, "size": entry["size"], "checksum": digest})
+            if entry["type"] == "file" and is_source(path) and not path.endswith(".txt"):
+                link = f"{hub_endpoint()}/datasets/{repo}/resolve/{ref}/{quote(path)}"
+                file = {"name": f"{repo}/{path}", "url": link, "size": entry["size"], "revision": revision}
+                files.append({**file, "checksum": entry.get("lfs", entry)["oid"]})
         url = response.links.get("next", {}).get("url")
     if not files:
         raise ValueError(
-            f"{repo}: no {', '.join(FORMATS[:3])} files in {subset or 'it'} (it has {', '.join(sorted(endings))}): "
-            "name another folder with --subset"
+            f"{repo}: no .parquet, .jsonl, .jsonl.gz or train and val .bin files in {subset or 'it'} (it has "
+            f"{', '.join(sorted(endings))}): name another folder with --subset"
         )
+    if not is_commit(revision):
+        commit = fetch(files[0]["url"], method="HEAD", allow_redirects=False).headers.get("X-Repo-Commit", "")
+        if is_commit(commit):
+            return list_hub(repo, subset, commit)  # listed again, as the branch may have moved
     return sorted(files, key=lambda file: file["name"])
 
 
-def fetch(url, **options):
-    """GET with the token, if there is one; requests drops it when a redirect leads to another host.
+def is_commit(revision):
+    return re.fullmatch("[0-9a-f]{40}", revision) is not None
 
-    Raises OSError, one line with the URL and what to do, on anything but a good answer.
+
+def list_begun(repo, subset, revision, records):
+    """`list_hub` at the commit with which a folder was begun, unless another revision than main is asked for."""
+    begun = sorted({r["revision"] for r in records if r["source"].startswith(f"{repo}/") and r.get("revision")})
+    revision = begun[0] if begun and revision == "main" else revision
+    files = list_hub(repo, subset or DEFAULT_SUBSETS.get(repo, ""), revision)
+    if begun and begun != [files[0]["revision"]]:
+        print(f"{repo}: files are of {files[0]['revision']} now, finished ones of {' and '.join(begun)}")
+    return files
+
+
+def patiently(attempt, patience=None, progress=lambda: 0):
+    """attempt(), again and again while it raises Later, waiting as long as the server asks for, else ever longer.
+
+    OSError after `patience` seconds without progress(); None: FIRST_CONTACT without any answer, else PATIENCE.
+    """
+    since, best, wait = time.monotonic(), progress(), FIRST_WAIT
+    while True:
+        try:
+            return attempt()
+        except Later as error:
+            if progress() > best:
+                since, best, wait = time.monotonic(), progress(), FIRST_WAIT
+            limit = patience or (FIRST_CONTACT if error.seconds is None else PATIENCE)
+            seconds = max(wait, error.seconds or 0)
+            if time.monotonic() + seconds - since > limit:
+                raise OSError(f"{error}: no progress: run the same command later, it goes on from there") from None
+            tqdm.write(f"{error}: trying again in {seconds:,.0f} s", file=sys.stderr)
+            time.sleep(seconds)
+            wait = min(2 * wait, LONGEST_WAIT)
+
+
+def fetch(url, **options):
+    return patiently(partial(request, url, **options))
+
+
+def request(url, start=0, method="GET", **options):
+    """The response to one request, from byte `start` on where the server can do that.
+
+    The token goes to the Hub alone: requests drops it when a redirect leads to another host. Raises Later where it
+    makes sense to try again, else OSError, one line with the URL and what to do.
     """
     advice = {
-        401: "the dataset asks for a token: set HF_TOKEN",
+        401: "no such dataset, or it asks for a token: check --source, set HF_TOKEN",
         403: "the token in HF_TOKEN has no access: accept the dataset's terms on its page",
-        404: "not there: check --source (a local path has to exist) and --subset",
+        404: "not there: check --source (a local path has to exist), --subset and --revision",
         451: "withheld for legal reasons: choose another source",
     }
-    token = os.environ.get("HF_TOKEN")
-    headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    token, headers = os.environ.get("HF_TOKEN"), {"Accept-Encoding": "identity"}
+    if token and urlsplit(url).netloc == urlsplit(hub_endpoint()).netloc:
+        headers["Authorization"] = f"Bearer {token}"
+    if start:
+        headers["Range"] = f"bytes={start}-"
     try:
-        response = requests.get(url, headers=headers, timeout=(10, 60), **options)
+        response = requests.request(method, url, headers=headers, timeout=(10, STALL_SECONDS), **options)
+    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+        raise Later(f"{url}: no answer ({type(error).__name__}): check the network and HF_ENDPOINT") from None
     except requests.RequestException as error:
-        raise OSError(f"{url}: no answer ({type(error).__name__}): check the network and HF_ENDPOINT") from None
-    if response.status_code != 200:
-        what = advice.get(response.status_code, "run the same command again later, it goes on where it stopped")
-        raise OSError(f"{url}: HTTP {response.status_code}: {what}")
+        raise OSError(f"{url}: {error}: check HF_ENDPOINT") from None
+    code, after = response.status_code, response.headers.get("Retry-After")
+    if code in (408, 429) or code >= 500:
+        try:
+            seconds = Retry().parse_retry_after(after or "0")  # seconds, or a date
+        except InvalidHeader:
+            seconds = 0
+        raise Later(f"{url}: HTTP {code}", seconds)
+    if code >= 400 and not (code == 416 and start):
+        raise OSError(f"{url}: HTTP {code}: {advice.get(code, 'check --source, --subset and --revision')}")
     if "text/html" in response.headers.get("Content-Type", ""):
         raise OSError(f"{url}: a web page came instead of data: is there a proxy or sign-in page in between?")
     return response
 
 
-def download(file, folder):
-    """Path of the source file, fetched and verified; one that was fetched before is taken as it is."""
-    path = folder / (file["stem"] + next(ending for ending in FORMATS if file["name"].endswith(ending)))
-    temporary = path.with_name(path.name + ".tmp")
-    if path.exists():
-        return path
-    bar = tqdm(total=file["size"], desc=path.name, unit="B", unit_scale=True, leave=False, disable=None)
-    with fetch(file["url"], stream=True) as response, open(temporary, "wb") as target, bar:
+def receive(url, path, size, bar):
+    """Get what is missing of the file over one connection. Raises Later when that breaks off."""
+    start = size_of(path)
+    if size is not None and start == size:
+        return
+    with request(url, start, stream=True) as response:
+        sent = response.headers.get("Content-Range", "")
+        if response.status_code == 416 and sent.endswith(f"/{start}"):
+            return  # it was whole
+        if response.status_code == 416 or response.status_code == 206 and not sent.startswith(f"bytes {start}-"):
+            path.unlink()
+            raise Later(f"{url}: {start:,} bytes are there, the server cannot go on from them: begins anew", 0)
         try:
-            for chunk in response.iter_content(1 << 20):
-                target.write(chunk)
-                bar.update(len(chunk))
-        except requests.RequestException:
-            pass  # the connection broke: the size tells
-    size = temporary.stat().st_size
-    if size != file["size"]:
-        raise OSError(f"{file['url']}: got {size:,} of {file['size']:,} bytes: run the same command again")
-    is_git = len(file["checksum"]) == 40
-    found = checksum(temporary, "sha1", b"blob %d\0" % size) if is_git else checksum(temporary)
-    if found != file["checksum"]:
-        raise OSError(f"{file['url']}: checksum {found}, not {file['checksum']}: run the same command again")
-    os.replace(temporary, path)
-    return path
+            with open(path, "ab" if response.status_code == 206 else "wb") as target:
+                for chunk in response.iter_content(1 << 16):  # of a chunk that breaks off nothing is kept
+                    target.write(chunk)
+                    bar.update(target.tell() - bar.n)
+        except requests.RequestException as error:
+            raise Later(f"{url}: broke off at {size_of(path):,} bytes ({type(error).__name__})") from None
+    if size_of(path) < (size or 0):
+        raise Later(f"{url}: ended at {size_of(path):,} of {size:,} bytes")
+
+
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def place(file, folder):
+    """Paths of a file that `download` has verified, and of what it has of it so far."""
+    name = file.get("name", urlsplit(file["url"]).path).rsplit("/", 1)[-1]
+    if "stem" in file:
+        name = file["stem"] + next((ending for ending in FORMATS if name.endswith(ending)), Path(name).suffix)
+    return folder / name, folder / f"{name}.tmp"
+
+
+def download(file, folder):
+    """Path of the file in `folder`, fetched and verified; what is there already is used, in parts too.
+
+    file: dict of url and checksum (sha256, or git blob hash), and optionally size, name, and stem (what to call it).
+    A file that is not what was meant is fetched again, twice. Raises OSError, one line with the URL and what to do.
+    """
+    path, temporary = place(file, folder)
+    size, expected = file.get("size"), file["checksum"]
+    is_git = len(expected) == 40
+    if path.exists() and checksum(path, is_git) == expected:
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, leave=False, disable=None)
+    for n_left in (2, 1, 0):
+        patiently(partial(receive, file["url"], temporary, size, bar), PATIENCE, partial(size_of, temporary))
+        found = checksum(temporary, is_git)
+        if found == expected:
+            os.replace(temporary, path)
+            bar.close()
+            return path
+        temporary.unlink()
+        if n_left:
+            tqdm.write(f"{file['url']}: checksum {found}, not {expected}: fetching it again", file=sys.stderr)
+    raise OSError(
+        f"{file['url']}: three times the wrong content, checksum {found}, not {expected}: the server or a proxy in "
+        "between has a damaged copy: run the same command later"
+    )
+
+
+def fetch_ahead(files, folder):
+    """Yield the path of each file; while it is used, the next one downloads. An error comes when its turn comes."""
+
+    def start(file):
+        def work():
+            try:
+                future.set_result(file["path"] if "path" in file else download(file, folder))
+            except BaseException as error:
+                future.set_exception(error)
+
+        future = Future()
+        threading.Thread(target=work, daemon=True).start()  # an executor's would keep a process that ends alive
+        return future
+
+    future = start(files[0]) if files else None
+    for following in files[1:] + [None]:
+        path = future.result()
+        future = start(following) if following else None
+        yield path
+
+
+def check_space(todo, records, folder, tokenizer, max_tokens, keep_downloads):
+    """Bytes of the source files to be read. OSError when shards and downloads clearly do not fit on the disk."""
+    shards, n_bytes, remote = 0, 0, []
+    n_train = sum(record["train"]["tokens"] for record in records)
+    for file in todo:
+        if 0 < max_tokens <= n_train + shards / 2:
+            break
+        n_bytes += file["size"]
+        shards += file["size"] * growth(file["name"], records, tokenizer)
+        if "url" in file:
+            remote.append(file["size"] - max(map(size_of, place(file, folder / "downloads"))))
+    needed = shards + sum(sorted(remote, reverse=True)[: None if keep_downloads else 2])
+    free = shutil.disk_usage(folder).free
+    fits, needed, free = needed <= free, tqdm.format_sizeof(needed, "B"), tqdm.format_sizeof(free, "B")
+    if not fits:
+        raise OSError(
+            f"{folder}: about {needed} are needed, {free} are free: free some, choose another --out_dir, or take less "
+            "with --subset, --part or --max_tokens"
+        )
+    print(f"files to do: {len(todo):,}, about {needed} needed, {free} free")
+    return n_bytes
+
+
+def growth(name, records, tokenizer):
+    """Bytes of shard for a byte of this source: as in the folder so far, else a constant."""
+    ending = next(ending for ending in FORMATS if name.endswith(ending))
+    same = [record for record in records if record["source"].endswith(ending)]
+    if same:
+        n_tokens = sum(record[split]["tokens"] for record in same for split in SPLITS)
+        return 2 * n_tokens / sum(record["size"] for record in same)
+    return GROWTH[ending] * (4 if tokenizer == "bytes" and ending != ".bin" else 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,16 +530,27 @@ def download(file, folder):
 
 
 def read_documents(path, text_field, split_blank_lines):
-    """Yield the texts of a source file, None or blank where a row has none. Raises ValueError naming the file."""
+    """Yield (share of the file that is read, text), the text None or blank where a row has none.
+
+    Raises ValueError naming the file.
+    """
+    if path.name.endswith(".parquet"):
+        documents = read_parquet(path, text_field)
+    elif path.name.endswith(".txt"):
+        documents = read_txt(path, split_blank_lines)
+    else:
+        documents = read_jsonl(path, text_field)
     try:
-        if path.name.endswith(".parquet"):
-            yield from read_parquet(path, text_field)
-        elif path.name.endswith(".txt"):
-            yield from read_txt(path, split_blank_lines)
-        else:
-            yield from read_jsonl(path, text_field)
+        for share, text in documents:
+            if text and len(text) > MAX_DOCUMENT:
+                raise too_long(path)
+            yield share, text
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text: convert it first") from None
+
+
+def too_long(path):
+    return ValueError(f"{path}: a document has more than {MAX_DOCUMENT:,} characters: cut it into several documents")
 
 
 def read_parquet(path, text_field):
@@ -326,43 +558,54 @@ def read_parquet(path, text_field):
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
+        with pq.ParquetFile(path, buffer_size=1 << 20) as file:  # with a buffer, no row group is read as a whole
+            columns, groups = file.schema_arrow.names, map(file.metadata.row_group, range(file.num_row_groups))
             if text_field not in columns:
                 raise ValueError(f"{path}: no column {text_field!r}: set --text_field to one of {', '.join(columns)}")
-            for batch in file.iter_batches(256, columns=[text_field]):
+            row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
+            n_rows, n_at_once = 0, min(max(BATCH_BYTES // max(row_bytes, 1), 1), 256)
+            for batch in file.iter_batches(n_at_once, columns=[text_field]):
                 texts = batch.column(0).to_pylist()
                 wrong = {type(text).__name__ for text in texts} - {"str", "NoneType"}
                 if wrong:
                     raise ValueError(f"{path}: column {text_field!r} holds {wrong.pop()}, not text: set --text_field")
-                yield from texts
+                n_rows += len(texts)
+                for text in texts:
+                    yield n_rows / file.metadata.num_rows, text
     except (pa.ArrowException, OSError) as error:
         reason = str(error).split(". ")[0]
         raise ValueError(f"{path}: not a sound parquet file ({reason}): get it again, or leave it out") from None
 
 
 def read_txt(path, split_blank_lines):
+    size = path.stat().st_size
     with open(path, encoding="utf-8", newline="") as file:  # newline="": line ends stay as they are
         if not split_blank_lines:
-            yield file.read()
+            yield 1, file.read(MAX_DOCUMENT + 1)
             return
-        lines = []
-        for line in file:
+        lines, length = [], 0
+        while line := file.readline(MAX_DOCUMENT + 1):
             if line.strip():
                 lines.append(line)
+                length += len(line)
+                if length > MAX_DOCUMENT:
+                    raise too_long(path)
             elif lines:
-                yield "".join(lines).rstrip("\r\n")
-                lines = []
-        yield "".join(lines).rstrip("\r\n")
+                yield file.buffer.tell() / size, "".join(lines).rstrip("\r\n")
+                lines, length = [], 0
+        yield 1, "".join(lines).rstrip("\r\n")
 
 
 def read_jsonl(path, text_field):
-    number = 0
+    number, size = 0, path.stat().st_size
     try:
-        with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+        with open(path, "rb") as raw, gzip.open(raw) if path.name.endswith(".gz") else raw as file:
+            while line := file.readline(2 * MAX_DOCUMENT):
+                number += 1
                 if not line.strip():
                     continue
+                if len(line) == 2 * MAX_DOCUMENT:
+                    raise too_long(f"{path}, line {number}")
                 row = json.loads(line)
                 if not isinstance(row, dict) or text_field not in row:
                     names = f"one of {', '.join(row)}" if row and isinstance(row, dict) else "a field that is there"
@@ -371,22 +614,23 @@ def read_jsonl(path, text_field):
                 if not isinstance(text, str | None):
                     raise ValueError(f"{path}, line {number}: {text_field!r} is {type(text).__name__}, not text")
                 # half a surrogate pair, which JSON can spell, has no UTF-8
-                yield text and text.encode("utf-8", errors="replace").decode()
+                yield raw.tell() / size, text and text.encode("utf-8", errors="replace").decode()
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {number}: not JSON ({error.msg}): mend or remove the line") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}, after line {number}: damaged gzip ({error}): get it again") from None
 
 
-def batches(texts):
-    group, size = [], 0
-    for text in texts:
+def batches(documents):
+    """Yield (share of the file, texts, their characters) for some documents at a time."""
+    group, size, share = [], 0, 1
+    for share, text in documents:
         group.append(text)
         size += len(text or "")
         if size >= BATCH_CHARS or len(group) >= 1000:
-            yield group
+            yield share, group, size
             group, size = [], 0
-    yield group
+    yield share, group, size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,37 +661,70 @@ def encode_batch(texts, tokenizer, val_fraction):
     }
 
 
-def in_order(n_threads, function, items):
-    """Yield (item, function(item)) in the order of the items, few of them in work, so that memory stays bounded."""
-    pending = deque()
-    with ThreadPoolExecutor(n_threads) as pool:
-        for item in items:
-            pending.append((item, pool.submit(function, item)))
-            if len(pending) > 3 * n_threads:
-                item, future = pending.popleft()
-                yield item, future.result()
-        for item, future in pending:
-            yield item, future.result()
+def encode_documents(documents, encode, n_threads):
+    """Yield (share of the file, rows, what encode_batch returns) in the order of the documents.
+
+    What is in work is bounded, so that memory is.
+    """
+    pending, pool = deque(), ThreadPoolExecutor(n_threads)
+
+    def oldest():
+        share, n_rows, _, future = pending.popleft()
+        return share, n_rows, future.result()
+
+    try:
+        for share, texts, size in batches(documents):
+            pending.append((share, len(texts), size, pool.submit(encode, texts)))
+            while len(pending) > 3 * n_threads or sum(size for _, _, size, _ in pending) > MAX_IN_WORK:
+                yield oldest()
+        while pending:
+            yield oldest()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def tokenize_file(file, path, folder, rules, tokenizer, n_threads, bar):
-    """Write one source file's shards, complete and fsynced, under their names; return its record."""
+def read_shard(path, tokenizer, split):
+    """Yield a shard by others as encode_documents does, and nothing for the other split.
+
+    Raises ValueError when it is damaged, or has tokens that the tokenizer does not know.
+    """
+    tokens, token_bytes, starts = open_shard(path), tokenizer.token_bytes(), []
+    for at in range(0, len(tokens), SHARD_STEP):
+        piece = tokens[at : at + SHARD_STEP]
+        if piece.max() >= tokenizer.n_vocab:
+            raise ValueError(
+                f"{path}: has token {piece.max()}, {tokenizer.name} only {tokenizer.n_vocab}: set --tokenizer"
+            )
+        starts += (at + np.flatnonzero(piece == tokenizer.eot)).tolist()
+        yield (at + len(piece)) / len(tokens), 0, {split: (piece, [], int(token_bytes[piece].sum()))}
+    yield 1, len(starts), {split: (tokens[:0], np.diff([*starts, len(tokens)]).tolist(), 0)}
+
+
+def tokenize_file(file, path, folder, rules, tokenizer, n_threads, advance):
+    """Write one source file's shards, complete and fsynced, under their names; return its record.
+
+    advance: is told (share of the file, documents, tokens) of each batch.
+    """
     shards = {split: folder / f"{split}_{file['stem']}.bin" for split in SPLITS}
     temporary = {split: folder / f"{split}_{file['stem']}.bin.tmp" for split in SPLITS}
     counts = {split: np.zeros(len(COUNTS), np.int64) for split in SPLITS}
     lengths, n_rows = [], 0
-    texts = read_documents(path, rules["text_field"], rules["split_blank_lines"])
-    encode = partial(encode_batch, tokenizer=tokenizer, val_fraction=file["val_fraction"])
+    if is_shard(file):
+        pieces = read_shard(path, tokenizer, "val" if file["val_fraction"] else "train")
+    else:
+        documents = read_documents(path, rules["text_field"], rules["split_blank_lines"])
+        encode = partial(encode_batch, tokenizer=tokenizer, val_fraction=file["val_fraction"])
+        pieces = encode_documents(documents, encode, n_threads)
     try:
         with open(temporary["train"], "wb") as train, open(temporary["val"], "wb") as val:
-            for batch, sides in in_order(n_threads, encode, batches(texts)):
-                n_rows += len(batch)
-                for target, (split, (tokens, sizes, n_bytes)) in zip((train, val), sides.items(), strict=True):
-                    write_shard(target, tokens)
+            targets = {"train": train, "val": val}
+            for share, n_in_piece, sides in pieces:
+                n_rows += n_in_piece
+                for split, (tokens, sizes, n_bytes) in sides.items():
+                    write_shard(targets[split], tokens)
                     counts[split] += len(sizes), len(tokens), n_bytes
                     lengths += sizes
-                    bar.update(len(tokens))
-                bar.set_postfix_str(f"{len(lengths):,} documents of {path.name}", refresh=False)
+                    advance(share, len(sizes), len(tokens))
             for target in (train, val):
                 target.flush()
                 os.fsync(target.fileno())
@@ -460,7 +737,7 @@ def tokenize_file(file, path, folder, rules, tokenizer, n_threads, bar):
     return {
         "format_version": FORMAT_VERSION,
         "source": file["name"],
-        **{key: file[key] for key in ("stem", "size", "checksum", "val_fraction")},
+        **{key: file.get(key) for key in RECORD[1:]},
         **rules,
         **{split: dict(zip(COUNTS, counts[split].tolist(), strict=True)) for split in SPLITS},
         "documents_without_text": n_rows - len(lengths),
@@ -469,38 +746,58 @@ def tokenize_file(file, path, folder, rules, tokenizer, n_threads, bar):
 
 
 def is_finished(folder, record):
-    """Whether the shards that a record tells of are there, as long as it says."""
-    for split in SPLITS:
+    """Whether there is a record, and the shards that it tells of are there, as long as it says."""
+    for split in SPLITS if record else ():
         path, n_tokens = folder / f"{split}_{record['stem']}.bin", record[split]["tokens"]
-        if n_tokens and not (path.exists() and path.stat().st_size == HEADER_BYTES + 2 * n_tokens):
+        if n_tokens and size_of(path) != HEADER_BYTES + 2 * n_tokens:
             return False
-    return True
+    return record is not None
 
 
-def prepare(sources, records, folder, rules, tokenizer, n_threads, max_tokens):
+def show_progress(bar, totals, begun, size, share, *counts):
+    """Add (documents, tokens) to totals, and move the bar within the file of `size` bytes that began there."""
+    totals += counts
+    if not bar.disable:
+        rate = totals[1] / (time.time() - bar.start_t)
+        bar.set_postfix_str(f"{totals[0]:,} documents, {totals[1]:,} tokens, {rate:,.0f} tokens/s", refresh=False)
+        bar.update(int(begun + share * size) - bar.n)
+
+
+def prepare(sources, records, folder, rules, tokenizer, n_threads, max_tokens, keep_downloads=False):
     """Do every source file that is not finished, in order; return the records of all. ValueError if there is no text.
 
     records: what check_folder returned. Stops after the file with which train has max_tokens, unless that is 0.
     """
-    done, n_train = [], 0
-    with tqdm(unit=" tokens", unit_scale=True, disable=None) as bar:
+    todo = {file["checksum"]: file for file in sources if not is_finished(folder, records.get(file["checksum"]))}
+    finished = [record for key, record in records.items() if key not in todo]
+    expected = check_space(todo.values(), finished, folder, rules["tokenizer"], max_tokens, keep_downloads)
+    done, n_train, downloads, totals = [], 0, folder / "downloads", np.zeros(2, np.int64)
+    paths = fetch_ahead(list(todo.values()), downloads)
+    layout = "{percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+    with tqdm(total=expected, bar_format=layout, disable=None) as bar:
         for file in sources:
             if 0 < max_tokens <= n_train:
                 break
             record = records.get(file["checksum"])
-            if not record or not is_finished(folder, record):
-                path = file["path"] if "path" in file else download(file, folder)
-                record = tokenize_file(file, path, folder, rules, tokenizer, n_threads, bar)
-                n_documents = sum(record[split]["documents"] for split in SPLITS)
-                tqdm.write(f"{file['name']}: {n_documents:,} documents")
-                if n_documents:
+            if file["checksum"] in todo:
+                path = next(paths)
+                advance = partial(show_progress, bar, totals, bar.n, file["size"])
+                record = tokenize_file(file, path, folder, rules, tokenizer, n_threads, advance)
+                if record["train"]["tokens"] + record["val"]["tokens"]:
                     write_json(folder / f"source_{file['stem']}.json", record)
-                if "path" not in file:
+                if "url" in file and not keep_downloads:
                     path.unlink()
-                if not n_documents:
-                    continue
-            done.append(record)
-            n_train += record["train"]["tokens"]
+                n_documents = record["train"]["documents"] + record["val"]["documents"]
+                tqdm.write(f"{file['name']}: {n_documents:,} documents")
+            if record["train"]["tokens"] + record["val"]["tokens"]:
+                done.append(record)
+                n_train += record["train"]["tokens"]
+    if not keep_downloads:  # with max_tokens, the next one may be there
+        for file in todo.values():
+            for path in place(file, downloads) if "url" in file else ():
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # other machines may still use it
+            downloads.rmdir()
     if not done:
         raise ValueError(f"{', '.join(file['name'] for file in sources[:3])}: no documents there, nothing to train on")
     return done
@@ -530,23 +827,38 @@ def summary(done, folder, seconds):
     return "\n".join(lines)
 
 
-def main():
+def run():
     if not 0 <= val_fraction < 1 or workers < 0 or max_tokens < 0:
         raise ValueError("val_fraction must be from 0 to below 1, workers and max_tokens 0 or more")
     started, folder = time.time(), Path(out_dir)
-    encoder = Tokenizer(tokenizer)
-    split = "by file" if val_source else f"hash < {val_fraction}"
+    encoder, recorded = Tokenizer(tokenizer), read_records(folder)
+    list_dataset = partial(list_begun, subset=subset, revision=revision, records=recorded)
+    sources = list_sources(source, val_source, val_fraction, list_dataset)
+    split = "by file" if val_source or is_shard(sources[0]) else f"hash < {val_fraction}"
     rules = dict(zip(RULES, (tokenizer, split, text_field, split_blank_lines), strict=True))
-    try:
-        sources = list_sources(source, val_source, subset, val_fraction)
-        folder.mkdir(parents=True, exist_ok=True)
-        records = check_folder(folder, rules, sources)
-        done = prepare(sources, records, folder, rules, encoder, workers or os.cpu_count(), max_tokens)
-    except KeyboardInterrupt:
-        print("\nstopped: what is finished is kept, the same command goes on from there", file=sys.stderr)
-        raise SystemExit(130) from None
-    write_json(folder / "meta.json", read_meta(folder))
+    mine = take_part(sources, part)
+    records = check_folder(folder, recorded, rules, sources)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = prepare(mine, records, folder, rules, encoder, workers or os.cpu_count(), max_tokens, keep_downloads)
+    written = None
+    while (meta := read_meta(folder)) != written:  # again, where another machine finished meanwhile
+        write_json(folder / "meta.json", meta)
+        written = meta
     print(summary(done, folder, time.time() - started))
+
+
+def main():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops it as Ctrl-C does
+    try:
+        run()
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        print("\nstopped: what is finished is kept, the same command goes on from there", file=sys.stderr, flush=True)
+        os._exit(130)  # at once: a thread may be busy with a long text, or wait for a silent connection
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(f"{out_dir}: the disk is full: free some space, the same command goes on from there") from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """All promises of fgpt, as tests: `python test_all.py` (CPU, no network, a few minutes) or `pytest test_all.py`."""
 
 import ast
+import email.utils
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -14,15 +16,19 @@ import re
 import resource
 import runpy
 import shlex
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the models here are too small for more
@@ -69,7 +75,7 @@ from model import (  # noqa: E402
 )
 from prepare_fineweb import write_shard  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from tools import summary, toyworld  # noqa: E402
+from tools import bench, summary, toyworld  # noqa: E402
 
 STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "sample.py"]
 TEXT = "naïve café, 日本語のテキスト, 👩‍👩‍👧 emoji, def f(x):\n\treturn x  # <|endoftext|> <|user|>\n"
@@ -610,12 +616,12 @@ def write_jsonl(path, texts, opener=open):
     return path
 
 
-def prepare(monkeypatch, **settings):
+def prepare(**settings):
     """Run the stage in this process with the given settings, over fast defaults."""
     defaults = {"tokenizer": "bytes", "val_fraction": 0.2, "workers": 2}
-    for name, value in (defaults | settings).items():
-        monkeypatch.setattr(prepare_fineweb, name, value if isinstance(value, int | float) else str(value))
-    prepare_fineweb.main()
+    call(prepare_fineweb, **{
+        name: value if isinstance(value, int | float) else str(value) for name, value in (defaults | settings).items()
+    })  # fmt: skip
     return Path(settings["out_dir"])
 
 
@@ -636,33 +642,33 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
-def test_shards_decode_to_exactly_the_source_texts(tmp_path, monkeypatch, tokenizer):
+def test_shards_decode_to_exactly_the_source_texts(tmp_path, tokenizer):
     texts = make_texts(300)
     write_parquet(tmp_path / "a.parquet", texts)
-    out = prepare(monkeypatch, source=tmp_path / "a.parquet", out_dir=tmp_path / "out", tokenizer=tokenizer)
+    out = prepare(source=tmp_path / "a.parquet", out_dir=tmp_path / "out", tokenizer=tokenizer)
     train, val = documents(out, "train", tokenizer), documents(out, "val", tokenizer)
     assert sorted(train + val) == sorted(texts)
     assert [text for text in texts if text in set(train)] == train
     assert 0.1 < len(val) / len(texts) < 0.3
 
 
-def test_no_text_is_on_both_sides_even_when_the_source_has_it_twice(tmp_path, monkeypatch):
+def test_no_text_is_on_both_sides_even_when_the_source_has_it_twice(tmp_path):
     texts = make_texts(200)
     write_parquet(tmp_path / "a.parquet", texts + texts[::-1])
     write_jsonl(tmp_path / "b.jsonl", texts)
-    out = prepare(monkeypatch, source=tmp_path, out_dir=tmp_path / "out")
+    out = prepare(source=tmp_path, out_dir=tmp_path / "out")
     train, val = documents(out, "train"), documents(out, "val")
     assert len(train) + len(val) == 3 * len(texts)
     assert set(val) and not set(train) & set(val)
 
 
-def test_a_document_is_on_the_same_side_in_a_subset_and_with_a_larger_val_fraction(tmp_path, monkeypatch):
+def test_a_document_is_on_the_same_side_in_a_subset_and_with_a_larger_val_fraction(tmp_path):
     texts = make_texts(200)
     write_parquet(tmp_path / "all.parquet", texts)
     write_jsonl(tmp_path / "some.jsonl", texts[150:50:-1])
-    whole = prepare(monkeypatch, source=tmp_path / "all.parquet", out_dir=tmp_path / "whole")
-    part = prepare(monkeypatch, source=tmp_path / "some.jsonl", out_dir=tmp_path / "part")
-    more = prepare(monkeypatch, source=tmp_path / "all.parquet", out_dir=tmp_path / "more", val_fraction=0.4)
+    whole = prepare(source=tmp_path / "all.parquet", out_dir=tmp_path / "whole")
+    part = prepare(source=tmp_path / "some.jsonl", out_dir=tmp_path / "part")
+    more = prepare(source=tmp_path / "all.parquet", out_dir=tmp_path / "more", val_fraction=0.4)
     some = set(texts[51:151])
     assert set(documents(part, "val")) == set(documents(whole, "val")) & some
     assert set(documents(whole, "val")) < set(documents(more, "val"))
@@ -677,11 +683,11 @@ def test_shards_do_not_depend_on_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_fineweb, "BATCH_CHARS", 500)
     write_parquet(tmp_path / "a.parquet", make_texts(300))
     for n in (1, 4):
-        prepare(monkeypatch, source=tmp_path / "a.parquet", out_dir=tmp_path / f"out{n}", workers=n)
+        prepare(source=tmp_path / "a.parquet", out_dir=tmp_path / f"out{n}", workers=n)
     assert contents(tmp_path / "out1") == contents(tmp_path / "out4")
 
 
-def test_all_text_formats_give_the_same_tokens(tmp_path, monkeypatch):
+def test_all_text_formats_give_the_same_tokens(tmp_path):
     texts = [text.strip() for text in make_texts(40)]
     (tmp_path / "in").mkdir()
     write_parquet(tmp_path / "in/a.parquet", texts)
@@ -690,24 +696,24 @@ def test_all_text_formats_give_the_same_tokens(tmp_path, monkeypatch):
     (tmp_path / "in/d.txt").write_bytes("\r\n \r\n\n".join(texts).encode() + b"\n")
     shards = []
     for path in sorted((tmp_path / "in").iterdir()):
-        out = prepare(monkeypatch, source=path, out_dir=tmp_path / path.name, split_blank_lines=True)
+        out = prepare(source=path, out_dir=tmp_path / path.name, split_blank_lines=True)
         shards.append([prepare_fineweb.find_shards(out, split)[0].read_bytes() for split in ("train", "val")])
     assert shards[0] == shards[1] == shards[2] == shards[3]
 
 
-def test_a_text_file_is_one_document_byte_for_byte(tmp_path, monkeypatch):
+def test_a_text_file_is_one_document_byte_for_byte(tmp_path):
     (tmp_path / "train.txt").write_bytes("\ufeffone\r\n\r\ntwo\rthree\n".encode())
     (tmp_path / "val.txt").write_bytes(b"held out")
-    out = prepare(monkeypatch, source=tmp_path / "*.txt", val_source=tmp_path / "val.txt", out_dir=tmp_path / "out")
+    out = prepare(source=tmp_path / "*.txt", val_source=tmp_path / "val.txt", out_dir=tmp_path / "out")
     assert documents(out, "train") == ["\ufeffone\r\n\r\ntwo\rthree\n"]
     assert documents(out, "val") == ["held out"]
 
 
-def test_sidecars_and_meta_tell_documents_tokens_and_bytes(tmp_path, monkeypatch):
+def test_sidecars_and_meta_tell_documents_tokens_and_bytes(tmp_path):
     texts = make_texts(100)
     write_parquet(tmp_path / "a.parquet", texts[:60] + [None, "", " \n"])
     write_jsonl(tmp_path / "b.jsonl", texts[60:])
-    out = prepare(monkeypatch, source=f"{tmp_path}/a.parquet, {tmp_path}/b.jsonl", out_dir=tmp_path / "out")
+    out = prepare(source=f"{tmp_path}/a.parquet, {tmp_path}/b.jsonl", out_dir=tmp_path / "out")
     meta = json.loads((out / "meta.json").read_text())
     assert meta == prepare_fineweb.read_meta(out)
     assert meta["tokenizer"] == "bytes" and len(meta["sources"]) == 2
@@ -723,13 +729,13 @@ def test_sidecars_and_meta_tell_documents_tokens_and_bytes(tmp_path, monkeypatch
     assert sidecar["tokens_per_document"]["max"] == max(len(text.encode()) + 1 for text in texts[:60])
 
 
-def test_parts_prepared_apart_and_copied_together_are_one_folder(tmp_path, monkeypatch):
+def test_parts_prepared_apart_and_copied_together_are_one_folder(tmp_path):
     texts = make_texts(100)
     write_jsonl(tmp_path / "a.jsonl", texts[:50])
     write_jsonl(tmp_path / "b.jsonl", texts[50:])
-    whole = prepare(monkeypatch, source=tmp_path / "*.jsonl", out_dir=tmp_path / "whole")
-    merged = prepare(monkeypatch, source=tmp_path / "a.jsonl", out_dir=tmp_path / "merged")
-    other = prepare(monkeypatch, source=tmp_path / "b.jsonl", out_dir=tmp_path / "other")
+    whole = prepare(source=tmp_path / "*.jsonl", out_dir=tmp_path / "whole")
+    merged = prepare(source=tmp_path / "a.jsonl", out_dir=tmp_path / "merged")
+    other = prepare(source=tmp_path / "b.jsonl", out_dir=tmp_path / "other")
     for name, content in contents(other).items():
         (merged / name).write_bytes(content)
     assert prepare_fineweb.read_meta(merged) == prepare_fineweb.read_meta(whole)
@@ -740,35 +746,9 @@ def test_parts_prepared_apart_and_copied_together_are_one_folder(tmp_path, monke
         prepare_fineweb.read_meta(merged)
 
 
-def test_a_run_that_died_and_ran_again_leaves_the_same_bytes(tmp_path, monkeypatch):
-    (tmp_path / "in").mkdir()
-    for i in range(3):
-        write_parquet(tmp_path / f"in/{i}.parquet", make_texts(100, seed=i))
-    whole = prepare(monkeypatch, source=tmp_path / "in", out_dir=tmp_path / "whole")
-    encode, n_calls = prepare_fineweb.encode_batch, iter(range(100))
-
-    def die_in_the_second_file(*arguments, **options):
-        if next(n_calls) == 1:
-            raise KeyboardInterrupt
-        return encode(*arguments, **options)
-
-    monkeypatch.setattr(prepare_fineweb, "encode_batch", die_in_the_second_file)
-    with pytest.raises(SystemExit) as stopped:
-        prepare(monkeypatch, source=tmp_path / "in", out_dir=tmp_path / "out")
-    assert stopped.value.code == 130
-    assert len(list((tmp_path / "out").glob("source_*.json"))) == 1
-    (tmp_path / "out/train_1_stale.bin.tmp").write_bytes(b"half a shard")  # as SIGKILL leaves one; no one reads it
-    for path in list((tmp_path / "whole").glob("train_1_*.bin")):
-        (tmp_path / "out" / path.name).write_bytes(b"renamed, but not recorded")
-    monkeypatch.setattr(prepare_fineweb, "encode_batch", encode)
-    prepare(monkeypatch, source=tmp_path / "in", out_dir=tmp_path / "out")
-    (tmp_path / "out/train_1_stale.bin.tmp").unlink()
-    assert contents(tmp_path / "out") == contents(whole)
-
-
 def test_a_second_run_tokenizes_only_what_is_new_or_missing(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", make_texts(50))
-    out = prepare(monkeypatch, source=tmp_path / "*.jsonl", out_dir=tmp_path / "out")
+    out = prepare(source=tmp_path / "*.jsonl", out_dir=tmp_path / "out")
     before = contents(out)
     write_jsonl(tmp_path / "b.jsonl", make_texts(50, seed=1))
     (tmp_path / "copy_of_a.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
@@ -778,49 +758,50 @@ def test_a_second_run_tokenizes_only_what_is_new_or_missing(tmp_path, monkeypatc
         "tokenize_file",
         lambda file, *rest: tokenized.append(file["stem"]) or tokenize_file(file, *rest),
     )
-    prepare(monkeypatch, source=tmp_path / "*.jsonl", out_dir=out)
+    prepare(source=tmp_path / "*.jsonl", out_dir=out)
     assert [stem[0] for stem in tokenized] == ["b"]
     shard = next(out.glob("train_a_*.bin"))
-    shard.unlink()
-    prepare(monkeypatch, source=tmp_path / "*.jsonl", out_dir=out)
-    assert [stem[0] for stem in tokenized] == ["b", "a"]
-    assert shard.read_bytes() == before[shard.name]
+    for n, damage in enumerate((shard.unlink, lambda: shard.write_bytes(before[shard.name][:-2])), 2):
+        damage()
+        prepare(source=tmp_path / "*.jsonl", out_dir=out)
+        assert [stem[0] for stem in tokenized] == ["b", "a", "a"][:n]
+        assert shard.read_bytes() == before[shard.name]
 
 
-def test_a_file_that_is_given_twice_is_taken_once(tmp_path, monkeypatch):
+def test_a_file_that_is_given_twice_is_taken_once(tmp_path):
     for name in ("a.txt", "b.txt", "c.txt"):
         (tmp_path / name).write_text("the same" if name < "c" else "another")
     run = {"source": f"{tmp_path}/a.txt,{tmp_path}", "val_source": tmp_path / "c.txt", "out_dir": tmp_path / "out"}
-    assert documents(prepare(monkeypatch, **run), "train") == ["the same"]
+    assert documents(prepare(**run), "train") == ["the same"]
 
 
-def test_half_a_surrogate_pair_in_json_becomes_a_question_mark(tmp_path, monkeypatch):
+def test_half_a_surrogate_pair_in_json_becomes_a_question_mark(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x\\ud800y"}\n')
     for tokenizer in ("bytes", "gpt2"):
-        out = prepare(monkeypatch, source=tmp_path / "a.jsonl", out_dir=tmp_path / tokenizer, tokenizer=tokenizer)
+        out = prepare(source=tmp_path / "a.jsonl", out_dir=tmp_path / tokenizer, tokenizer=tokenizer)
         assert documents(out, "train", tokenizer) == ["x?y"]
 
 
-def test_max_tokens_stops_after_a_whole_file(tmp_path, monkeypatch):
+def test_max_tokens_stops_after_a_whole_file(tmp_path):
     for i in range(3):
         write_jsonl(tmp_path / f"{i}.jsonl", make_texts(50, seed=i))
-    out = prepare(monkeypatch, source=tmp_path, out_dir=tmp_path / "out", max_tokens=12_000)
+    out = prepare(source=tmp_path, out_dir=tmp_path / "out", max_tokens=12_000)
     n_tokens = [len(prepare_fineweb.open_shard(path)) for path in prepare_fineweb.find_shards(out, "train")]
     assert len(n_tokens) == 2 and n_tokens[0] < 12_000 <= sum(n_tokens)
 
 
-def test_files_of_one_name_in_two_folders_do_not_collide(tmp_path, monkeypatch):
+def test_files_of_one_name_in_two_folders_do_not_collide(tmp_path):
     for i, folder in enumerate(("x", "y")):
         (tmp_path / folder).mkdir()
         write_jsonl(tmp_path / folder / "val training.jsonl", make_texts(50, seed=i))
-    out = prepare(monkeypatch, source=f"{tmp_path}/x,{tmp_path}/y", out_dir=tmp_path / "out")
+    out = prepare(source=f"{tmp_path}/x,{tmp_path}/y", out_dir=tmp_path / "out")
     assert [len(prepare_fineweb.find_shards(out, split)) for split in ("train", "val")] == [2, 2]
     assert len(documents(out, "train") + documents(out, "val")) == 100
 
 
-def test_an_empty_side_has_no_shard_and_is_warned_of(tmp_path, monkeypatch, capsys):
+def test_an_empty_side_has_no_shard_and_is_warned_of(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a text")
-    out = prepare(monkeypatch, source=tmp_path / "a.txt", out_dir=tmp_path / "out", val_fraction=0.0)
+    out = prepare(source=tmp_path / "a.txt", out_dir=tmp_path / "out", val_fraction=0.0)
     assert "warning: val got no document: raise --val_fraction" in capsys.readouterr().out
     assert len(list(out.glob("*.bin"))) == 1
     with pytest.raises(FileNotFoundError, match="no val shards"):
@@ -894,7 +875,7 @@ def bad_sources(folder):
     }  # fmt: skip
 
 
-def test_a_bad_source_is_one_line_that_names_it_and_leaves_nothing_half_done(tmp_path, monkeypatch):
+def test_a_bad_source_is_one_line_that_names_it_and_leaves_nothing_half_done(tmp_path):
     cases = bad_sources(tmp_path)
     for name, (content, settings, message) in cases.items():
         path, out = tmp_path / name, tmp_path / "out"
@@ -904,7 +885,7 @@ def test_a_bad_source_is_one_line_that_names_it_and_leaves_nothing_half_done(tmp
             key: str(value).format(folder=tmp_path) if key == "val_source" else value for key, value in settings.items()
         }
         with pytest.raises((ValueError, OSError)) as caught:
-            prepare(monkeypatch, **{"source": path, "out_dir": out, "val_source": "", **settings})
+            prepare(**{"source": path, "out_dir": out, "val_source": "", **settings})
         assert message in str(caught.value) and "\n" not in str(caught.value), (name, str(caught.value))
         assert settings.get("tokenizer") or settings.get("val_fraction") or path.name in str(caught.value)
         assert not out.exists() or not list(out.iterdir()), name
@@ -913,27 +894,27 @@ def test_a_bad_source_is_one_line_that_names_it_and_leaves_nothing_half_done(tmp
 def test_a_folder_prepared_with_other_settings_or_a_changed_source_is_refused(tmp_path, monkeypatch):
     path, out = tmp_path / "a.jsonl", tmp_path / "out"
     write_jsonl(path, make_texts(50))
-    prepare(monkeypatch, source=path, out_dir=out)
+    prepare(source=path, out_dir=out)
     (out / "notes.txt").write_text("a file that has nothing to do with it")
     before = contents(out)
     for settings in ({"tokenizer": "gpt2"}, {"val_fraction": 0.3}, {"text_field": "id"}, {"val_source": path}):
         with pytest.raises(ValueError, match="choose another --out_dir|no file to train on"):
-            prepare(monkeypatch, **{"source": path, "out_dir": out, "val_source": "", "text_field": "text", **settings})
+            prepare(**{"source": path, "out_dir": out, "val_source": "", "text_field": "text", **settings})
     monkeypatch.setattr(prepare_fineweb, "text_field", "text")
     monkeypatch.setattr(prepare_fineweb, "val_source", "")
     write_jsonl(path, make_texts(51))
     with pytest.raises(ValueError, match="has changed since"):
-        prepare(monkeypatch, source=path, out_dir=out)
+        prepare(source=path, out_dir=out)
     assert contents(out) == before
 
 
-def test_a_file_that_was_train_is_not_taken_for_validation_later(tmp_path, monkeypatch):
+def test_a_file_that_was_train_is_not_taken_for_validation_later(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(f"text {name}")
     run = {"source": tmp_path / "a.txt", "val_source": tmp_path / "b.txt", "out_dir": tmp_path / "out"}
-    out = prepare(monkeypatch, **run)
+    out = prepare(**run)
     with pytest.raises(ValueError, match="a.txt has changed sides since"):
-        prepare(monkeypatch, **run | {"source": tmp_path / "c.txt", "val_source": tmp_path / "a.txt"})
+        prepare(**run | {"source": tmp_path / "c.txt", "val_source": tmp_path / "a.txt"})
     assert documents(out, "train") == ["text a"] and documents(out, "val") == ["text b"]
 
 
@@ -951,77 +932,540 @@ def test_the_command_line_prepares_and_reports_errors_in_one_line(tmp_path):
 
 @contextmanager
 def hub(files, monkeypatch):
-    """A Hub of one dataset: path -> content. Its listing has one entry a page; it wants the token "secret".
+    """A Hub at 127.0.0.1 whose datasets all hold these files: path -> content. It wants the token "secret".
 
-    Yields a dict, path -> content sent instead of the true one (and cut short where it is shorter).
+    Listings have one entry a page; files in LFS are redirected to another host name, which refuses a token. Yields
+    versions: commit -> files, main is the last one. faults: path -> what goes wrong in its next requests, one after
+    the other. log: (method, path, Range header) of all requests. stalled: set when a response stalls.
     """
-    paths, sent_instead = sorted(files), {}
+    server = SimpleNamespace(versions={"a" * 40: files}, faults={}, log=[], stalled=threading.Event())
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             path, _, query = unquote(self.path).partition("?")
-            where = path.partition("/main/")[2]
+            server.log.append((self.command, path, self.headers["Range"]))
+            at = re.fullmatch(r"/(api/datasets|datasets|cdn)/[\w-]+/[\w-]+/(?:tree|resolve)/(\w+)/?(.*)", path)
+            commit = list(server.versions)[-1] if at[2] == "main" else at[2]
+            files = server.versions.get(commit, {})
+            if at[1] == "cdn":
+                return self.answer(400) if self.headers["Authorization"] else self.send_file(at[3], files[at[3]])
             if self.headers["Authorization"] != "Bearer secret":
-                return self.answer(401, b"")
-            if path.startswith("/datasets/me/data/resolve/main/"):
-                return self.answer(200, sent_instead.get(where, files[where]), length=len(files[where]))
-            below = [p for p in paths if p.startswith(where + "/")]
-            if not path.startswith("/api/datasets/me/data/tree/main/") or not below:
-                return self.answer(404, b"")
-            page = int(query.partition("cursor=")[2] or 0)
-            content = files[below[page]]
-            entry = {"type": "file", "path": below[page], "size": len(content), "oid": "0" * 40}
-            if below[page].endswith(".parquet"):
-                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content)}
-            else:
-                entry["oid"] = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-            link = f'<http://{self.headers["Host"]}{path}?recursive=true&cursor={page + 1}>; rel="next"'
-            self.answer(200, json.dumps([entry]).encode(), link if page + 1 < len(below) else None)
+                return self.answer(401)
+            if at[1] == "api/datasets":
+                return self.send_listing(files, at[3], int(query.partition("cursor=")[2] or 0))
+            if at[3] not in files:
+                return self.answer(404)
+            location = f"http://localhost:{server.port}/cdn{path.removeprefix('/datasets').replace('main', commit)}"
+            if self.is_large(at[3]):
+                return self.answer(302, {"X-Repo-Commit": commit, "Location": location})
+            if self.command == "HEAD":
+                return self.answer(200, {"X-Repo-Commit": commit})
+            self.send_file(at[3], files[at[3]])
 
-        def answer(self, code, body, link=None, length=None):
+        do_HEAD = do_GET
+
+        def is_large(self, path):
+            return path.endswith((".parquet", ".bin"))
+
+        def send_listing(self, files, folder, page):
+            below = [path for path in sorted(files) if path.startswith(f"{folder}/" if folder else "")]
+            if not below:
+                return self.answer(404)
+            content = files[below[page]]
+            oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            entry = {"type": "file", "path": below[page], "size": len(content), "oid": oid}
+            if self.is_large(below[page]):
+                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content)}
+            here = f"http://{self.headers['Host']}{self.path.partition('?')[0]}"
+            more = {"Link": f'<{here}?recursive=true&cursor={page + 1}>; rel="next"'} if page + 1 < len(below) else {}
+            self.answer(200, more, json.dumps([entry]).encode())
+
+        def send_file(self, path, content):
+            fault = server.faults[path].pop(0) if server.faults.get(path) else None
+            if isinstance(fault, tuple):
+                return self.answer(fault[0], {"Retry-After": fault[1]})
+            if fault == "html":
+                return self.answer(200, {"Content-Type": "text/html"}, b"Sign in")
+            if fault == "corrupt":
+                content = content[:-1] + bytes([content[-1] ^ 1])
+            asked = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+            start = int(asked[1]) if asked and fault != "no range" else 0
+            if start and start >= len(content):
+                return self.answer(416, {"Content-Range": f"bytes */{len(content)}"})
+            half = len(content[start:]) // 2 if fault in ("drop", "stall") else None
+            headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+            self.answer(206 if start else 200, headers, content[start:], half)
+            if fault == "stall":
+                server.stalled.set()
+                time.sleep(20)
+
+        def answer(self, code, headers=(), body=b"", end=None):
             self.send_response(code)
-            self.send_header("Content-Length", str(length or len(body)))
-            if link:
-                self.send_header("Link", link)
+            for name, value in {"Content-Length": len(body), **dict(headers)}.items():
+                self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(body[:end])
 
         def log_message(self, *arguments):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        server.port = http.server_port
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{http.server_port}/")
         monkeypatch.setenv("HF_TOKEN", "secret")
-        yield sent_instead
-        server.shutdown()
+        monkeypatch.setattr(prepare_fineweb, "FIRST_WAIT", 0.01)
+        yield server
+        http.shutdown()
 
 
-def test_a_hub_dataset_is_listed_in_pages_downloaded_and_verified(tmp_path, monkeypatch):
-    files = {}
-    for i in range(3):
-        files[f"sample/x/{i}.parquet"] = write_parquet(tmp_path / "file", make_texts(50, seed=i)).read_bytes()
-    files["sample/x/small.jsonl"] = write_jsonl(tmp_path / "file", make_texts(50, seed=3)).read_bytes()
-    files["sample/y/other.jsonl"] = files["sample/x/README.md"] = b"x"
-    run = {"source": "me/data", "subset": "sample/x", "out_dir": tmp_path / "out"}
-    with hub(files, monkeypatch) as sent_instead:
-        whole = files["sample/x/1.parquet"]
-        for content, message in ((whole[:-9], "got .* bytes"), (whole[:-1] + b"x", "checksum .*, not")):
-            sent_instead["sample/x/1.parquet"] = content
-            with pytest.raises(OSError, match=f"1.parquet: {message}"):
-                prepare(monkeypatch, **run)
-        sent_instead.clear()
-        out = prepare(monkeypatch, **run)
-        with pytest.raises(OSError, match="404.*--subset"):
-            prepare(monkeypatch, **run | {"subset": "sample/10BT"})
-        with pytest.raises(OSError, match="401.*HF_TOKEN"):
-            monkeypatch.delenv("HF_TOKEN")
-            prepare(monkeypatch, **run)
-    with pytest.raises(OSError, match="no answer"):
-        prepare(monkeypatch, **run)
+def hub_files(folder, n=3, rows=50):
+    """Parquet files of a dataset as the Hub has them, and a small JSONL file that is not in LFS."""
+    files = {f"x/{i}.parquet": write_parquet(folder / "f", make_texts(rows, seed=i)).read_bytes() for i in range(n)}
+    return files | {"x/small.jsonl": write_jsonl(folder / "f", make_texts(rows, seed=n)).read_bytes()}
+
+
+def fetched(server, name):
+    """The ranges of the requests for a file's content, as far as the server saw them."""
+    return [ranges for method, path, ranges in server.log if method == "GET" and path.endswith(name)]
+
+
+def test_a_hub_dataset_is_listed_in_pages_downloaded_and_verified_at_one_commit(tmp_path, monkeypatch):
+    files = hub_files(tmp_path) | {"y/other.jsonl": b"x", "x/README.md": b"x"}
+    with hub(files, monkeypatch) as server:
+        out = prepare(source="me/data", subset="x", out_dir=tmp_path / "out")
+        resolved = [path for method, path, _ in server.log if method == "GET" and path.startswith("/datasets/")]
+        assert len(resolved) == 4 and all("/resolve/" + "a" * 40 in path for path in resolved)
     texts = [text for i in range(4) for text in make_texts(50, seed=i)]
     assert sorted(documents(out, "train") + documents(out, "val")) == sorted(texts)
-    assert not [name for name in contents(out) if name.endswith((".tmp", ".parquet", ".jsonl"))]
+    assert {record["revision"] for record in prepare_fineweb.read_records(out)} == {"a" * 40}
+    assert all(name.endswith((".bin", ".json")) for name in contents(out))
+
+
+def test_fineweb_edu_means_its_10b_sample_and_another_dataset_all_of_it(tmp_path, monkeypatch):
+    content = write_jsonl(tmp_path / "f", make_texts(9)).read_bytes()
+    files = {"sample/10BT/a.jsonl": content, "b.jsonl": content, "deep/c.jsonl": content}
+    with hub(files, monkeypatch):
+        for source, names in (("HuggingFaceFW/fineweb-edu", ["sample/10BT/a"]), ("me/data", ["b", "deep/c"])):
+            files_ = prepare_fineweb.list_begun(source, "", "main", [])
+            assert [f["name"] for f in files_ if source != "me/data" or "10BT" not in f["name"]] == [
+                f"{source}/{name}.jsonl" for name in names
+            ]
+
+
+def test_a_folder_goes_on_with_the_commit_it_was_begun_with(tmp_path, monkeypatch, capsys):
+    run = {"source": "me/data", "subset": "x", "out_dir": tmp_path / "out", "max_tokens": 1}
+    old, new = hub_files(tmp_path, 2), hub_files(tmp_path, 3)
+    with hub(old, monkeypatch) as server:
+        prepare(**run)
+        server.versions["b" * 40] = {**new, "x/1.parquet": new["x/2.parquet"]}
+        out = prepare(**run | {"max_tokens": 0})
+        assert prepare_fineweb.read_meta(out)["sources"] == [f"me/data/{path}" for path in sorted(old)]
+        assert "files are of" not in capsys.readouterr().out
+        with pytest.raises(ValueError, match="x/1.parquet has changed since"):
+            prepare(**run | {"revision": "b" * 40})
+        assert f"files are of {'b' * 40} now, finished ones of {'a' * 40}" in capsys.readouterr().out
+        with pytest.raises(OSError, match="404.*--revision"):
+            prepare(**run | {"revision": "v9", "out_dir": tmp_path / "new"})
+    assert {record["revision"] for record in prepare_fineweb.read_records(out)} == {"a" * 40}
+
+
+BLOB = np.random.default_rng(0).bytes(300_000)  # content for which a dropped connection matters
+
+
+def blob(server, **changes):
+    """A file of BLOB as `download` takes it, without a size: as one pinned by its sha256."""
+    url = f"http://127.0.0.1:{server.port}/datasets/me/data/resolve/{'a' * 40}/blob.bin"
+    return {"url": url, "checksum": hashlib.sha256(BLOB).hexdigest(), **changes}
+
+
+@pytest.mark.parametrize("pinned", [True, False], ids=["sha256 alone", "size and sha256"])
+@pytest.mark.parametrize(
+    "faults, ranges",
+    [
+        ([], [None]),
+        (["drop", "drop"], [None, "bytes=131072-", "bytes=196608-"]),
+        (["stall"], [None, "bytes=131072-"]),
+        (["drop", "no range"], [None, "bytes=131072-"]),
+        (["corrupt", "corrupt"], [None, None, None]),
+        (["drop", "corrupt"], [None, "bytes=131072-", None]),
+        ([(503, "0"), (429, "Wed, 21 Oct 2015 07:28:00 GMT"), (500, "soon")], [None] * 4),
+    ],
+)
+def test_a_download_survives_what_a_network_does(tmp_path, monkeypatch, capsys, faults, ranges, pinned):
+    monkeypatch.setattr(prepare_fineweb, "STALL_SECONDS", 0.3)
+    with hub({"blob.bin": BLOB}, monkeypatch) as server:
+        server.faults["blob.bin"] = list(faults)
+        file = blob(server, **{} if pinned else {"size": len(BLOB), "name": "me/data/blob.bin", "stem": "x_1"})
+        path = prepare_fineweb.download(file, tmp_path / "new")
+        assert path.name == ("blob.bin" if pinned else "x_1.bin") and path.read_bytes() == BLOB
+        assert [r for _, path, r in server.log if path.startswith("/cdn")] == ranges
+        assert ("(ConnectionError)" in capsys.readouterr().err) == ("stall" in faults)  # we hung up, not the server
+        n_requests = len(server.log)
+        assert prepare_fineweb.download(file, tmp_path / "new") == path and len(server.log) == n_requests
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+@pytest.mark.parametrize("left", [BLOB[:1000], BLOB, BLOB + b"more", b"x" * 1000, b"x" * len(BLOB), b"x" * 400_000])
+@pytest.mark.parametrize("size", [{}, {"size": len(BLOB)}], ids=["sha256 alone", "size and sha256"])
+def test_what_another_process_left_of_a_download_is_gone_on_with_or_replaced(tmp_path, monkeypatch, left, size):
+    (tmp_path / "blob.bin.tmp").write_bytes(left)
+    with hub({"blob.bin": BLOB}, monkeypatch) as server:
+        assert prepare_fineweb.download(blob(server, **size), tmp_path).read_bytes() == BLOB
+        asked = [ranges for _, path, ranges in server.log if path.startswith("/cdn")]
+        if left in (BLOB[:1000], BLOB):  # good as far as it goes: no byte of it is fetched again
+            assert asked == ([] if left == BLOB and size else [f"bytes={len(left)}-"])
+        (tmp_path / "blob.bin").write_bytes(BLOB[:-1] + b"x")  # damaged on the disk
+        assert prepare_fineweb.download(blob(server, **size), tmp_path).read_bytes() == BLOB
+
+
+def test_a_server_asks_for_a_wait_and_gets_it(tmp_path, monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(prepare_fineweb.time, "sleep", waits.append)
+    soon = email.utils.formatdate(time.time() + 100, usegmt=True)
+    with hub({"blob.bin": BLOB}, monkeypatch) as server:
+        server.faults["blob.bin"] = [(503, "7"), (429, soon), (500, ""), (500, "")]
+        prepare_fineweb.download(blob(server), tmp_path)
+        assert waits[0] == 7 and 90 < waits[1] <= 100 and waits[2:] == [0.04, 0.08]
+        assert "HTTP 503: trying again in 7 s" in capsys.readouterr().err
+        server.faults["blob.bin"] = [(503, "3600")]
+        (tmp_path / "blob.bin").unlink()
+        with pytest.raises(OSError, match="HTTP 503.*no progress: run the same command later"):
+            prepare_fineweb.download(blob(server), tmp_path)
+
+
+def test_progress_renews_the_patience_and_without_it_a_download_is_given_up(tmp_path, monkeypatch):
+    with hub({"blob.bin": BLOB}, monkeypatch) as server:
+        monkeypatch.setattr(prepare_fineweb, "FIRST_WAIT", 0.04)
+        monkeypatch.setattr(prepare_fineweb, "PATIENCE", 0.05)  # enough for one wait, not for a second one
+        server.faults["blob.bin"] = ["drop"] * 2
+        assert prepare_fineweb.download(blob(server), tmp_path / "a").read_bytes() == BLOB
+        server.faults["blob.bin"] = ["drop"] + [(500, "")] * 9
+        with pytest.raises(OSError, match="blob.bin: HTTP 500: no progress: run the same command later"):
+            prepare_fineweb.download(blob(server), tmp_path / "b")
+        assert (tmp_path / "b/blob.bin.tmp").stat().st_size == 131072
+
+
+def test_a_file_that_stays_wrong_is_fetched_three_times_and_named_with_both_checksums(tmp_path, monkeypatch):
+    wrong = hashlib.sha256(BLOB[:-1] + bytes([BLOB[-1] ^ 1])).hexdigest()
+    with hub({"blob.bin": BLOB}, monkeypatch) as server:
+        server.faults["blob.bin"] = ["corrupt"] * 3
+        with pytest.raises(OSError, match=f"blob.bin: .*checksum {wrong}, not {blob(server)['checksum']}"):
+            prepare_fineweb.download(blob(server), tmp_path)
+        assert len(fetched(server, "blob.bin")) == 6  # each time a redirect, and the content
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_waiting_does_not_mend_is_one_line_at_once(tmp_path, monkeypatch):
+    said = {
+        (401, ""): "HTTP 401: .*HF_TOKEN", (403, ""): "HTTP 403: .*terms", (404, ""): "HTTP 404: .*--source",
+        (410, ""): "HTTP 410: check", (451, ""): "HTTP 451: .*another source", "html": "web page .*proxy",
+    }  # fmt: skip
+    with hub({"blob.bin": BLOB}, monkeypatch) as server:
+        for fault, message in said.items():
+            server.faults["blob.bin"] = [fault]
+            with pytest.raises(OSError, match=f"^http://127.*blob.bin: .*{message}") as caught:
+                prepare_fineweb.download(blob(server), tmp_path)
+            assert "\n" not in str(caught.value) and not isinstance(caught.value, prepare_fineweb.Later)
+        assert len(server.log) == 2 * len(said)
+        url = f"http://localhost:{server.port}/datasets/me/data/resolve/main/blob.bin"
+        with pytest.raises(OSError, match="HTTP 401"):  # the token is for the Hub, not for any other host
+            prepare_fineweb.download(blob(server, url=url), tmp_path)
+    monkeypatch.setattr(prepare_fineweb, "FIRST_CONTACT", 0)
+    with pytest.raises(OSError, match="no answer .*: check the network and HF_ENDPOINT"):
+        prepare(source="me/data", out_dir=tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "nonsense")
+    with pytest.raises(OSError, match="nonsense/api.*: check HF_ENDPOINT"):
+        prepare(source="me/data", out_dir=tmp_path)
+
+
+def test_the_next_file_downloads_while_one_is_tokenized_and_no_more_than_two_are_kept(tmp_path, monkeypatch):
+    tokenize_file, kept = prepare_fineweb.tokenize_file, []
+
+    def watch(file, path, *rest):
+        following = f"x/{int(file['stem'][0]) + 1}.parquet" if file["stem"][0] in "012" else None
+        for _ in range(500 if following else 0):
+            if len(fetched(server, following)) == 2:
+                break
+            time.sleep(0.01)
+        else:
+            assert not following, "the next file was not asked for"
+        kept.append(len([p for p in path.parent.iterdir()]))
+        return tokenize_file(file, path, *rest)
+
+    monkeypatch.setattr(prepare_fineweb, "tokenize_file", watch)
+    run = {"source": "me/data", "subset": "x", "val_fraction": 0.2}
+    with hub(hub_files(tmp_path, 4), monkeypatch) as server:
+        out = prepare(**run, out_dir=tmp_path / "out")
+        assert len(kept) == 5 and max(kept) == 2
+        kept.clear()
+        keeping = prepare(**run, out_dir=tmp_path / "keeping", keep_downloads=True)
+        assert kept[-1] == 5 and len(list((keeping / "downloads").iterdir())) == 5
+        n_requests = len(fetched(server, ".parquet"))
+        for path in keeping.glob("*.json"):
+            path.unlink()
+        monkeypatch.setattr(prepare_fineweb, "tokenize_file", tokenize_file)
+        prepare(**run, out_dir=keeping, keep_downloads=True)
+        assert len(fetched(server, ".parquet")) == n_requests
+        few = prepare(**run, out_dir=tmp_path / "few", keep_downloads=False, max_tokens=1)
+    shutil.rmtree(keeping / "downloads")
+    assert contents(keeping) == contents(out)
+    assert len(list(few.glob("source_*"))) == 1 and not (few / "downloads").exists()
+
+
+def test_an_error_of_the_next_download_leaves_what_was_finished(tmp_path, monkeypatch):
+    run = {"source": "me/data", "subset": "x", "out_dir": tmp_path / "out"}
+    with hub(hub_files(tmp_path), monkeypatch) as server:
+        server.faults["x/1.parquet"] = [(451, "")]
+        with pytest.raises(OSError, match="x/1.parquet: HTTP 451"):
+            prepare(**run)
+        assert [record["stem"][0] for record in prepare_fineweb.read_records(tmp_path / "out")] == ["0"]
+        out = prepare(**run)
+        assert len(fetched(server, "x/0.parquet")) == 2
+        assert contents(out) == contents(prepare(**run | {"out_dir": tmp_path / "whole"}))
+
+
+def start_stage(out, **settings):
+    """The stage on the test's Hub as a process of its own."""
+    settings = {"source": "me/data", "tokenizer": "bytes", "val_fraction": 0.2, "out_dir": out, **settings}
+    command = [sys.executable, prepare_fineweb.__file__, *(f"--{name}={value}" for name, value in settings.items())]
+    pipe, default = subprocess.PIPE, lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=default)
+
+
+def wait_for(condition):
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it did not happen in 10 s")
+
+
+def test_killed_anywhere_and_started_again_it_writes_the_same_bytes(tmp_path, monkeypatch):
+    files = hub_files(tmp_path, rows=4000)
+    assert min(map(len, files.values())) > 4 * 65536
+    out = tmp_path / "out"
+    with hub(files, monkeypatch) as server:
+        whole = prepare(source="me/data", out_dir=tmp_path / "whole")
+        server.faults = {"x/0.parquet": ["stall"], "x/1.parquet": ["stall"]}
+        moments = [  # in the first download, in the second, while a shard is written, and when a file is finished
+            server.stalled.is_set,
+            server.stalled.is_set,
+            lambda: any(path.stat().st_size for path in out.glob("train_*.bin.tmp")),
+            lambda: len(list(out.glob("source_*.json"))) == 3,
+        ]
+        for moment in moments:
+            server.stalled.clear()
+            process = start_stage(out)
+            wait_for(lambda: moment() or process.poll() is not None)  # noqa: B023
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL or moment not in moments[:2]  # the others pass quickly
+        for path in whole.glob("train_2_*.bin"):  # as a kill just before and after the renaming leaves them
+            (out / f"{path.name}.tmp").write_bytes(b"half a shard")
+            (out / path.name).write_bytes(b"renamed, but not recorded")
+            (out / f"source_{path.stem.removeprefix('train_')}.json").unlink(missing_ok=True)
+        process = start_stage(out)
+        assert process.wait() == 0, process.stderr.read()
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_even_while_a_download_stalls(tmp_path, monkeypatch, number):
+    with hub(hub_files(tmp_path), monkeypatch) as server:
+        server.faults["x/1.parquet"] = ["stall"]
+        process = start_stage(tmp_path / "out")
+        wait_for(lambda: server.stalled.is_set() and list((tmp_path / "out").glob("source_*.json")))
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=10)  # the silent connection would be given up after 60 s
+    assert process.returncode == 130 and "the same command goes on from there" in errors and "Traceback" not in errors
+    assert [record["stem"][0] for record in prepare_fineweb.read_records(tmp_path / "out")] == ["0"]
+
+
+def test_a_bad_file_ends_it_even_while_the_next_download_stalls(tmp_path, monkeypatch):
+    files = hub_files(tmp_path) | {"x/0.parquet": write_parquet(tmp_path / "f", ["x"], column="body").read_bytes()}
+    with hub(files, monkeypatch) as server:
+        server.faults["x/1.parquet"] = ["stall"]
+        process = start_stage(tmp_path / "out")
+        _, errors = process.communicate(timeout=10)
+    assert process.returncode == 1 and "no column 'text'" in errors and errors.count("\n") == 1
+
+
+def test_parts_by_several_machines_give_the_bytes_of_one_run(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(5):
+        write_jsonl(tmp_path / f"in/{i}.jsonl", make_texts(40, seed=i % 4))  # the last is a copy of the first
+    whole = prepare(source=tmp_path / "in", out_dir=tmp_path / "whole")
+    for i in (2, 1, 3):
+        apart = prepare(source=tmp_path / "in", out_dir=tmp_path / f"apart{i}", part=f"{i}/3")
+        assert len(list(apart.glob("source_*.json"))) == (2 if i == 1 else 1)
+        prepare(source=tmp_path / "in", out_dir=tmp_path / "one", part=f"{i}/3")
+    merged = {name: content for i in (1, 2, 3) for name, content in contents(tmp_path / f"apart{i}").items()}
+    assert contents(tmp_path / "one") == contents(whole)
+    assert merged == contents(whole) | {"meta.json": merged["meta.json"]}
+    for part in ("0/3", "4/3", "3", "a/b", "1/0", "5/8"):
+        with pytest.raises(ValueError, match="part must be like 3/8|part 5/8 is empty: there are only 4"):
+            prepare(source=tmp_path / "in", out_dir=tmp_path / "one", part=part)
+
+
+def published_shards(n_tokens=9_000):
+    """Files of a dataset of token shards as others publish them: name -> content."""
+    files, generator = {}, np.random.default_rng(0)
+    for name in ("finewebedu_val_000000.bin", "finewebedu_train_000001.bin", "finewebedu_train_000002.bin"):
+        tokens = np.where(generator.random(n_tokens) < 0.01, 50256, generator.integers(0, 50257, n_tokens))
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, n_tokens
+        files[name] = header.tobytes() + tokens.astype("<u2").tobytes()
+    return files
+
+
+def test_published_token_shards_are_fetched_checked_and_counted(tmp_path, monkeypatch):
+    files, encoder = published_shards(), Tokenizer("gpt2")
+    monkeypatch.setattr(prepare_fineweb, "SHARD_STEP", 1000)
+    (tmp_path / "in").mkdir()
+    for name, content in files.items():
+        (tmp_path / "in" / name).write_bytes(content)
+    with hub(files, monkeypatch):
+        out = prepare(source="me/data", out_dir=tmp_path / "out", tokenizer="gpt2")
+    local = prepare(source=tmp_path / "in", out_dir=tmp_path / "local", tokenizer="gpt2")
+    for folder in (out, local):
+        for split, names in (("val", sorted(files)[2:]), ("train", sorted(files)[:2])):
+            shards = prepare_fineweb.find_shards(folder, split)
+            assert [path.read_bytes() for path in shards] == [files[name] for name in names]
+            tokens = np.concatenate([prepare_fineweb.open_shard(path) for path in shards])
+            assert prepare_fineweb.read_meta(folder)[split] == {
+                "documents": int((tokens == encoder.eot).sum()),
+                "tokens": len(tokens),
+                "bytes": len(encoder.decode_bytes(tokens[tokens != encoder.eot].tolist())),
+            }
+        assert prepare_fineweb.read_meta(folder)["split"] == "by file"
+    record = next(r for r in prepare_fineweb.read_records(local) if "val" in r["stem"])
+    starts = np.flatnonzero(prepare_fineweb.open_shard(tmp_path / "in/finewebedu_val_000000.bin") == encoder.eot)
+    assert record["tokens_per_document"]["max"] == np.diff([*starts, 9_000]).max()
+
+
+def test_token_shards_that_cannot_be_used_are_refused(tmp_path):
+    content = published_shards()["finewebedu_train_000001.bin"]
+    for name, changed, message in (
+        ("train_short.bin", content[:-2], "its header says 9,000 tokens but it holds 8,999"),
+        ("train_other.bin", b"x" + content[1:], "not a token shard"),
+        ("train_ids.bin", content[:-2] + b"\x53\xc4", "train_ids.bin: has token 50259, gpt2 only 50259"),
+        ("shard.bin", content, "shard.bin: .* must end in .*train or val in it"),
+        ("val_x.bin", content, "no file to train on"),
+    ):
+        (tmp_path / name).write_bytes(changed)
+        with pytest.raises(ValueError, match=message):
+            prepare(source=tmp_path / name, out_dir=tmp_path / "out", tokenizer="gpt2")
+        assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_token_shards_beside_text_are_left_out(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/train_x.bin").write_bytes(published_shards()["finewebedu_train_000001.bin"])
+    write_jsonl(tmp_path / "in/a.jsonl", make_texts(50))
+    out = prepare(source=tmp_path / "in", out_dir=tmp_path / "out")
+    assert "1 token shards (.bin) beside text are left out" in capsys.readouterr().out
+    assert len(documents(out, "train") + documents(out, "val")) == 50
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_before_it_starts(tmp_path, monkeypatch):
+    run = {"source": "me/data", "subset": "x", "out_dir": tmp_path / "out"}
+    files = hub_files(tmp_path)
+    sizes = sorted(map(len, files.values()))
+    free = []
+    monkeypatch.setattr(prepare_fineweb.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[0]))
+    with hub(files, monkeypatch) as server:
+        free[:] = [sizes[-1]]
+        with pytest.raises(OSError, match=r"about [\d.]+kB are needed, [\d.]+kB are free: .*--out_dir.*--max_tokens"):
+            prepare(**run)
+        assert not any(path.startswith("/cdn") for _, path, _ in server.log)
+        free[:] = [4 * sizes[-1]]
+        prepare(**run, max_tokens=1)  # one file fits
+        free[:] = [0]
+        prepare(**run, max_tokens=1)  # what is finished needs nothing
+        files = prepare_fineweb.list_sources("me/data", "", 0.2, lambda repo: prepare_fineweb.list_hub(repo, "x"))
+    records = prepare_fineweb.read_records(tmp_path / "out")
+    n_tokens = records[0]["train"]["tokens"] + records[0]["val"]["tokens"]
+    assert prepare_fineweb.growth("b.parquet", records, "bytes") == 2 * n_tokens / records[0]["size"]
+    todo, expected = files[:3], sum(file["size"] for file in files[:3]) * 0.7 * 4
+    for keep, n_kept in ((False, 2), (True, 3)):
+        kept = sum(sorted((file["size"] for file in todo), reverse=True)[:n_kept])
+        free[:] = [expected + kept + 1]
+        assert prepare_fineweb.check_space(todo, [], tmp_path, "bytes", 0, keep) == sum(f["size"] for f in todo)
+        free[:] = [expected + kept - 1]
+        with pytest.raises(OSError, match="are needed"):
+            prepare_fineweb.check_space(todo, [], tmp_path, "bytes", 0, keep)
+
+
+def test_a_full_disk_is_reported_as_such_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    run = {"source": "me/data", "subset": "x"}
+    with hub(hub_files(tmp_path), monkeypatch):
+        whole = prepare(**run, out_dir=tmp_path / "whole")
+        out = tmp_path / "out"
+        (out / "downloads").mkdir(parents=True)
+        stem = prepare_fineweb.read_records(whole)[1]["stem"]
+        for full in (out / f"downloads/{stem}.parquet.tmp", out / f"train_{stem}.bin.tmp"):
+            full.symlink_to("/dev/full")  # the device that is always full
+            with pytest.raises(OSError, match=f"^{out}: the disk is full: free some space, the same command goes on"):
+                prepare(**run, out_dir=out)
+            assert [record["stem"][0] for record in prepare_fineweb.read_records(out)] == ["0"]
+            assert not list(out.glob(f"*{stem}.bin"))
+            full.unlink(missing_ok=True)
+        prepare(**run, out_dir=out)
+    assert contents(out) == contents(whole)
+
+
+def test_a_document_that_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_fineweb, "MAX_DOCUMENT", 1000)
+    text = "word\n" * 201
+    for name in ("a.parquet", "a.jsonl", "a.jsonl.gz", "a.txt", "b.txt"):
+        path = tmp_path / name
+        if name.endswith("parquet"):
+            write_parquet(path, [text])
+        elif name.endswith("txt"):
+            path.write_text("x\n\n" + text)
+        else:
+            write_jsonl(path, ["x", 2 * text], gzip.open if name.endswith("gz") else open)
+        with pytest.raises(ValueError, match=f"{name}.*: a document has more than 1,000 characters: cut it"):
+            prepare(source=path, out_dir=tmp_path / "out", split_blank_lines=name == "b.txt")
+
+
+def test_someone_elses_file_with_the_name_of_a_sidecar_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "source_notes.json").write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match="source_notes.json: not a record by prepare_fineweb.py: move it"):
+        prepare(source=tmp_path / "a.txt", out_dir=tmp_path)
+
+
+def test_a_sidecar_names_a_local_source_as_it_was_given(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(50))
+    monkeypatch.chdir(tmp_path)
+    out = prepare(source="./*.jsonl", out_dir="out")
+    assert [record["source"] for record in prepare_fineweb.read_records(out)] == ["a.jsonl"]
+    assert str(tmp_path) not in "".join(path.read_text() for path in out.glob("*.json"))
+
+
+def test_a_terminal_shows_documents_tokens_speed_and_time_left(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(50))
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 50, 200, 0, 0))
+    command = [sys.executable, prepare_fineweb.__file__, f"--source={tmp_path}/a.jsonl", f"--out_dir={tmp_path}/out"]
+    subprocess.run([*command, "--tokenizer=bytes"], stderr=theirs, stdout=subprocess.DEVNULL, check=True)
+    os.close(theirs)
+    with open(ours, "rb", buffering=0) as terminal:
+        shown = ""
+        with suppress(OSError):  # the end of it
+            while True:
+                shown += terminal.read(1000).decode(errors="replace")
+    assert re.search(r"100%\|.* 50 documents, [\d,]+ tokens, [\d,]+ tokens/s \[00:00<00:00\]", shown), shown
+
+
+def test_the_speed_of_preparing_data_is_measured_against_tiktoken_alone(tmp_path, capsys):
+    write_parquet(tmp_path / "a.parquet", make_texts(50))
+    bench.tokenize(str(tmp_path / "*.parquet"), 2, 1)
+    output = capsys.readouterr().out
+    assert output.startswith("50 documents") and "| prepare_fineweb.py | " in output and output.count("\n| ") == 4
+    with pytest.raises(ValueError, match="--source"):
+        bench.tokenize("", 2, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

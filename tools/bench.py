@@ -17,6 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,14 +29,17 @@ import torch
 import torch.nn.functional as F
 
 import model as model_py
+import prepare_fineweb
 import train
-from prepare_fineweb import write_shard
+from tokenizer import Tokenizer
 
 repeats = 3  # how often each thing is measured
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
 dtype = ""  # float32 or bfloat16 (autocast); empty: bfloat16 on GPUs that have it
 configs = "config/fgpt_712m.py,config/fgpt_modern.py"  # models to measure, configs of train.py
 batch_sizes = "1,4,16"  # micro-batches of them, rows
+source = ""  # tokenize: files of text, as in prepare_fineweb.py
+workers = 0  # tokenize: threads (0: all cores)
 
 
 def machine():
@@ -167,7 +172,7 @@ def loader(repeats, n_shards=4, shard_tokens=25_000_000, batch_tokens=524_288):
     with tempfile.TemporaryDirectory() as folder:
         for number in range(n_shards):
             with open(f"{folder}/train_{number}.bin", "wb") as file:
-                write_shard(file, np.random.default_rng(number).integers(0, 50257, shard_tokens))
+                prepare_fineweb.write_shard(file, np.random.default_rng(number).integers(0, 50257, shard_tokens))
         for block_size in (64, 256, 1024):
             windows = train.Windows(train.find_shards(folder, "train"), block_size, 50304, seed=0)
             n_rows, speeds = batch_tokens // block_size, []
@@ -204,12 +209,53 @@ def checkpoint(configs, repeats, device):
         print(f"{config}: {gigabytes:.2f} GB, written in {write:.1f} s, loaded in {load:.1f} s", flush=True)
 
 
+def tokenize(source, workers, repeats):
+    """The whole of prepare_fineweb.py (checksum, decoding, split, tokens, shards) against tiktoken alone.
+
+    tiktoken gets the same documents, already in memory, and as many threads.
+    """
+    if not source:
+        raise ValueError("tokenize needs --source, files of text like texts/*.parquet")
+    coder, n_threads = Tokenizer("gpt2"), workers or os.cpu_count()
+    paths = [file["path"] for file in prepare_fineweb.find_files(source, None)]
+    texts = [text for path in paths for _, text in prepare_fineweb.read_documents(path, "text", False) if text]
+
+    def stage():
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
+            start, rules = time.perf_counter(), ("gpt2", "hash < 0.005", "text", False)
+            files = prepare_fineweb.list_sources(source, "", 0.005, None)
+            rules = dict(zip(prepare_fineweb.RULES, rules, strict=True))
+            prepare_fineweb.prepare(files, {}, Path(folder), rules, coder, n_threads, 0)
+            return time.perf_counter() - start
+
+    def batch():
+        start = time.perf_counter()
+        coder.bpe.encode_ordinary_batch(texts, num_threads=n_threads)
+        return time.perf_counter() - start
+
+    def arrays():
+        start = time.perf_counter()
+        with ThreadPoolExecutor(n_threads) as pool:
+            for _ in pool.map(lambda text: coder.bpe.encode_to_numpy(text, disallowed_special=()), texts):
+                pass
+        return time.perf_counter() - start
+
+    seconds = take_turns(repeats, stage=stage, batch=batch, arrays=arrays)
+    n_tokens = sum(len(coder.encode(text)) for text in texts)
+    print(f"{len(texts):,} documents, {n_tokens:,} tokens, {n_threads} threads\n")
+    print("| | tokens/s | prepare_fineweb.py reaches of it |\n|---|---|---|")
+    names = {"stage": "prepare_fineweb.py", "batch": "encode_ordinary_batch", "arrays": "encode_to_numpy, in threads"}
+    for key, name in names.items():
+        print(f"| {name} | {n_tokens / seconds[key]:,.0f} | {seconds[key] / seconds['stage']:.2f} |")
+
+
 def main():
     print(machine())
     measurements = {
         "train": lambda: training(configs, batch_sizes, device, dtype),
         "loss": lambda: loss(repeats, device),
         "loader": lambda: loader(repeats),
+        "tokenize": lambda: tokenize(source, workers, repeats),
         "checkpoint": lambda: checkpoint(configs, repeats, device),
     }
     if what not in measurements:
