@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from hub import download, list_hub
 from model import load_model, pick_device
-from prepare_fineweb import download, list_hub
 from tokenizer import Tokenizer
 
 checkpoint = "out/fgpt_712m/best.pt"  # the model to score
@@ -83,7 +83,7 @@ def download_validation():
     if not HUB_FILE.exists():
         file = next(file for file in list_hub(HUB_DATASET, "data") if "/validation" in file["name"])
         HUB_FILE.parent.mkdir(parents=True, exist_ok=True)
-        download({**file, "stem": HUB_FILE.stem}, HUB_FILE.parent)
+        download({**file, "save_as": HUB_FILE.name}, HUB_FILE.parent)
     return HUB_FILE
 
 

@@ -26,24 +26,20 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import zlib
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from urllib.parse import quote, urlsplit
 
 from configurator import configure
 
 import numpy as np
-import requests
 from tqdm import tqdm
-from urllib3.exceptions import InvalidHeader
-from urllib3.util import Retry
 
+from hub import checksum, fetch_ahead, list_hub, place, size_of
 from tokenizer import Tokenizer
 
 source = "HuggingFaceFW/fineweb-edu"  # Hub dataset, or local file, folder or glob; several separated by commas
@@ -71,9 +67,6 @@ HASH_KEY = b"fgpt validation"  # never change it: a document would change sides
 BATCH_CHARS, MAX_IN_WORK = 250_000, 32_000_000  # text that a thread tokenizes at a time, and that all may hold
 BATCH_BYTES = 16_000_000  # of parquet rows decoded at a time
 MAX_DOCUMENT = 50_000_000  # characters: what fits into 1.5 GiB of memory
-STALL_SECONDS = 60  # a connection that is silent for so long is given up
-FIRST_CONTACT, PATIENCE = 30, 600  # seconds without any progress: see `patiently`
-FIRST_WAIT, LONGEST_WAIT = 1, 60  # seconds between tries: doubled each time
 # bytes of shard for a byte of source, until a folder has its own: .parquet as FineWeb-Edu's, 28.5 GB for 10B tokens
 GROWTH = {".parquet": 0.7, ".jsonl": 0.4, ".jsonl.gz": 1.2, ".txt": 0.4, ".bin": 1.0}
 SHARD_STEP = 4_000_000  # tokens of a shard by others that are checked at a time
@@ -218,7 +211,9 @@ def list_sources(source, val_source, val_fraction, list_dataset):
                 name = file["name"].rsplit("/", 1)[-1]
                 stem = re.sub(r"[^\w.-]", "_", name.split(".")[0])[:80] + "_" + file["checksum"][:8]
                 is_val = fraction if not is_shard(file) or items is val_source else float(split_of(name) == "val")
-                found.setdefault(file["checksum"], {**file, "stem": stem, "val_fraction": is_val})
+                ending = next(ending for ending in FORMATS if name.endswith(ending))
+                more = {"stem": stem, "save_as": stem + ending, "val_fraction": is_val}
+                found.setdefault(file["checksum"], file | more)
     texts = [file for file in found.values() if not is_shard(file)]
     if 0 < len(texts) < len(found):
         print(f"{len(found) - len(texts)} token shards (.bin) beside text are left out: name them alone to take them")
@@ -275,221 +270,15 @@ def local_file(path):
     return {"name": path.as_posix(), "path": path, "size": size, "checksum": checksum(path)}
 
 
-def checksum(path, is_git=False):
-    """sha256 of a file, or its git blob hash."""
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size) if is_git else hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the Hub
-
-
-class Later(OSError):
-    """A request failed that may succeed later. seconds: the wait that the server asks for; None: it did not answer."""
-
-    def __init__(self, message, seconds=None):
-        super().__init__(message)
-        self.seconds = seconds
-
-
-def hub_endpoint():
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
-def list_hub(repo, subset="", revision="main"):
-    """Data files below a folder of a Hub dataset, sorted: dicts of name, url, size, checksum, revision.
-
-    checksum: sha256 (files in LFS) or git blob hash (small files). revision: a branch, tag or commit; resolved to a
-    commit, at which the files are listed and fetched (a server that does not name it is asked for the one given).
-    """
-    subset, ref = subset.strip("/"), quote(revision, safe="")
-    url = f"{hub_endpoint()}/api/datasets/{repo}/tree/{ref}{'/' * bool(subset)}{quote(subset)}?recursive=true"
-    files, endings = [], set()
-    while url:  # the listing comes in pages
-        response = fetch(url)
-        for entry in response.json():
-            path = entry["path"]
-            endings.add(Path(path).suffix)
-            if entry["type"] == "file" and is_source(path) and not path.endswith(".txt"):
-                link = f"{hub_endpoint()}/datasets/{repo}/resolve/{ref}/{quote(path)}"
-                file = {"name": f"{repo}/{path}", "url": link, "size": entry["size"], "revision": revision}
-                files.append({**file, "checksum": entry.get("lfs", entry)["oid"]})
-        url = response.links.get("next", {}).get("url")
-    if not files:
-        raise ValueError(
-            f"{repo}: no .parquet, .jsonl, .jsonl.gz or train and val .bin files in {subset or 'it'} (it has "
-            f"{', '.join(sorted(endings))}): name another folder with --subset"
-        )
-    if not is_commit(revision):
-        commit = fetch(files[0]["url"], method="HEAD", allow_redirects=False).headers.get("X-Repo-Commit", "")
-        if is_commit(commit):
-            return list_hub(repo, subset, commit)  # listed again, as the branch may have moved
-    return sorted(files, key=lambda file: file["name"])
-
-
-def is_commit(revision):
-    return re.fullmatch("[0-9a-f]{40}", revision) is not None
-
-
 def list_begun(repo, subset, revision, records):
     """`list_hub` at the commit with which a folder was begun, unless another revision than main is asked for."""
     begun = sorted({r["revision"] for r in records if r["source"].startswith(f"{repo}/") and r.get("revision")})
     revision = begun[0] if begun and revision == "main" else revision
-    files = list_hub(repo, subset or DEFAULT_SUBSETS.get(repo, ""), revision)
+    subset = subset or DEFAULT_SUBSETS.get(repo, "")
+    files = list_hub(repo, subset, revision, lambda path: is_source(path) and not path.endswith(".txt"))
     if begun and begun != [files[0]["revision"]]:
         print(f"{repo}: files are of {files[0]['revision']} now, finished ones of {' and '.join(begun)}")
     return files
-
-
-def patiently(attempt, patience=None, progress=lambda: 0):
-    """attempt(), again and again while it raises Later, waiting as long as the server asks for, else ever longer.
-
-    OSError after `patience` seconds without progress(); None: FIRST_CONTACT without any answer, else PATIENCE.
-    """
-    since, best, wait = time.monotonic(), progress(), FIRST_WAIT
-    while True:
-        try:
-            return attempt()
-        except Later as error:
-            if progress() > best:
-                since, best, wait = time.monotonic(), progress(), FIRST_WAIT
-            limit = patience or (FIRST_CONTACT if error.seconds is None else PATIENCE)
-            seconds = max(wait, error.seconds or 0)
-            if time.monotonic() + seconds - since > limit:
-                raise OSError(f"{error}: no progress: run the same command later, it goes on from there") from None
-            tqdm.write(f"{error}: trying again in {seconds:,.0f} s", file=sys.stderr)
-            time.sleep(seconds)
-            wait = min(2 * wait, LONGEST_WAIT)
-
-
-def fetch(url, **options):
-    return patiently(partial(request, url, **options))
-
-
-def request(url, start=0, method="GET", **options):
-    """The response to one request, from byte `start` on where the server can do that.
-
-    The token goes to the Hub alone: requests drops it when a redirect leads to another host. Raises Later where it
-    makes sense to try again, else OSError, one line with the URL and what to do.
-    """
-    advice = {
-        401: "no such dataset, or it asks for a token: check --source, set HF_TOKEN",
-        403: "the token in HF_TOKEN has no access: accept the dataset's terms on its page",
-        404: "not there: check --source (a local path has to exist), --subset and --revision",
-        451: "withheld for legal reasons: choose another source",
-    }
-    token, headers = os.environ.get("HF_TOKEN"), {"Accept-Encoding": "identity"}
-    if token and urlsplit(url).netloc == urlsplit(hub_endpoint()).netloc:
-        headers["Authorization"] = f"Bearer {token}"
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    try:
-        response = requests.request(method, url, headers=headers, timeout=(10, STALL_SECONDS), **options)
-    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-        raise Later(f"{url}: no answer ({type(error).__name__}): check the network and HF_ENDPOINT") from None
-    except requests.RequestException as error:
-        raise OSError(f"{url}: {error}: check HF_ENDPOINT") from None
-    code, after = response.status_code, response.headers.get("Retry-After")
-    if code in (408, 429) or code >= 500:
-        try:
-            seconds = Retry().parse_retry_after(after or "0")  # seconds, or a date
-        except InvalidHeader:
-            seconds = 0
-        raise Later(f"{url}: HTTP {code}", seconds)
-    if code >= 400 and not (code == 416 and start):
-        raise OSError(f"{url}: HTTP {code}: {advice.get(code, 'check --source, --subset and --revision')}")
-    if "text/html" in response.headers.get("Content-Type", ""):
-        raise OSError(f"{url}: a web page came instead of data: is there a proxy or sign-in page in between?")
-    return response
-
-
-def receive(url, path, size, bar):
-    """Get what is missing of the file over one connection. Raises Later when that breaks off."""
-    start = size_of(path)
-    if size is not None and start == size:
-        return
-    with request(url, start, stream=True) as response:
-        sent = response.headers.get("Content-Range", "")
-        if response.status_code == 416 and sent.endswith(f"/{start}"):
-            return  # it was whole
-        if response.status_code == 416 or response.status_code == 206 and not sent.startswith(f"bytes {start}-"):
-            path.unlink()
-            raise Later(f"{url}: {start:,} bytes are there, the server cannot go on from them: begins anew", 0)
-        try:
-            with open(path, "ab" if response.status_code == 206 else "wb") as target:
-                for chunk in response.iter_content(1 << 16):  # of a chunk that breaks off nothing is kept
-                    target.write(chunk)
-                    bar.update(target.tell() - bar.n)
-        except requests.RequestException as error:
-            raise Later(f"{url}: broke off at {size_of(path):,} bytes ({type(error).__name__})") from None
-    if size_of(path) < (size or 0):
-        raise Later(f"{url}: ended at {size_of(path):,} of {size:,} bytes")
-
-
-def size_of(path):
-    return path.stat().st_size if path.exists() else 0
-
-
-def place(file, folder):
-    """Paths of a file that `download` has verified, and of what it has of it so far."""
-    name = file.get("name", urlsplit(file["url"]).path).rsplit("/", 1)[-1]
-    if "stem" in file:
-        name = file["stem"] + next((ending for ending in FORMATS if name.endswith(ending)), Path(name).suffix)
-    return folder / name, folder / f"{name}.tmp"
-
-
-def download(file, folder):
-    """Path of the file in `folder`, fetched and verified; what is there already is used, in parts too.
-
-    file: dict of url and checksum (sha256, or git blob hash), and optionally size, name, and stem (what to call it).
-    A file that is not what was meant is fetched again, twice. Raises OSError, one line with the URL and what to do.
-    """
-    path, temporary = place(file, folder)
-    size, expected = file.get("size"), file["checksum"]
-    is_git = len(expected) == 40
-    if path.exists() and checksum(path, is_git) == expected:
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, leave=False, disable=None)
-    for n_left in (2, 1, 0):
-        patiently(partial(receive, file["url"], temporary, size, bar), PATIENCE, partial(size_of, temporary))
-        found = checksum(temporary, is_git)
-        if found == expected:
-            os.replace(temporary, path)
-            bar.close()
-            return path
-        temporary.unlink()
-        if n_left:
-            tqdm.write(f"{file['url']}: checksum {found}, not {expected}: fetching it again", file=sys.stderr)
-    raise OSError(
-        f"{file['url']}: three times the wrong content, checksum {found}, not {expected}: the server or a proxy in "
-        "between has a damaged copy: run the same command later"
-    )
-
-
-def fetch_ahead(files, folder):
-    """Yield the path of each file; while it is used, the next one downloads. An error comes when its turn comes."""
-
-    def start(file):
-        def work():
-            try:
-                future.set_result(file["path"] if "path" in file else download(file, folder))
-            except BaseException as error:
-                future.set_exception(error)
-
-        future = Future()
-        threading.Thread(target=work, daemon=True).start()  # an executor's would keep a process that ends alive
-        return future
-
-    future = start(files[0]) if files else None
-    for following in files[1:] + [None]:
-        path = future.result()
-        future = start(following) if following else None
-        yield path
 
 
 def check_space(todo, records, folder, tokenizer, max_tokens, keep_downloads):

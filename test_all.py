@@ -58,6 +58,7 @@ import configurator  # noqa: E402  (after the cache folder is set)
 
 import finetune  # noqa: E402
 import hellaswag  # noqa: E402
+import hub as hub_py  # noqa: E402
 import model as model_py  # noqa: E402
 import prepare_fineweb  # noqa: E402
 import prepare_instruct  # noqa: E402
@@ -1014,7 +1015,7 @@ def hub(files, monkeypatch):
         threading.Thread(target=http.serve_forever, daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{http.server_port}/")
         monkeypatch.setenv("HF_TOKEN", "secret")
-        monkeypatch.setattr(prepare_fineweb, "FIRST_WAIT", 0.01)
+        monkeypatch.setattr(hub_py, "FIRST_WAIT", 0.01)
         yield server
         http.shutdown()
 
@@ -1093,16 +1094,16 @@ def blob(server, **changes):
     ],
 )
 def test_a_download_survives_what_a_network_does(tmp_path, monkeypatch, capsys, faults, ranges, pinned):
-    monkeypatch.setattr(prepare_fineweb, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(hub_py, "STALL_SECONDS", 0.3)
     with hub({"blob.bin": BLOB}, monkeypatch) as server:
         server.faults["blob.bin"] = list(faults)
-        file = blob(server, **{} if pinned else {"size": len(BLOB), "name": "me/data/blob.bin", "stem": "x_1"})
-        path = prepare_fineweb.download(file, tmp_path / "new")
+        file = blob(server, **{} if pinned else {"size": len(BLOB), "name": "me/data/blob.bin", "save_as": "x_1.bin"})
+        path = hub_py.download(file, tmp_path / "new")
         assert path.name == ("blob.bin" if pinned else "x_1.bin") and path.read_bytes() == BLOB
         assert [r for _, path, r in server.log if path.startswith("/cdn")] == ranges
         assert ("(ConnectionError)" in capsys.readouterr().err) == ("stall" in faults)  # we hung up, not the server
         n_requests = len(server.log)
-        assert prepare_fineweb.download(file, tmp_path / "new") == path and len(server.log) == n_requests
+        assert hub_py.download(file, tmp_path / "new") == path and len(server.log) == n_requests
     assert len(list((tmp_path / "new").iterdir())) == 1
 
 
@@ -1111,12 +1112,12 @@ def test_a_download_survives_what_a_network_does(tmp_path, monkeypatch, capsys, 
 def test_what_another_process_left_of_a_download_is_gone_on_with_or_replaced(tmp_path, monkeypatch, left, size):
     (tmp_path / "blob.bin.tmp").write_bytes(left)
     with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        assert prepare_fineweb.download(blob(server, **size), tmp_path).read_bytes() == BLOB
+        assert hub_py.download(blob(server, **size), tmp_path).read_bytes() == BLOB
         asked = [ranges for _, path, ranges in server.log if path.startswith("/cdn")]
         if left in (BLOB[:1000], BLOB):  # good as far as it goes: no byte of it is fetched again
             assert asked == ([] if left == BLOB and size else [f"bytes={len(left)}-"])
         (tmp_path / "blob.bin").write_bytes(BLOB[:-1] + b"x")  # damaged on the disk
-        assert prepare_fineweb.download(blob(server, **size), tmp_path).read_bytes() == BLOB
+        assert hub_py.download(blob(server, **size), tmp_path).read_bytes() == BLOB
 
 
 def test_a_server_asks_for_a_wait_and_gets_it(tmp_path, monkeypatch, capsys):
@@ -1125,24 +1126,24 @@ def test_a_server_asks_for_a_wait_and_gets_it(tmp_path, monkeypatch, capsys):
     soon = email.utils.formatdate(time.time() + 100, usegmt=True)
     with hub({"blob.bin": BLOB}, monkeypatch) as server:
         server.faults["blob.bin"] = [(503, "7"), (429, soon), (500, ""), (500, "")]
-        prepare_fineweb.download(blob(server), tmp_path)
+        hub_py.download(blob(server), tmp_path)
         assert waits[0] == 7 and 90 < waits[1] <= 100 and waits[2:] == [0.04, 0.08]
         assert "HTTP 503: trying again in 7 s" in capsys.readouterr().err
         server.faults["blob.bin"] = [(503, "3600")]
         (tmp_path / "blob.bin").unlink()
         with pytest.raises(OSError, match="HTTP 503.*no progress: run the same command later"):
-            prepare_fineweb.download(blob(server), tmp_path)
+            hub_py.download(blob(server), tmp_path)
 
 
 def test_progress_renews_the_patience_and_without_it_a_download_is_given_up(tmp_path, monkeypatch):
     with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        monkeypatch.setattr(prepare_fineweb, "FIRST_WAIT", 0.04)
-        monkeypatch.setattr(prepare_fineweb, "PATIENCE", 0.05)  # enough for one wait, not for a second one
+        monkeypatch.setattr(hub_py, "FIRST_WAIT", 0.04)
+        monkeypatch.setattr(hub_py, "PATIENCE", 0.05)  # enough for one wait, not for a second one
         server.faults["blob.bin"] = ["drop"] * 2
-        assert prepare_fineweb.download(blob(server), tmp_path / "a").read_bytes() == BLOB
+        assert hub_py.download(blob(server), tmp_path / "a").read_bytes() == BLOB
         server.faults["blob.bin"] = ["drop"] + [(500, "")] * 9
         with pytest.raises(OSError, match="blob.bin: HTTP 500: no progress: run the same command later"):
-            prepare_fineweb.download(blob(server), tmp_path / "b")
+            hub_py.download(blob(server), tmp_path / "b")
         assert (tmp_path / "b/blob.bin.tmp").stat().st_size == 131072
 
 
@@ -1151,7 +1152,7 @@ def test_a_file_that_stays_wrong_is_fetched_three_times_and_named_with_both_chec
     with hub({"blob.bin": BLOB}, monkeypatch) as server:
         server.faults["blob.bin"] = ["corrupt"] * 3
         with pytest.raises(OSError, match=f"blob.bin: .*checksum {wrong}, not {blob(server)['checksum']}"):
-            prepare_fineweb.download(blob(server), tmp_path)
+            hub_py.download(blob(server), tmp_path)
         assert len(fetched(server, "blob.bin")) == 6  # each time a redirect, and the content
     assert not list(tmp_path.iterdir())
 
@@ -1165,13 +1166,13 @@ def test_what_waiting_does_not_mend_is_one_line_at_once(tmp_path, monkeypatch):
         for fault, message in said.items():
             server.faults["blob.bin"] = [fault]
             with pytest.raises(OSError, match=f"^http://127.*blob.bin: .*{message}") as caught:
-                prepare_fineweb.download(blob(server), tmp_path)
+                hub_py.download(blob(server), tmp_path)
             assert "\n" not in str(caught.value) and not isinstance(caught.value, prepare_fineweb.Later)
         assert len(server.log) == 2 * len(said)
         url = f"http://localhost:{server.port}/datasets/me/data/resolve/main/blob.bin"
         with pytest.raises(OSError, match="HTTP 401"):  # the token is for the Hub, not for any other host
-            prepare_fineweb.download(blob(server, url=url), tmp_path)
-    monkeypatch.setattr(prepare_fineweb, "FIRST_CONTACT", 0)
+            hub_py.download(blob(server, url=url), tmp_path)
+    monkeypatch.setattr(hub_py, "FIRST_CONTACT", 0)
     with pytest.raises(OSError, match="no answer .*: check the network and HF_ENDPOINT"):
         prepare(source="me/data", out_dir=tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", "nonsense")
@@ -1382,7 +1383,7 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_it_starts(tmp_path, mon
         prepare(**run, max_tokens=1)  # one file fits
         free[:] = [0]
         prepare(**run, max_tokens=1)  # what is finished needs nothing
-        files = prepare_fineweb.list_sources("me/data", "", 0.2, lambda repo: prepare_fineweb.list_hub(repo, "x"))
+        files = prepare_fineweb.list_sources("me/data", "", 0.2, lambda repo: hub_py.list_hub(repo, "x"))
     records = prepare_fineweb.read_records(tmp_path / "out")
     n_tokens = records[0]["train"]["tokens"] + records[0]["val"]["tokens"]
     assert prepare_fineweb.growth("b.parquet", records, "bytes") == 2 * n_tokens / records[0]["size"]
@@ -1779,7 +1780,7 @@ def test_hellaswag_is_fetched_from_the_hub_once_and_its_rows_are_counted(tmp_pat
 
     def download(file, folder):
         assert file["name"] == "Rowan/hellaswag/data/validation-00000-of-00001.parquet"
-        pq.write_table(pa.Table.from_pylist(hellaswag_items()), folder / f"{file['stem']}.parquet")
+        pq.write_table(pa.Table.from_pylist(hellaswag_items()), folder / file["save_as"])
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hellaswag, "list_hub", list_hub)
