@@ -19,6 +19,7 @@ The items are the 10,042 of the validation split; the labels of the test split a
 """
 
 import json
+import os
 import random
 import re
 from contextlib import nullcontext
@@ -28,17 +29,21 @@ from configurator import configure
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from hub import download, list_hub
-from model import load_model, pick_device
+from model import load_model, pick_device, rank_and_world
+from prepare_fineweb import find_shards, open_shard, read_meta
 from tokenizer import Tokenizer
 
 checkpoint = "out/fgpt_712m/best.pt"  # the model to score
 source = ""  # .jsonl or .parquet file; "" = the Hub's validation split, kept in data/hellaswag
 limit = 0  # score only this many items, the first of a fixed shuffle; 0 = all
 style = "completion"  # completion or harness: the convention, see above
+chat = False  # the context as a user's turn, the endings as the assistant's: for finetuned checkpoints
+contamination = ""  # folder of token shards, or one shard: only count the contexts that stand in it word for word
 batch_tokens = 16384  # tokens in one batch, padding included
 device = ""  # cpu, cuda, cuda:1, ...; "" = cuda where there is one
 dtype = ""  # float32 or bfloat16 (autocast); "" = bfloat16 on GPUs that have it
@@ -47,6 +52,9 @@ HUB_DATASET, HUB_FILE = "Rowan/hellaswag", Path("data/hellaswag/validation.parqu
 HUB_ITEMS = 10_042
 WIDTH_STEP = 32  # batches are padded to multiples of this, so that few shapes exist
 LOGIT_ROWS = 2048  # positions whose fp32 logits exist at once: 0.4 GB with GPT-2's vocabulary
+CHUNK_TOKENS = 1_000_000  # of a shard are decoded at once: about 150 MB
+KEY_BYTES = 32  # by which a context is looked up, a multiple of 8; shorter ones are not looked for
+WORD_BYTES = np.array([ord(chr(i).lower()) if i < 128 and chr(i).isalnum() else ord(" ") for i in range(256)], np.uint8)
 
 
 def load_items(source="", limit=0):
@@ -79,11 +87,17 @@ def load_items(source="", limit=0):
 
 
 def download_validation():
-    """Path of the validation split, from the Hub unless it was fetched before. OSError names what went wrong."""
-    if not HUB_FILE.exists():
+    """Path of the validation split, from the Hub unless it was fetched before. OSError names what went wrong.
+
+    Under torchrun every process must call it: the first fetches the file, the others wait.
+    """
+    rank, world = rank_and_world()
+    if rank == 0 and not HUB_FILE.exists():
         file = next(file for file in list_hub(HUB_DATASET, "data") if "/validation" in file["name"])
         HUB_FILE.parent.mkdir(parents=True, exist_ok=True)
         download({**file, "save_as": HUB_FILE.name}, HUB_FILE.parent)
+    if world > 1:
+        dist.barrier()
     return HUB_FILE
 
 
@@ -128,24 +142,35 @@ def check_item(record, where):
     return {**record, "label": int(label)}
 
 
-def render(item, tokenizer, style):
-    """One item as 4 rows (ids of context + ending, number of the ending's tokens, its characters)."""
-    if style == "completion":
-        context = tokenizer.encode(item["ctx"])
-        endings = [(tokenizer.encode(" " + ending), len(ending)) for ending in item["endings"]]
-        return [(context + ids, len(ids), n_characters) for ids, n_characters in endings]
-    if style != "harness":
+def render(item, tokenizer, style, chat=False):
+    """One item as 4 rows (ids of context + ending, number of the ending's tokens, its characters).
+
+    chat: the context is a user's turn and each ending the assistant's whole answer. Its end token is scored too, as
+    finetuning learns it: an answer is its words and nothing more. ValueError for a bad style or missing fields.
+    """
+    if style not in ("completion", "harness"):
         raise ValueError(f"style must be completion or harness, not {style!r}")
+    text, endings = (item["ctx"], item["endings"]) if style == "completion" else harness_texts(item)
+    if chat:
+        turns = [[dict(role="user", content=text.strip()), dict(role="assistant", content=e.strip())] for e in endings]
+        rows = [(ids, sum(mask)) for ids, mask in map(tokenizer.render, turns)]
+    elif style == "completion":
+        context = tokenizer.encode(text)
+        rows = [(context + ids, len(ids)) for ids in (tokenizer.encode(" " + ending) for ending in endings)]
+    else:
+        n_context = len(tokenizer.encode(text.rstrip()))  # spaces at the boundary count as the ending's
+        rows = [(ids, len(ids) - n_context) for ids in (tokenizer.encode(text + " " + ending) for ending in endings)]
+    # the clean-up may leave nothing of an ending
+    return [(ids, n_scored, max(len(e), 1)) for (ids, n_scored), e in zip(rows, endings, strict=True)]
+
+
+def harness_texts(item):
+    """(context, endings) of an item in the harness's wording."""
     missing = [name for name in ("activity_label", "ctx_a", "ctx_b") if not isinstance(item.get(name), str)]
     if missing:
         raise ValueError(f"--style=harness needs the fields {', '.join(missing)}, which an item lacks: {item['ctx']!r}")
     text = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
-    n_context = len(tokenizer.encode(text.rstrip()))  # spaces at the boundary count as the ending's
-    rows = []
-    for ending in map(clean, item["endings"]):
-        ids = tokenizer.encode(text + " " + ending)
-        rows.append((ids, len(ids) - n_context, max(len(ending), 1)))  # the clean-up may leave nothing
-    return rows
+    return text, [clean(ending) for ending in item["endings"]]
 
 
 def clean(text):
@@ -153,73 +178,124 @@ def clean(text):
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def score_batch(model, rows, width, autocast):
-    """Log-likelihoods of the endings' tokens of all rows, one after the other: (sum of n_scored,) fp32.
+class Branches:
+    """In the place of a KVCache: lets rows that begin alike be run as one, with what they share computed once.
 
-    rows: (ids, n_scored) with at most width + 1 ids. Padding is on the right, where a causal model cannot see it.
+    position, branch: (B, T). A token sees the earlier ones of its own branch and of branch 0, the shared beginning.
     """
+
+    def __init__(self, position, branch):
+        own, shared = branch[:, :, None] == branch[:, None, :], branch[:, None, :] == 0
+        causal = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool, device=branch.device).tril()
+        self.position, self.mask = position, ((own | shared) & causal)[:, None]  # (B, 1, T, T)
+
+    def begin(self, n_new):
+        return self.position
+
+    def extend(self, layer, k, v):
+        return k, v, self.mask
+
+
+def pack(rows):
+    """Rows (ids, n_scored) that begin alike as one: (idx, position, branch, where, targets), lists.
+
+    idx: the inputs they share, then each row's own. where: indices into idx whose output predicts the targets.
+    """
+    n_shared = len(os.path.commonprefix([ids[:-1] for ids, _ in rows]))  # the last token is only predicted
+    idx, position, branch, where, targets = rows[0][0][:n_shared], [*range(n_shared)], [0] * n_shared, [], []
+    for number, (ids, n_scored) in enumerate(rows, 1):
+        n_inputs, shift = len(ids) - 1, len(idx) - n_shared
+        where += [i if i < n_shared else i + shift for i in range(n_inputs - n_scored, n_inputs)]
+        targets += ids[-n_scored:]
+        idx = idx + ids[n_shared:-1]
+        position += range(n_shared, n_inputs)
+        branch += [number] * (n_inputs - n_shared)
+    return idx, position, branch, where, targets
+
+
+def score_batch(model, batch, width, autocast):
+    """Log-likelihoods of all targets of what `pack` returned, one after the other: (sum of targets,) fp32."""
     device = next(model.parameters()).device
-    idx = torch.zeros(len(rows), width, dtype=torch.long)
-    positions, targets = [], []  # the prediction of ids[i] is at position i - 1
-    for number, (ids, n_scored) in enumerate(rows):
-        idx[number, : len(ids) - 1] = torch.tensor(ids[:-1])
-        end = number * width + len(ids) - 1
-        positions.extend(range(end - n_scored, end))
-        targets.extend(ids[-n_scored:])
+    idx, position, branch = torch.zeros(3, len(batch), width, dtype=torch.long)
+    branch -= 1  # padding is on the right, where nothing sees it
+    for number, item in enumerate(batch):
+        for tensor, values in zip((idx, position, branch), item[:3], strict=True):
+            tensor[number, : len(values)] = torch.tensor(values)
+    where = torch.tensor([number * width + i for number, item in enumerate(batch) for i in item[3]], device=device)
+    targets = torch.tensor([target for item in batch for target in item[4]], device=device)
     with autocast():
-        hidden = model.hidden(idx.to(device))  # (B, T, C)
-    hidden = hidden.flatten(0, 1)[torch.tensor(positions, device=device)].float()  # (n, C)
-    chunks = zip(hidden.split(LOGIT_ROWS), torch.tensor(targets, device=device).split(LOGIT_ROWS), strict=True)
+        hidden = model.hidden(idx.to(device), Branches(position.to(device), branch.to(device)))  # (B, T, C)
+    hidden = hidden.flatten(0, 1)[where].float()  # (n, C)
+    chunks = zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
     with torch.autocast(device.type, enabled=False):
         return torch.cat([-F.cross_entropy(model.logits(h).float(), t, reduction="none") for h, t in chunks])
 
 
-@torch.inference_mode()
-def log_likelihoods(model, rows, batch_tokens=16384, autocast=nullcontext, progress=False):
-    """(len(rows),) float64: sum of the log-likelihoods, in nats, of each row's last n_scored tokens.
+def make_batches(lengths, batch_tokens):
+    """[(width, indices)]: the longest come first, so that what does not fit into memory fails at once."""
+    order, batches = np.argsort(-np.array(lengths), kind="stable").tolist(), []
+    while order:
+        width = -(-lengths[order[0]] // WIDTH_STEP) * WIDTH_STEP
+        n = max(1, batch_tokens // width)
+        batches.append((width, order[:n]))
+        order = order[n:]
+    return batches
 
-    rows: (ids, n_scored) with 0 < n_scored < len(ids) <= block_size + 1. The longest come first, so that what does
-    not fit into memory fails at once.
+
+@torch.inference_mode()
+def log_likelihoods(model, items, batch_tokens=16384, autocast=nullcontext, progress=False):
+    """(number of rows,) float64: sum of the log-likelihoods, in nats, of each row's last n_scored tokens.
+
+    items: lists of rows (ids, n_scored) with 0 < n_scored < len(ids) <= block_size + 1. What an item's rows have in
+    common at their beginning is computed once. Processes of torchrun share the batches, and each returns all sums.
     """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]), reverse=True)
-    parts, start = [], 0
-    with tqdm(total=len(rows), desc="hellaswag", unit=" endings", disable=not progress) as bar:
-        while start < len(order):
-            longest = len(rows[order[start]][0]) - 1  # the last token is only predicted
-            width = min(-(-longest // WIDTH_STEP) * WIDTH_STEP, model.config.block_size)
-            batch = [rows[i] for i in order[start : start + max(1, batch_tokens // width)]]
-            parts.append(score_batch(model, batch, width, autocast))
-            start += len(batch)
+    packed = [pack(rows) for rows in items]
+    rank, world = rank_and_world()
+    done, parts = [], []
+    with tqdm(total=len(items), desc="hellaswag", unit=" items", disable=not progress or rank > 0) as bar:
+        for number, (width, batch) in enumerate(make_batches([len(item[0]) for item in packed], batch_tokens)):
+            if number % world == rank:
+                parts.append(score_batch(model, [packed[i] for i in batch], width, autocast))
+                done += batch
             bar.update(len(batch))
-    scores = torch.cat(parts).double().cpu().numpy()
-    starts = np.cumsum([0] + [rows[i][1] for i in order[:-1]])
-    sums = np.empty(len(rows))
-    sums[order] = np.add.reduceat(scores, starts)
+    first = np.cumsum([0] + [len(rows) for rows in items])  # number of each item's first row
+    sums = np.zeros(first[-1])
+    if done:
+        scores = torch.cat(parts).double().cpu().numpy()
+        sizes = [n_scored for i in done for _, n_scored in items[i]]
+        numbers = np.concatenate([np.arange(first[i], first[i + 1]) for i in done])
+        sums[numbers] = np.add.reduceat(scores, np.cumsum([0] + sizes[:-1]))
+    if world > 1:
+        total = torch.from_numpy(sums).to(next(model.parameters()).device)
+        dist.all_reduce(total)  # each sum comes from one process, the others add 0: the same to the last bit
+        sums = total.cpu().numpy()
     return sums
 
 
-def evaluate(model, tokenizer, items, batch_tokens=16384, autocast=nullcontext, style="completion", progress=False):
+def evaluate(
+    model, tokenizer, items, batch_tokens=16384, autocast=nullcontext, style="completion", chat=False, progress=False
+):
     """Score a GPT on items from `load_items`: acc, acc_norm, acc_stderr, acc_norm_stderr, items, cut in a dict.
 
     autocast: makes the context in which the network runs, see model.pick_device; the softmax is fp32 in any case.
     A standard error is sqrt(p (1 - p) / n). cut: number of items that do not fit into block_size; of those the model
     saw only the last block_size + 1 tokens. Leaves the model's mode and torch's random state as they were.
+    Under torchrun every process must call it, with the same arguments, and gets the same numbers.
     Raises ValueError for another style, items that lack a field of harness style, and a model that has diverged.
     """
-    rows, divisors, cut = [], [], 0
+    groups, divisors, cut = [], [], 0
     longest = model.config.block_size + 1
     for item in items:
-        rendered = render(item, tokenizer, style)
+        rendered = render(item, tokenizer, style, chat)
         cut += any(len(ids) > longest for ids, _, _ in rendered)
-        for ids, n_scored, n_characters in rendered:
-            ids = ids[-longest:]
-            n_scored = min(n_scored, len(ids) - 1)  # the first token has none before it to be predicted from
-            rows.append((ids, n_scored))
-            divisors.append(n_characters if style == "harness" else n_scored)
+        # the first token of a row has none before it to be predicted from
+        rows = [(ids[-longest:], min(n_scored, len(ids[-longest:]) - 1)) for ids, n_scored, _ in rendered]
+        groups.append(rows)
+        divisors += [characters for _, _, characters in rendered] if style == "harness" else [n for _, n in rows]
     was_training = model.training
     model.eval()
     try:
-        sums = log_likelihoods(model, rows, batch_tokens, autocast, progress)
+        sums = log_likelihoods(model, groups, batch_tokens, autocast, progress)
     finally:
         model.train(was_training)
     if np.isnan(sums).any():
@@ -233,25 +309,113 @@ def evaluate(model, tokenizer, items, batch_tokens=16384, autocast=nullcontext, 
     return {**result, "items": len(items), "cut": cut}
 
 
-def main():
-    compute, autocast = pick_device(device, dtype)
-    model, saved = load_model(checkpoint, compute)
-    coder, items = Tokenizer(saved["tokenizer"]), load_items(source, limit)
-    result = evaluate(model, coder, items, batch_tokens, autocast, style, progress=True)
+def words(text):
+    """(n,) uint8 of UTF-8 -> its words (ASCII letters and digits) in lower case with one space between, uint8."""
+    text = WORD_BYTES[text]
+    space = text == ord(" ")
+    space[1:] &= space[:-1]
+    space[:1] = False
+    return text[~space]
+
+
+def shard_words(path, tokenizer, overlap):
+    """Yields a shard's words in pieces, each after the last `overlap` bytes of the one before."""
+    pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.n_vocab)]
+    flat, sizes = np.frombuffer(b"".join(pieces), np.uint8), np.array([len(piece) for piece in pieces])
+    starts = np.cumsum(sizes) - sizes
+    tokens, edge = open_shard(path), np.frombuffer(b" ", np.uint8)
+    tail = edge
+    for begin in range(0, len(tokens), CHUNK_TOKENS):
+        chunk = tokens[begin : begin + CHUNK_TOKENS]
+        if chunk.max() >= tokenizer.n_vocab:
+            raise ValueError(f"{path}: token id {chunk.max()} is not one of {tokenizer.name}'s {tokenizer.n_vocab:,}")
+        n_bytes = sizes[chunk]
+        shift = starts[chunk] - (np.cumsum(n_bytes) - n_bytes)
+        raw = flat[np.repeat(shift, n_bytes) + np.arange(n_bytes.sum())]  # decoding, without a loop over tokens
+        is_last = begin + CHUNK_TOKENS >= len(tokens)
+        text = words(np.concatenate((tail, raw, edge) if is_last else (tail, raw)))
+        yield len(chunk), text
+        tail = text[-overlap:]
+
+
+def key_hashes(text, at):
+    """(n,) 22-bit hashes of the KEY_BYTES bytes of text that begin at each of `at` (n,)."""
+    eight = np.ndarray(len(text) - 7, "<u8", np.ascontiguousarray(text), strides=(1,))  # the 8 bytes from each position
+    mixed = np.zeros(len(at), np.uint64)
+    for i in range(0, KEY_BYTES, 8):
+        mixed = (mixed ^ eight[at + i]) * np.uint64(
+            0x9E3779B97F4A7C15
+        )  # Fibonacci hashing (Knuth): high bits are mixed
+        mixed ^= mixed >> np.uint64(32)
+    return mixed >> np.uint64(42)
+
+
+def find_contexts(items, path, progress=False):
+    """Which contexts stand word for word in a folder's train shards, or in one shard: (found, searched, tokens).
+
+    found: their numbers in items, sorted. searched: how many were looked for, those with KEY_BYTES of words or more,
+    since shorter ones occur by chance. tokens: how many were read. Case, punctuation, marks like [header] and letters
+    beyond ASCII do not count. Raises ValueError or FileNotFoundError for what are no shards.
+    """
+    paths = [Path(path)] if Path(path).is_file() else find_shards(path, "train")
+    tokenizer = Tokenizer(read_meta(paths[0].parent).get("tokenizer", "gpt2"))
+    needles = {}
+    for number, item in enumerate(items):
+        needle = words(np.frombuffer(f" {clean(item['ctx'])} ".encode(errors="replace"), np.uint8)).tobytes()
+        if len(needle) > KEY_BYTES:
+            needles.setdefault(needle[:KEY_BYTES], []).append((number, needle))
+    if not needles:
+        raise ValueError(f"no context is long enough to look for: {KEY_BYTES} letters, digits and spaces")
+    is_key = np.zeros(2**22, bool)
+    for key in needles:
+        is_key[key_hashes(np.frombuffer(key, np.uint8), np.zeros(1, int))] = True
+    found, n_tokens, overlap = set(), 0, max(len(needle) for group in needles.values() for _, needle in group) - 1
+    total = sum(len(open_shard(shard)) for shard in paths)
+    with tqdm(total=total, desc="contamination", unit=" tokens", unit_scale=True, disable=not progress) as bar:
+        for n, text in (piece for shard in paths for piece in shard_words(shard, tokenizer, overlap)):
+            at = np.flatnonzero(text[: 1 - KEY_BYTES] == ord(" "))  # a key begins with the space before a word
+            for start in at[is_key[key_hashes(text, at)]].tolist() if len(at) else []:
+                for number, needle in needles.get(text[start : start + KEY_BYTES].tobytes(), ()):
+                    if text[start : start + len(needle)].tobytes() == needle:
+                        found.add(number)
+            n_tokens += n
+            bar.update(n)
+    return sorted(found), sum(map(len, needles.values())), n_tokens
+
+
+def report_contexts(items, path):
+    found, searched, n_tokens = find_contexts(items, path, progress=True)
+    print(
+        f"{len(found):,} of {searched:,} contexts ({len(found) / searched:.2%}) stand word for word among the "
+        f"{n_tokens:,} tokens of {path} ({len(items) - searched:,} are too short to tell)"
+    )
+    for number in found[:5]:
+        print(f"  {items[number]['ctx'][:100]}")
+
+
+def report(result, run, block_size):
+    """Print the result, and append it to hellaswag.jsonl next to the checkpoint."""
     if result["cut"]:
         share = f"{result['cut']:,} of {result['items']:,} items"
-        print(f"{share} are longer than block_size {model.config.block_size}: the model saw only their ends")
+        print(f"{share} are longer than block_size {block_size}: the model saw only their ends")
     scores = ", ".join(f"{name} {result[name]:.4f} ± {result[name + '_stderr']:.4f}" for name in ("acc", "acc_norm"))
-    print(f"HellaSwag, {style} style: {scores} ({result['items']:,} items)")
-    record = {
-        "checkpoint": checkpoint,
-        "step": saved["step"],
-        "source": source or HUB_DATASET,
-        "style": style,
-        **result,
-    }
-    with open(Path(checkpoint).parent / "hellaswag.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    print(f"HellaSwag, {run['style']} style{', chat' * run['chat']}: {scores} ({result['items']:,} items)")
+    with open(Path(run["checkpoint"]).parent / "hellaswag.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({**run, **result}) + "\n")
+
+
+def main():
+    if contamination:
+        return report_contexts(load_items(source, limit), contamination)
+    compute, autocast = pick_device(device, dtype)
+    model, saved = load_model(checkpoint, compute)
+    if chat and saved.get("stage", "pretrain") == "pretrain":
+        raise ValueError(f"{checkpoint} is not finetuned: --chat=True is for models that answer")
+    coder, items = Tokenizer(saved["tokenizer"]), load_items(source, limit)
+    result = evaluate(model, coder, items, batch_tokens, autocast, style, chat, progress=True)
+    if rank_and_world()[0] == 0:
+        names = dict(source=source or HUB_DATASET, style=style, chat=chat)
+        report(result, {"checkpoint": checkpoint, "step": saved["step"], **names}, model.config.block_size)
 
 
 if __name__ == "__main__":
