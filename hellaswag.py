@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from hub import download, list_hub
-from model import load_model, pick_device, rank_and_world
+from model import join_processes, leave_processes, load_model, pick_device, rank_and_world, sum_over_ranks
 from prepare_fineweb import find_shards, open_shard, read_meta
 from tokenizer import Tokenizer
 
@@ -44,14 +44,14 @@ limit = 0  # score only this many items, the first of a fixed shuffle; 0 = all
 style = "completion"  # completion or harness: the convention, see above
 chat = False  # the context as a user's turn, the endings as the assistant's: for finetuned checkpoints
 contamination = ""  # folder of token shards, or one shard: only count the contexts that stand in it word for word
-batch_tokens = 16384  # tokens in one batch, padding included
+batch_tokens = 0  # tokens in one batch, padding included; 0 = 2048 on a CPU, 16384 on GPUs
 device = ""  # cpu, cuda, cuda:1, ...; "" = cuda where there is one
 dtype = ""  # float32 or bfloat16 (autocast); "" = bfloat16 on GPUs that have it
 
 HUB_DATASET, HUB_FILE = "Rowan/hellaswag", Path("data/hellaswag/validation.parquet")
 HUB_ITEMS = 10_042
-WIDTH_STEP = 32  # batches are padded to multiples of this, so that few shapes exist
-LOGIT_ROWS = 2048  # positions whose fp32 logits exist at once: 0.4 GB with GPT-2's vocabulary
+WIDTH_STEP = 16  # batches are padded to multiples of this, so that few shapes exist
+LOGIT_ROWS = 128  # positions whose fp32 logits exist at once: 26 MB with GPT-2's vocabulary, more is slower on CPUs
 CHUNK_TOKENS = 1_000_000  # of a shard are decoded at once: about 150 MB
 KEY_BYTES = 32  # by which a context is looked up, a multiple of 8; shorter ones are not looked for
 WORD_BYTES = np.array([ord(chr(i).lower()) if i < 128 and chr(i).isalnum() else ord(" ") for i in range(256)], np.uint8)
@@ -243,13 +243,14 @@ def make_batches(lengths, batch_tokens):
 
 
 @torch.inference_mode()
-def log_likelihoods(model, items, batch_tokens=16384, autocast=nullcontext, progress=False):
+def log_likelihoods(model, items, batch_tokens=0, autocast=nullcontext, progress=False):
     """(number of rows,) float64: sum of the log-likelihoods, in nats, of each row's last n_scored tokens.
 
     items: lists of rows (ids, n_scored) with 0 < n_scored < len(ids) <= block_size + 1. What an item's rows have in
     common at their beginning is computed once. Processes of torchrun share the batches, and each returns all sums.
     """
     packed = [pack(rows) for rows in items]
+    batch_tokens = batch_tokens or (2048 if next(model.parameters()).device.type == "cpu" else 16384)
     rank, world = rank_and_world()
     done, parts = [], []
     with tqdm(total=len(items), desc="hellaswag", unit=" items", disable=not progress or rank > 0) as bar:
@@ -265,15 +266,12 @@ def log_likelihoods(model, items, batch_tokens=16384, autocast=nullcontext, prog
         sizes = [n_scored for i in done for _, n_scored in items[i]]
         numbers = np.concatenate([np.arange(first[i], first[i + 1]) for i in done])
         sums[numbers] = np.add.reduceat(scores, np.cumsum([0] + sizes[:-1]))
-    if world > 1:
-        total = torch.from_numpy(sums).to(next(model.parameters()).device)
-        dist.all_reduce(total)  # each sum comes from one process, the others add 0: the same to the last bit
-        sums = total.cpu().numpy()
+    sum_over_ranks(torch.from_numpy(sums))  # one process has a sum, the others 0: the same to the last bit
     return sums
 
 
 def evaluate(
-    model, tokenizer, items, batch_tokens=16384, autocast=nullcontext, style="completion", chat=False, progress=False
+    model, tokenizer, items, batch_tokens=0, autocast=nullcontext, style="completion", chat=False, progress=False
 ):
     """Score a GPT on items from `load_items`: acc, acc_norm, acc_stderr, acc_norm_stderr, items, cut in a dict.
 
@@ -319,7 +317,7 @@ def words(text):
 
 
 def shard_words(path, tokenizer, overlap):
-    """Yields a shard's words in pieces, each after the last `overlap` bytes of the one before."""
+    """Yields (number of tokens, their words), a shard in pieces; words begin with the last `overlap` bytes before."""
     pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.n_vocab)]
     flat, sizes = np.frombuffer(b"".join(pieces), np.uint8), np.array([len(piece) for piece in pieces])
     starts = np.cumsum(sizes) - sizes
@@ -343,9 +341,7 @@ def key_hashes(text, at):
     eight = np.ndarray(len(text) - 7, "<u8", np.ascontiguousarray(text), strides=(1,))  # the 8 bytes from each position
     mixed = np.zeros(len(at), np.uint64)
     for i in range(0, KEY_BYTES, 8):
-        mixed = (mixed ^ eight[at + i]) * np.uint64(
-            0x9E3779B97F4A7C15
-        )  # Fibonacci hashing (Knuth): high bits are mixed
+        mixed = (mixed ^ eight[at + i]) * np.uint64(0x9E3779B97F4A7C15)  # multiplicative hashing (Knuth)
         mixed ^= mixed >> np.uint64(32)
     return mixed >> np.uint64(42)
 
@@ -354,14 +350,15 @@ def find_contexts(items, path, progress=False):
     """Which contexts stand word for word in a folder's train shards, or in one shard: (found, searched, tokens).
 
     found: their numbers in items, sorted. searched: how many were looked for, those with KEY_BYTES of words or more,
-    since shorter ones occur by chance. tokens: how many were read. Case, punctuation, marks like [header] and letters
+    since shorter ones occur by chance. tokens: how many were read. Case, punctuation, WikiHow's marks and letters
     beyond ASCII do not count. Raises ValueError or FileNotFoundError for what are no shards.
     """
     paths = [Path(path)] if Path(path).is_file() else find_shards(path, "train")
     tokenizer = Tokenizer(read_meta(paths[0].parent).get("tokenizer", "gpt2"))
     needles = {}
     for number, item in enumerate(items):
-        needle = words(np.frombuffer(f" {clean(item['ctx'])} ".encode(errors="replace"), np.uint8)).tobytes()
+        text = re.sub(r"\[(header|title|step|substeps)\]", "", item["ctx"])  # marks that WikiHow's pages do not have
+        needle = words(np.frombuffer(f" {text} ".encode(errors="replace"), np.uint8)).tobytes()
         if len(needle) > KEY_BYTES:
             needles.setdefault(needle[:KEY_BYTES], []).append((number, needle))
     if not needles:
@@ -407,15 +404,17 @@ def report(result, run, block_size):
 def main():
     if contamination:
         return report_contexts(load_items(source, limit), contamination)
+    rank, _ = join_processes(device)
     compute, autocast = pick_device(device, dtype)
     model, saved = load_model(checkpoint, compute)
     if chat and saved.get("stage", "pretrain") == "pretrain":
         raise ValueError(f"{checkpoint} is not finetuned: --chat=True is for models that answer")
     coder, items = Tokenizer(saved["tokenizer"]), load_items(source, limit)
     result = evaluate(model, coder, items, batch_tokens, autocast, style, chat, progress=True)
-    if rank_and_world()[0] == 0:
+    if rank == 0:
         names = dict(source=source or HUB_DATASET, style=style, chat=chat)
         report(result, {"checkpoint": checkpoint, "step": saved["step"], **names}, model.config.block_size)
+    leave_processes()
 
 
 if __name__ == "__main__":

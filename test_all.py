@@ -1571,6 +1571,26 @@ def test_hellaswag_scores_equal_those_of_scoring_one_ending_at_a_time(family, na
             assert result[name] == pytest.approx(1 - len(wrong) / 6)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "modern"])
+def test_hellaswag_computes_what_endings_share_once_and_scores_each_as_if_it_stood_alone(family):
+    model, rng = hellaswag_model(family, Tokenizer("bytes")).eval(), random.Random(0)
+    start = [rng.randrange(256) for _ in range(20)]
+    items = [
+        [(start + [rng.randrange(256) for _ in range(n)], n) for n in (3, 1, 30, 9)],  # the context alone is shared
+        [(start + [7, 8, last], 3) for last in (1, 2, 3, 4)],  # tokens that are scored are shared too
+        [(start[i:] + [5], 1) for i in range(4)],  # nothing is shared
+        [(start[:5], 4)] * 4,  # all is
+    ]
+    assert [len(hellaswag.pack(rows)[0]) for rows in items] == [20 + 2 + 0 + 29 + 8, 22, 20 + 19 + 18 + 17, 4]
+    alone = hellaswag.log_likelihoods(model, [[row] for rows in items for row in rows])
+    assert hellaswag.log_likelihoods(model, items) == pytest.approx(alone, abs=1e-4)
+    with torch.no_grad():
+        plain = [
+            -model(torch.tensor([i[:-1]]))[0, -n:, :259].log_softmax(1)[range(n), i[-n:]].sum() for i, n in items[0]
+        ]
+    assert -alone[:4] == pytest.approx([value.item() for value in plain], abs=1e-4)
+
+
 def test_hellaswag_agrees_with_log_likelihoods_computed_by_hand():
     tokenizer, model = Tokenizer("bytes"), unigram_model()
     item = dict(ctx="anything", endings=["a", "aaa", "b", "ba"], label=0)
@@ -1645,6 +1665,69 @@ def test_hellaswag_cuts_long_contexts_from_the_left_and_counts_them():
     for name, divisors in (("acc", [1] * 4), ("acc_norm", [4, 9, 6, 40])):
         best = max(range(4), key=lambda i: scores[i] / divisors[i])
         assert hellaswag.evaluate(model, tokenizer, [{**long, "label": best}])[name] == 1
+
+
+def test_chat_style_scores_the_ending_as_the_assistants_answer_with_its_end_token():
+    tokenizer = Tokenizer("bytes")
+    item = {**hellaswag_items()[0], "endings": ["bakes", " eats bread", "c", "[x]"]}
+    for style, contexts, ending in (
+        ("completion", "A cook opens the oven. she", "[x]"),
+        ("harness", "Baking: A cook opens the oven. She", ""),
+    ):
+        rows = hellaswag.render(item, tokenizer, style, chat=True)
+        assert tokenizer.decode(rows[1][0]) == f"<|user|>{contexts}<|assistant|>eats bread<|endoftext|>"
+        assert [tokenizer.decode(ids[-n:]) for ids, n, _ in (rows[0], rows[3])] == [
+            "bakes<|endoftext|>",
+            f"{ending}<|endoftext|>",
+        ]
+    model = hellaswag_model("modern", tokenizer).eval()
+    plain, chat = (
+        hellaswag.log_likelihoods(model, [[row[:2] for row in rows]])
+        for rows in (
+            hellaswag.render(item, tokenizer, "completion"),
+            hellaswag.render(item, tokenizer, "completion", chat=True),
+        )
+    )
+    for scores, is_chat in ((plain, False), (chat, True)):
+        best = int(scores.argmax())
+        assert hellaswag.evaluate(model, tokenizer, [{**item, "label": best}], chat=is_chat)["acc"] == 1
+
+
+def score_as_one_of_two(rank, folder):
+    """A process of torchrun's: what it prints on the way and what comes out."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    batches = []
+    score_batch = hellaswag.score_batch
+    hellaswag.score_batch = lambda model, batch, *rest: batches.append(len(batch)) or score_batch(model, batch, *rest)
+    tokenizer = Tokenizer("bytes")
+    model, items = hellaswag_model("modern", tokenizer), hellaswag_items()
+    hellaswag.HUB_FILE = Path(folder) / "validation.parquet"
+    hellaswag.list_hub = lambda *_: [{"name": "x/validation"}]
+
+    def download(file, folder):
+        (folder / f"asked_{rank}").touch()
+        hellaswag.HUB_FILE.touch()
+
+    hellaswag.download = download
+    assert hellaswag.download_validation().exists()
+    sums = hellaswag.log_likelihoods(model.eval(), rows_of(items, tokenizer), batch_tokens=600)
+    nothing = hellaswag.log_likelihoods(model, rows_of(items[:1], tokenizer))  # one batch: none for the second process
+    result = hellaswag.evaluate(model, tokenizer, items, batch_tokens=600)
+    torch.save((sums.tolist(), nothing.tolist(), result, batches), f"{folder}/rank_{rank}.pt")
+
+
+def test_two_processes_share_the_batches_and_get_the_same_hellaswag_numbers_to_the_last_bit(tmp_path):
+    tokenizer = Tokenizer("bytes")
+    model, items = hellaswag_model("modern", tokenizer).eval(), hellaswag_items()
+    torch.multiprocessing.spawn(score_as_one_of_two, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank_{rank}.pt") for rank in (0, 1))
+    assert first[:3] == second[:3]
+    assert first[0] == hellaswag.log_likelihoods(model, rows_of(items, tokenizer), batch_tokens=600).tolist()
+    assert first[1] == hellaswag.log_likelihoods(model, rows_of(items[:1], tokenizer)).tolist()
+    assert first[2] == hellaswag.evaluate(model, tokenizer, items, batch_tokens=600)
+    assert sum(first[3]) + sum(second[3]) == 6 + 1 + 6 and min(sum(first[3]), sum(second[3])) > 0
+    assert (tmp_path / "asked_0").exists() and not (tmp_path / "asked_1").exists()
 
 
 def test_hellaswag_standard_error_is_that_of_a_proportion():
@@ -1823,6 +1906,104 @@ def test_hellaswag_command_prints_both_numbers_and_appends_a_line_next_to_the_ch
     records = [json.loads(line) for line in (tmp_path / "hellaswag.jsonl").read_text().splitlines()]
     assert [record["style"] for record in records] == ["completion", "harness"]
     assert records[1].items() >= {**expected, "step": 7, "source": str(items)}.items()
+
+
+def test_hellaswag_command_chats_with_finetuned_checkpoints_only(tmp_path, monkeypatch, capsys):
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()))
+    tokenizer, path = Tokenizer("bytes"), tmp_path / "best.pt"
+    model = hellaswag_model("gpt2", tokenizer)
+    arguments = [f"--checkpoint={path}", f"--source={items}", "--device=cpu", "--chat=True"]
+    save_checkpoint(path, model, tokenizer="bytes", step=7, stage="pretrain")
+    with pytest.raises(ValueError, match="is not finetuned"):
+        run_hellaswag(monkeypatch, *arguments)
+    save_checkpoint(path, model, tokenizer="bytes", step=7, stage="finetune")
+    run_hellaswag(monkeypatch, *arguments)
+    assert "HellaSwag, completion style, chat: acc" in capsys.readouterr().out
+    record = json.loads((tmp_path / "hellaswag.jsonl").read_text())
+    expected = hellaswag.evaluate(model, tokenizer, hellaswag_items(), chat=True)
+    assert record["chat"] is True and record.items() >= expected.items()
+
+
+LONG_CONTEXT = "[header] How to fly a kite [title] Don't run: wait for a steady café wind, then let go."
+
+
+def contexts_found(folder, documents, name, contexts):
+    """Numbers of the contexts that stand in a shard of these documents."""
+    tokenizer = Tokenizer(name)
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": name}))
+    with open(folder / "train_a.bin", "wb") as file:
+        write_shard(file, np.concatenate([tokenizer.encode_document(document) for document in documents]))
+    found, searched, n_tokens = hellaswag.find_contexts([dict(ctx=ctx) for ctx in contexts], folder)
+    assert n_tokens == len(prepare_fineweb.open_shard(folder / "train_a.bin")) and searched == len(contexts)
+    return found
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_contexts_are_found_word_for_word_wherever_they_stand(tmp_path, monkeypatch, name):
+    text = "How to Fly a Kite\n\nDon’t run – wait for a   steady café wind; then let go"
+    documents = {
+        "whole": [text],
+        "at a document's start": ["Other.", text + ". And more"],
+        "in the middle": ["Begin. " + text + "! And more", "Other."],
+        "at a document's end": ["A dog. " + text, "Other."],
+    }
+    for chunk in (3, 7, 1000):  # tokens: borders inside characters and words too
+        monkeypatch.setattr(hellaswag, "CHUNK_TOKENS", chunk)
+        for where, parts in documents.items():
+            assert contexts_found(tmp_path, parts, name, [LONG_CONTEXT]) == [0], (where, chunk)
+
+
+@pytest.mark.parametrize("chunk", [5, 1000])
+def test_contexts_that_nearly_stand_there_are_not_counted(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(hellaswag, "CHUNK_TOKENS", chunk)
+    words = "a man in a red coat walks slowly over the old bridge".split()
+    context = " ".join(words)
+    near = [
+        " ".join(words[:-1]),  # the last word is missing
+        "x" + context,
+        context + "s",
+        context.replace("red coat", "redcoat"),
+        context.replace("old", "new"),
+        " ".join(words[:4] + words[5:]),
+    ]
+    assert contexts_found(tmp_path, near, "bytes", [context]) == []
+    assert (
+        contexts_found(tmp_path, [" ".join(words[:6]), " ".join(words[6:])], "bytes", [context]) == []
+    )  # two documents
+    others = [context + " again", "and " + context, context, context.replace("old", "new")]  # all begin alike but one
+    assert contexts_found(tmp_path, [near[0], f"So {context}, twice: {context}."], "bytes", others) == [2]
+
+
+def test_the_contamination_command_says_how_many_contexts_stand_in_a_folder_or_one_shard(tmp_path, monkeypatch, capsys):
+    items = tmp_path / "items.jsonl"
+    contexts = [LONG_CONTEXT, "A man in a red coat walks slowly over the bridge", "Too short"]
+    items.write_text("".join(json.dumps({**GOOD_ITEM, "ctx": ctx}) + "\n" for ctx in contexts))
+    contexts_found(tmp_path, ["So a man in a red coat walks slowly over the bridge."], "bytes", contexts[:2])
+    for path in (tmp_path, tmp_path / "train_a.bin"):
+        run_hellaswag(monkeypatch, f"--contamination={path}", f"--source={items}")
+        out = capsys.readouterr().out
+        assert f"1 of 2 contexts (50.00%) stand word for word among the 53 tokens of {path} (1 are too short" in out
+        assert "  A man in a red coat" in out and "kite" not in out
+    items.write_text(json.dumps({**GOOD_ITEM, "ctx": "Too short"}))
+    with pytest.raises(ValueError, match="no context is long enough"):
+        run_hellaswag(monkeypatch, f"--contamination={tmp_path}", f"--source={items}")
+    with pytest.raises(FileNotFoundError, match="no such folder of shards"):
+        hellaswag.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path / "nothing")
+    with open(tmp_path / "train_a.bin", "wb") as file:
+        write_shard(file, np.array([1, 300], np.uint16))
+    with pytest.raises(ValueError, match="token id 300 is not one of bytes's 259"):
+        hellaswag.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path)
+
+
+def test_the_hellaswag_benchmark_compares_two_ways_to_the_same_numbers(tmp_path):
+    (tmp_path / "tiny.py").write_text("n_layer = n_head = 1\nn_embd = 16\nblock_size = 100\ntokenizer = 'gpt2'\n")
+    settings = [f"--configs={tmp_path}/tiny.py", "--n_items=3", "--repeats=1", "--device=cpu"]
+    out = run("-m", "tools.bench", "hellaswag", *settings)
+    ratio, error = re.search(
+        r"items/s, [\d.]+ one at a time: ([\d.]+) times .* differ by ([\d.e+-]+) nats", out
+    ).groups()
+    assert float(ratio) > 0 and float(error) < 1e-4
 
 
 def test_hellaswag_command_refuses_a_missing_checkpoint_and_an_unknown_device(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@
     python -m tools.bench loss                                    the same of three ways to compute the loss
     python -m tools.bench loader                                  tokens/s of the data loader
     python -m tools.bench checkpoint --configs=config/small.py    seconds to write and to load a checkpoint
+    python -m tools.bench hellaswag --configs=config/small.py     items/s, and those of one item at a time
 
 Things that are compared take turns, `repeats` times, and medians are printed: machines are noisy. What is measured for
 its memory runs in a process of its own.
@@ -13,6 +14,7 @@ import datetime
 import multiprocessing
 import os
 import platform
+import random
 import statistics
 import sys
 import tempfile
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import hellaswag
 import model as model_py
 import prepare_fineweb
 import train
@@ -40,6 +43,7 @@ configs = "config/fgpt_712m.py,config/fgpt_modern.py"  # models to measure, conf
 batch_sizes = "1,4,16"  # micro-batches of them, rows
 source = ""  # tokenize: files of text, as in prepare_fineweb.py
 workers = 0  # tokenize: threads (0: all cores)
+n_items = 64  # HellaSwag items to score
 
 
 def machine():
@@ -73,9 +77,9 @@ def in_child(function, *arguments):
             return str(error).splitlines()[0]
 
 
-def seconds_of(function, device):
-    """Seconds of the last of three calls: the first two compile and allocate."""
-    for _ in range(3):
+def seconds_of(function, device, calls=3):
+    """Seconds of the last of the calls: the first two compile and allocate."""
+    for _ in range(calls):
         start = time.perf_counter()
         function()
         if device.type == "cuda":
@@ -249,6 +253,67 @@ def tokenize(source, workers, repeats):
         print(f"| {name} | {n_tokens / seconds[key]:,.0f} | {seconds[key] / seconds['stage']:.2f} |")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# HellaSwag
+
+
+def random_items(n_items, rng):
+    """Items about as long as HellaSwag's: a third short captions, two thirds longer how-to texts.
+
+    Words are common English ones, near one token each. Their numbers (22 and 14, or 75 and 28, spread by a third) are
+    set by hand from what is published about the data, not fitted to it.
+    """
+    vocabulary = "the a of and to in is you that it he was for on are as with his they at be this have from or".split()
+
+    def text(n_words):
+        return " ".join(rng.choices(vocabulary, k=max(3, round(rng.gauss(n_words, n_words / 3)))))
+
+    lengths = [(22, 14) if rng.random() < 1 / 3 else (75, 28) for _ in range(n_items)]
+    return [dict(ctx=text(c), endings=[text(e) for _ in range(4)], label=rng.randrange(4)) for c, e in lengths]
+
+
+@torch.inference_mode()
+def one_item_at_a_time(model, items, autocast):
+    """Sums of log-likelihoods the plain way: four rows at a time, padded to the longest, logits everywhere."""
+    sums = []
+    for rows in items:
+        width = max(len(ids) for ids, _ in rows) - 1
+        idx, targets = torch.zeros(2, len(rows), width, dtype=torch.long, device=model.wte.weight.device)
+        targets += model_py.IGNORE
+        for i, (ids, n_scored) in enumerate(rows):
+            idx[i, : len(ids) - 1] = torch.tensor(ids[:-1])
+            targets[i, len(ids) - 1 - n_scored : len(ids) - 1] = torch.tensor(ids[-n_scored:])
+        with autocast():
+            logits = model(idx)[..., : model.config.n_vocab]
+        losses = F.cross_entropy(logits.float().mT, targets, reduction="none")  # (4, T)
+        sums += (-losses.sum(dim=1)).tolist()
+    return sums
+
+
+def hellaswag_items(configs, n_items, repeats, device, dtype):
+    device, autocast = model_py.pick_device(device, dtype)
+    for config in configs.split(","):
+        model = make(config, device)[0].eval()
+        coder = Tokenizer("bytes" if model.config.n_vocab == 259 else "gpt2")
+        longest = model.config.block_size
+        rendered = [hellaswag.render(item, coder, "completion") for item in random_items(n_items, random.Random(0))]
+        items = [[(ids[-longest - 1 :], min(n, longest)) for ids, n, _ in rows] for rows in rendered]
+        ways = {
+            "hellaswag.py": lambda model=model, items=items: hellaswag.log_likelihoods(model, items, 0, autocast),
+            "one at a time": lambda model=model, items=items: one_item_at_a_time(model, items, autocast),
+        }
+        error = max(abs(a - b) for a, b in zip(*(way() for way in ways.values()), strict=True))  # and warms up
+        seconds = take_turns(
+            repeats, **{name: lambda way=way: seconds_of(way, device, 1) for name, way in ways.items()}
+        )
+        fast, slow = (n_items / median for median in seconds.values())
+        print(
+            f"{config}: {fast:.1f} items/s, {slow:.1f} one at a time: {fast / slow:.2f} times as fast; "
+            f"sums differ by {error:.1e} nats at most",
+            flush=True,
+        )
+
+
 def main():
     print(machine())
     measurements = {
@@ -256,6 +321,7 @@ def main():
         "loss": lambda: loss(repeats, device),
         "loader": lambda: loader(repeats),
         "tokenize": lambda: tokenize(source, workers, repeats),
+        "hellaswag": lambda: hellaswag_items(configs, n_items, repeats, device, dtype),
         "checkpoint": lambda: checkpoint(configs, repeats, device),
     }
     if what not in measurements:
