@@ -2,6 +2,7 @@
 
     python hellaswag.py --checkpoint=out/best.pt
     python hellaswag.py --checkpoint=out/best.pt --source=my_items.jsonl --limit=1000
+    python hellaswag.py --contamination=data/fineweb
 
 Every ending is scored by its log-likelihood after the context, without <|endoftext|> before it. The two accuracies
 are printed with their standard errors, and appended as one JSON line to hellaswag.jsonl next to the checkpoint.
@@ -16,6 +17,10 @@ Published numbers follow one of two conventions that must not be compared with e
 
 Completion style is that of Karpathy's build-nanogpt and llm.c, harness that of EleutherAI's lm-evaluation-harness.
 The items are the 10,042 of the validation split; the labels of the test split are not public.
+
+--chat=True shows a finetuned model the context as a user's turn and scores the endings as answers; no published
+numbers belong to it. --contamination counts the contexts that stand word for word in a folder of token shards.
+Under torchrun the processes share the work and the numbers are the same.
 """
 
 import json
