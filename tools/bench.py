@@ -286,7 +286,7 @@ def one_item_at_a_time(model, items, autocast):
         with autocast():
             logits = model(idx)[..., : model.config.n_vocab]
         losses = F.cross_entropy(logits.float().mT, targets, reduction="none")  # (4, T)
-        sums += (-losses.sum(dim=1)).tolist()
+        sums += (-losses.double().sum(dim=1)).tolist()
     return sums
 
 
