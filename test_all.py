@@ -76,7 +76,7 @@ from model import (  # noqa: E402
 )
 from prepare_fineweb import write_shard  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from tools import bench, summary, toyworld  # noqa: E402
+from tools import bench, contamination, summary, toyworld  # noqa: E402
 
 STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "sample.py"]
 TEXT = "naïve café, 日本語のテキスト, 👩‍👩‍👧 emoji, def f(x):\n\treturn x  # <|endoftext|> <|user|>\n"
@@ -1934,7 +1934,7 @@ def contexts_found(folder, documents, name, contexts):
     (folder / "meta.json").write_text(json.dumps({"tokenizer": name}))
     with open(folder / "train_a.bin", "wb") as file:
         write_shard(file, np.concatenate([tokenizer.encode_document(document) for document in documents]))
-    found, searched, n_tokens = hellaswag.find_contexts([dict(ctx=ctx) for ctx in contexts], folder)
+    found, searched, n_tokens = contamination.find_contexts([dict(ctx=ctx) for ctx in contexts], folder)
     assert n_tokens == len(prepare_fineweb.open_shard(folder / "train_a.bin")) and searched == len(contexts)
     return found
 
@@ -1949,14 +1949,14 @@ def test_contexts_are_found_word_for_word_wherever_they_stand(tmp_path, monkeypa
         "at a document's end": ["A dog. " + text, "Other."],
     }
     for chunk in (3, 7, 1000):  # tokens: borders inside characters and words too
-        monkeypatch.setattr(hellaswag, "CHUNK_TOKENS", chunk)
+        monkeypatch.setattr(contamination, "CHUNK_TOKENS", chunk)
         for where, parts in documents.items():
             assert contexts_found(tmp_path, parts, name, [LONG_CONTEXT]) == [0], (where, chunk)
 
 
 @pytest.mark.parametrize("chunk", [5, 1000])
 def test_contexts_that_nearly_stand_there_are_not_counted(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(hellaswag, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(contamination, "CHUNK_TOKENS", chunk)
     words = "a man in a red coat walks slowly over the old bridge".split()
     context = " ".join(words)
     near = [
@@ -1981,19 +1981,19 @@ def test_the_contamination_command_says_how_many_contexts_stand_in_a_folder_or_o
     items.write_text("".join(json.dumps({**GOOD_ITEM, "ctx": ctx}) + "\n" for ctx in contexts))
     contexts_found(tmp_path, ["So a man in a red coat walks slowly over the bridge."], "bytes", contexts[:2])
     for path in (tmp_path, tmp_path / "train_a.bin"):
-        run_hellaswag(monkeypatch, f"--contamination={path}", f"--source={items}")
+        call(contamination, data_dir=str(path), source=str(items))
         out = capsys.readouterr().out
         assert f"1 of 2 contexts (50.00%) stand word for word among the 53 tokens of {path} (1 are too short" in out
         assert "  A man in a red coat" in out and "kite" not in out
     items.write_text(json.dumps({**GOOD_ITEM, "ctx": "Too short"}))
     with pytest.raises(ValueError, match="no context is long enough"):
-        run_hellaswag(monkeypatch, f"--contamination={tmp_path}", f"--source={items}")
+        call(contamination, data_dir=str(tmp_path), source=str(items))
     with pytest.raises(FileNotFoundError, match="no such folder of shards"):
-        hellaswag.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path / "nothing")
+        contamination.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path / "nothing")
     with open(tmp_path / "train_a.bin", "wb") as file:
         write_shard(file, np.array([1, 300], np.uint16))
     with pytest.raises(ValueError, match="token id 300 is not one of bytes's 259"):
-        hellaswag.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path)
+        contamination.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path)
 
 
 def test_the_hellaswag_benchmark_compares_two_ways_to_the_same_numbers(tmp_path):
