@@ -40,15 +40,15 @@ def hub_endpoint():
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def list_hub(repo, subset="", revision="main", wanted=lambda path: True):
-    """Files of a Hub dataset: those in a folder of it whose path is `wanted`, sorted; a dict each.
+def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="datasets"):
+    """Files of a Hub dataset (or kind="models"): those in a folder of it whose path is `wanted`, sorted; a dict each.
 
     name, url, size; checksum: sha256 (files in LFS) or git blob hash (small files); revision: a branch, tag or commit
     is resolved to a commit, at which the files are listed and fetched (a server that does not name it is asked for the
     one given). ValueError when no file is wanted.
     """
     subset, ref = subset.strip("/"), quote(revision, safe="")
-    url = f"{hub_endpoint()}/api/datasets/{repo}/tree/{ref}{'/' * bool(subset)}{quote(subset)}?recursive=true"
+    url = f"{hub_endpoint()}/api/{kind}/{repo}/tree/{ref}{'/' * bool(subset)}{quote(subset)}?recursive=true"
     files, endings = [], set()
     while url:  # the listing comes in pages
         response = fetch(url)
@@ -56,19 +56,19 @@ def list_hub(repo, subset="", revision="main", wanted=lambda path: True):
             path = entry["path"]
             endings.add(Path(path).suffix)
             if entry["type"] == "file" and wanted(path):
-                link = f"{hub_endpoint()}/datasets/{repo}/resolve/{ref}/{quote(path)}"
+                link = f"{hub_endpoint()}/{'datasets/' * (kind == 'datasets')}{repo}/resolve/{ref}/{quote(path)}"
                 file = {"name": f"{repo}/{path}", "url": link, "size": entry["size"], "revision": revision}
                 files.append({**file, "checksum": entry.get("lfs", entry)["oid"]})
         url = response.links.get("next", {}).get("url")
     if not files:
         raise ValueError(
             f"{repo}: no file that can be used in {subset or 'it'} (it has {', '.join(sorted(endings)) or 'none'}): "
-            "name another folder (--subset) or dataset"
+            "name another folder (--subset) or repository"
         )
     if not is_commit(revision):
         commit = fetch(files[0]["url"], method="HEAD", allow_redirects=False).headers.get("X-Repo-Commit", "")
         if is_commit(commit):
-            return list_hub(repo, subset, commit, wanted)  # listed again, as the branch may have moved
+            return list_hub(repo, subset, commit, wanted, kind)  # listed again, as the branch may have moved
     return sorted(files, key=lambda file: file["name"])
 
 
@@ -108,9 +108,9 @@ def request(url, start=0, method="GET", **options):
     makes sense to try again, else OSError, one line with the URL and what to do.
     """
     advice = {
-        401: "no such dataset, or it asks for a token: check its name, set HF_TOKEN",
-        403: "the token in HF_TOKEN has no access: accept the dataset's terms on its page",
-        404: "not there: check the dataset's name (a local path has to exist), --subset and --revision",
+        401: "no such dataset or model, or it asks for a token: check its name, set HF_TOKEN",
+        403: "the token in HF_TOKEN has no access: accept the terms on its page",
+        404: "not there: check the name (a local path has to exist), --subset and --revision",
         451: "withheld for legal reasons: choose another source",
     }
     token, headers = os.environ.get("HF_TOKEN"), {"Accept-Encoding": "identity"}
