@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-FORMAT_VERSION = 1  # of checkpoint files
+FORMAT_VERSION = 1  # of checkpoint files: whoever raises it teaches load_checkpoint to read the earlier ones
 IGNORE = -100  # a target that does not count
 LOGITS_AT_ONCE = 2**27  # elements: the loss is computed in chunks of rows so that no more exist together
 
@@ -508,8 +508,12 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:  # torch raises many kinds for a damaged file
         raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from None
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has checkpoint format {version}; this version of fgpt reads format {FORMAT_VERSION}")
+    if not isinstance(version, int):
+        raise ValueError(f"{path} is not a checkpoint of fgpt: it has no format_version")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has checkpoint format {version}, of a newer fgpt; this one reads up to {FORMAT_VERSION}: update it"
+        )
     return content
 
 
