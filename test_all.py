@@ -3484,6 +3484,8 @@ def test_a_model_in_several_files_is_fetched_from_the_hub_and_verified(tmp_path,
             import_("me/tiny", tmp_path / "c.pt")
     with pytest.raises(FileNotFoundError, match="--model=nowhere: no such folder"):
         import_("nowhere", tmp_path / "d.pt")
+    with pytest.raises(FileNotFoundError, match="--model=: no such folder"):
+        convert_hf.import_model("", tmp_path / "d.pt", overwrite=False)
 
 
 def test_the_model_card_tells_stages_results_and_the_licences_of_the_data(tmp_path):

@@ -135,19 +135,17 @@ def weights_to_hf(gpt, dtype):
     return weights
 
 
-def weights_from_hf(weights, config):
-    """Our state dict, fp32. ValueError where weights are missing, unknown, or do not fit the config.
+def weights_from_hf(weights, gpt):
+    """The model's state dict, fp32. ValueError where weights are missing, unknown, or do not fit it.
 
     Rows that they do not have (padding, and GPT-2's chat tokens) get the mean of theirs: a row of zeros would have
     logit 0, which is far more than GPT-2 gives to most tokens.
     """
-    family, state = family_of(config), {}
+    config, family, state = gpt.config, family_of(gpt.config), {}
     weights = {name.removeprefix(BASE[family]): p for name, p in weights.items()}
     weights = {name: p for name, p in weights.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}  # masks
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in GPT(config).state_dict().items()}
     head = weights.pop("lm_head.weight", None)
-    for name, shape in shapes.items():
+    for name, p in gpt.state_dict().items():
         theirs, transposed = counterpart(name, family)
         missing = [their_name for their_name in theirs if their_name not in weights]
         if missing:
@@ -159,7 +157,7 @@ def weights_from_hf(weights, config):
             n_new = config.vocab_size - config.n_vocab
             parts.append(parts[0].float().mean(dim=0).expand(n_new, -1))
         state[name] = torch.cat([part.T if transposed else part for part in parts]).float()
-        if state[name].shape != shape:
+        if state[name].shape != p.shape:
             raise ValueError(f"weight {theirs[0]} is {tuple(parts[0].shape)}, which does not fit config.json")
     if weights:
         raise ValueError(f"weight {next(iter(weights))} has no counterpart in fgpt")
@@ -275,7 +273,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-A language model of {n_params:,} parameters, trained with fgpt: {architecture}, {n_layer} layers of width {n_embd}, a
+A language model of {n_params:,} parameters, exported from fgpt: {architecture}, {n_layer} layers of width {n_embd}, a
 context of {block_size:,} tokens. Complete this card before you publish it: it names your folders.
 
 ```python
@@ -326,10 +324,15 @@ def stages_of(stored):
     return lines
 
 
+def count_params(gpt):
+    """Without padding rows."""
+    return gpt.n_params() - (gpt.config.vocab_size - gpt.config.n_vocab) * gpt.config.n_embd
+
+
 def card(gpt, stored, config, name):
     """The README.md of an export."""
     text = CARD.format(
-        name=name, n_params=gpt.n_params(), architecture=config["architectures"][0], n_layer=gpt.config.n_layer,
+        name=name, n_params=count_params(gpt), architecture=config["architectures"][0], n_layer=gpt.config.n_layer,
         n_embd=gpt.config.n_embd, block_size=gpt.config.block_size,
         example=BASE_EXAMPLE if stored["stage"] == "pretrain" else CHAT_EXAMPLE,
     )  # fmt: skip
@@ -407,7 +410,7 @@ def import_model(model, path, overwrite):
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} is there: choose another --out, or --overwrite=True")
     folder = Path(model)
-    if not folder.is_dir():
+    if not model or not folder.is_dir():
         if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
             raise FileNotFoundError(f"--model={model}: no such folder (a model of the Hub is owner/name)")
         folder = fetch_model(model)
@@ -418,27 +421,27 @@ def import_model(model, path, overwrite):
         config = config_from_hf(hf)
         coder = Tokenizer(TOKENIZERS[config.n_vocab])
         check_vocabulary(folder, coder)
-        weights = weights_from_hf(read_weights(folder), config)
+        with torch.device("meta"):  # its weights come from there
+            gpt = GPT(config)
+        gpt.load_state_dict(weights_from_hf(read_weights(folder), gpt), assign=True)
     except ValueError as error:
         raise ValueError(f"{model}: {error}") from None
-    gpt = GPT(config)
-    gpt.load_state_dict(weights)
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = dict(tokenizer=coder.name, stage=hf.get("fgpt_stage", "pretrain"), settings={"model": model})
     save_checkpoint(path, gpt, step=0, tokens=0, metrics={}, **entries)
-    print(f"{path}: {gpt.n_params():,} parameters, {config.n_vocab:,} tokens")
+    print(f"{path}: {count_params(gpt):,} parameters, {config.n_vocab:,} tokens")
 
 
-def main():
-    if what == "export":
+def main(command):
+    if command == "export":
         export_model(checkpoint, Path(out or "hf_model"), dtype, overwrite)
-    elif what == "import":
+    elif command == "import":
         import_model(model, Path(out or "ckpt.pt"), overwrite)
     else:
-        raise ValueError(f"python -m tools.convert_hf export or import: not {what!r}")
+        raise ValueError(f"python -m tools.convert_hf export or import: not {command!r}")
 
 
 if __name__ == "__main__":
-    what = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
+    _command = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
     configure(globals())
-    main()
+    main(_command)
