@@ -135,11 +135,15 @@ def one_line_errors(kind, error, trace):
     frames = traceback.extract_tb(trace)
     file = Path(frames[-1].filename).resolve() if frames else Path()
     raised_here = file.is_relative_to(Path(__file__).resolve().parent) and "site-packages" not in file.parts
-    bad_input = issubclass(kind, OSError) or (issubclass(kind, ValueError) and raised_here)
-    if kind.__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-        bad_input = True
-        error = type(error)("the GPU's memory is full: use a smaller batch, or --activation_checkpointing=True")
+    out_of_memory = kind.__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+    bad_input = issubclass(kind, OSError) or (issubclass(kind, ValueError) and raised_here) or out_of_memory
+    if out_of_memory:
+        text = (
+            "the GPU's memory is full: use a smaller batch or --activation_checkpointing=True (--force=True to resume)"
+        )
+    else:
+        text = " ".join(str(error).split())
     if bad_input and not os.environ.get("FGPT_TRACEBACK"):
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -29,7 +29,7 @@ from model import (
 )
 from prepare_fineweb import read_json
 from tokenizer import Tokenizer
-from train import begin, check_settings, claim_out_dir, closing_line, due, fit, lr_scale, stop_request
+from train import begin, check_settings, claim_out_dir, closing_line, due, fit, found_settings, lr_scale, stop_request
 
 # files
 checkpoint = "out/fgpt_712m/best.pt"  # the model to begin with; family and tokenizer come from it
@@ -187,6 +187,7 @@ def main():
         raise ValueError(f"out_dir {out_dir} is where the checkpoint lies, which would be overwritten: name another")
     rank, _ = join_processes(device)
     compute, autocast = pick_device(device, dtype)
+    settings |= found_settings(compute, autocast)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic needs of cuBLAS
     torch.use_deterministic_algorithms(deterministic)
     model, base = load_model(checkpoint, compute)

@@ -316,10 +316,12 @@ def cross_entropy_sum(x, weight, targets):
 def join_processes(device=""):
     """Under torchrun: join the other processes and take this one's GPU; from here on only the first one prints.
 
-    Returns rank_and_world(). ValueError when there are more processes than GPUs.
+    Returns rank_and_world(). ValueError when there are more processes than GPUs, or all would take the same.
     """
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         local_rank, on_gpu = int(os.environ["LOCAL_RANK"]), device != "cpu" and torch.cuda.is_available()
+        if ":" in device:
+            raise ValueError(f"--device={device} under torchrun would be the same for all: leave the number out")
         if on_gpu and local_rank >= torch.cuda.device_count():
             n = torch.cuda.device_count()
             raise ValueError(f"torchrun started more processes than this machine has GPUs: --nproc_per_node={n}")

@@ -13,8 +13,11 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
+import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -210,6 +213,11 @@ class Windows:
             )
         return batch.astype(np.int64)
 
+    def fingerprint(self):
+        """[name, tokens, checksum of its ends] of each shard: by which a resumed run knows its data again."""
+        ends = [zlib.crc32(np.concatenate((shard[:4096], shard[-4096:]))) for shard in self.shards]
+        return [[path.name, len(shard), end] for path, shard, end in zip(self.paths, self.shards, ends, strict=True)]
+
     def places(self, numbers):
         """Numbers in the endless order -> (shard, first token in it) of each window, two arrays."""
         epochs, windows = numbers // len(self), self.order(numbers)
@@ -299,22 +307,22 @@ def validation_loss(model, windows, n_windows, batch_size, token_bytes, autocast
 
 
 def fits(model, optimizers, batch_size, autocast):
-    """Whether a forward and backward pass of batch_size rows fits into memory, beside the optimizers' states."""
+    """Whether a forward and backward pass of batch_size rows fits, beside the optimizers' states and gradients."""
     try:
-        states = [
+        kept = [
             torch.empty_like(p)
             for opt in optimizers
             for group in opt.param_groups
             for p in group["params"]
-            for _ in range(2 if isinstance(opt, torch.optim.AdamW) else 1)
+            for _ in range(3 if isinstance(opt, torch.optim.AdamW) else 2)
         ]
-        idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=states[0].device)
+        idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=kept[0].device)
         with autocast():
             loss = model(idx, idx)
         loss.backward()
         return True
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # the latter on a CPU
+        if "memory" in str(error) or "ALLOC_FAILED" in str(error):  # of a CPU and of cuBLAS it is no OutOfMemoryError
             return False
         raise
     finally:
@@ -330,15 +338,17 @@ def find_batch_size(model, optimizers, checkpoint, n_rows, autocast):
     stored = checkpoint["settings"].get("batch_size", 0) if checkpoint else 0
     if stored and n_rows % stored == 0:
         return stored
-    on_cpu, T = next(model.parameters()).device.type == "cpu", model.config.block_size
+    device, T = next(model.parameters()).device, model.config.block_size
     sizes = [size for size in range(n_rows, 0, -1) if n_rows % size == 0]
-    if on_cpu:  # more is not faster there, and what does not fit is swapped
+    if device.type == "cpu":  # more is not faster there, and what does not fit is swapped
         sizes = [size for size in sizes if size * T <= CPU_TOKENS] or [1]
     while sum_over_ranks(torch.tensor(float(not fits(model, optimizers, sizes[0], autocast)))) > 0:
         sizes = [size for size in sizes if size <= sizes[0] // 2]
         if not sizes:
             raise ValueError("not even one row fits into memory: --activation_checkpointing=True or a smaller model")
-    torch.cuda.empty_cache()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)  # the log tells of the training
     return sizes[0]
 
 
@@ -351,18 +361,29 @@ def claim_out_dir(out_dir, init_from, overwrite):
     folder, is_first = Path(out_dir), rank_and_world()[0] == 0
     if init_from not in ("scratch", "resume"):
         raise ValueError(f"init_from must be scratch or resume, not {init_from!r}")
-    begun = (folder / "ckpt.pt").exists() or (folder / "best.pt").exists() or not folder.is_dir()
-    if init_from == "resume" and begun:  # else the run was killed before its first checkpoint: there is nothing to lose
-        return load_checkpoint(folder / "ckpt.pt")
-    if init_from == "scratch" and is_first and folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    in_use = init_from == "scratch" and there and not overwrite
+    # killed before its first checkpoint, a run is resumed from its start
+    empty = folder.is_dir() and all(name.endswith(".tmp") for name in there)
+    # the first process decides for all: its files may be there when the others look
+    in_use, empty = sum_over_ranks(torch.tensor([bool(in_use) and is_first, empty and is_first], dtype=torch.float))
+    if in_use:
         raise ValueError(
             f"{out_dir} is in use: --init_from=resume goes on, --overwrite=True starts anew, or --out_dir="
         )
     if is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("ckpt.pt", "best.pt", "log.jsonl"):  # a later resume must not find the old run
+        stale = ["ckpt.pt.tmp", "best.pt.tmp"]
+        if init_from == "scratch":  # a later resume must not find the old run
+            folder.mkdir(parents=True, exist_ok=True)
+            stale += ["ckpt.pt", "best.pt", "log.jsonl"]
+        for name in stale:
             (folder / name).unlink(missing_ok=True)
-    return None
+    if init_from == "scratch":
+        return None
+    if empty:
+        print(f"{out_dir} has no checkpoint yet: the run begins")
+        return None
+    return load_checkpoint(folder / "ckpt.pt")
 
 
 def check_settings(settings):
@@ -390,7 +411,7 @@ def check_resumable(record, checkpoint, force):
     changed = [name for name in old if name not in may_change and new.get(name) != old[name]]
     listed = [f"{name} {old[name]!r} -> {new.get(name)!r}" for name in changed]
     if checkpoint["data"] != record["data"]:
-        listed.append("the training data is not what it was")
+        listed.append("the data is not what it was")
     if listed and not (force and SHAPES.isdisjoint(changed)):
         remedy = "set it back, or --force=True" if SHAPES.isdisjoint(changed) else "set it back"
         raise ValueError(f"resuming would change the run ({', '.join(listed)}): {remedy}")
@@ -399,15 +420,16 @@ def check_resumable(record, checkpoint, force):
 def open_log(path, n_bytes):
     """The log, cut to its first n_bytes, ready to append; a new log begins with the line of units.
 
-    What a full disk does not take waits in the file's buffer, large enough for thousands of rows.
+    What a full disk does not take waits in the file's buffer, large enough for 100,000 rows.
     """
     if rank_and_world()[0] > 0:
         return open(os.devnull, "ab")
-    log = open(path, "ab", buffering=1 << 20)
+    log = open(path, "ab", buffering=1 << 26)
     if log.tell() < n_bytes:
         print(f"{path} lacks rows that were written before the checkpoint: it begins anew")
         n_bytes = 0
     log.truncate(n_bytes)
+    log.seek(0, os.SEEK_END)
     if n_bytes == 0:
         write_row(log, {"format": "fgpt log 1", "units": UNITS})
     return log
@@ -422,24 +444,24 @@ def write_row(log, row):
 def stop_request(max_minutes):
     """A function that is true once SIGINT or SIGTERM came, or the minutes are over (0: never), on any process.
 
-    A second signal ends the process at once, unless it comes in the same second: of Ctrl-C, torchrun's processes get
-    one from the terminal and one from torchrun.
+    A second signal ends the process at once. Not under torchrun, which sends its processes a second one when the
+    terminal has sent the first, and ends them itself when they take longer than 30 s.
     """
-    began, caught = time.time(), []
+    began, caught = time.monotonic(), []
+    afterwards = signal.SIG_IGN if "LOCAL_RANK" in os.environ else signal.SIG_DFL
 
     def handler(number, frame):
-        caught.append(time.time())
-        if caught[-1] - caught[0] > 1:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        elif len(caught) == 1:
-            print("stopping after this step; once more to stop at once", flush=True)
+        caught.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, afterwards)
+        if rank_and_world()[0] == 0:
+            os.write(1, b"stopping after this step; once more to stop at once\n")  # print may be at work itself
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
     def should_stop():
-        wanted = bool(caught) or (max_minutes > 0 and time.time() - began > 60 * max_minutes)
+        wanted = bool(caught) or (max_minutes > 0 and time.monotonic() - began > 60 * max_minutes)
         return bool(sum_over_ranks(torch.tensor(float(wanted))) > 0)
 
     return should_stop
@@ -483,8 +505,8 @@ def say(line):
 
 
 def line_of(row, max_steps, seconds=0.0):
-    """What a terminal shows of a log row; the time left is that of steps like this one, which took `seconds`."""
-    parts = [f"step {row['step']}/{max_steps}"]
+    """What a terminal shows of a log row; the time left is that of steps that take `seconds` each."""
+    parts = [f"step {row['step']}/{max_steps}"] + ["NOT FINITE, skipped"] * ("skipped" in row)
     labels = {"loss": "loss", "val_loss": "val", "val_bpb": "bits/byte", "hellaswag_acc": "hellaswag"}
     for name, label in labels.items():
         parts += [f"{label} {row[name]:.4f}"] if name in row else []
@@ -543,11 +565,15 @@ def fit(model, optimizers, batch_at, metrics_at, lr_at, record, state, *, out_di
     bar = tqdm(total=max_steps, initial=state["step"], unit=" steps", disable=None if rank == 0 else True)
     with log, bar, ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(fetch, state["step"])  # the next batch is read while this one is trained on
+        if world > 1:
+            blank_pass(forward, coming.result(), batch_size, autocast)
         if state["step"] == 0:
             row = {"step": 0, "tokens": 0} | metrics_at(0)
             finish_step(row, model, record, state, log, out_dir)
             say(line_of(row, max_steps))
-        stop, first = state["step"] >= max_steps, state["step"] + 1
+        stop, second, recent = state["step"] >= max_steps, state["step"] + 2, deque(maxlen=20)
+        if stop:
+            say(f"step {state['step']} of {max_steps}: nothing is left to do (raise --max_steps to go on)")
         while not stop:
             start = time.perf_counter()
             batch, coming = coming.result(), ahead.submit(fetch, state["step"] + 1)
@@ -555,19 +581,32 @@ def fit(model, optimizers, batch_at, metrics_at, lr_at, record, state, *, out_di
                 group["lr"] = group["initial_lr"] * lr_at(state["step"])
             loss, norm, applied = train_step(forward, optimizers, batch, batch_size, grad_clip, autocast)
             seconds = time.perf_counter() - start
+            recent.append(seconds)
             count_step(state, batch, seconds, applied)
             row = step_row(state, loss, norm, optimizers, batch[0].numel() / seconds, flops_over_peak, device)
             row |= metrics_at(state["step"])
             finish_step(row, model, record, state, log, out_dir)
-            check_finite(state, out_dir)
             stop = should_stop() or state["step"] == max_steps
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
             # the second step is the first that tells how long the run will take: the first one compiles
-            if stop or "val_loss" in row or state["step"] % log_interval == 0 or state["step"] == first + 1:
-                say(line_of(row, max_steps, seconds))
+            if stop or not applied or "val_loss" in row or state["step"] % log_interval == 0 or state["step"] == second:
+                say(line_of(row, max_steps, statistics.median_low(recent)))
+            check_finite(state, out_dir)
             if stop or state["step"] % checkpoint_interval == 0:
                 save_run(model, optimizers, record, state, out_dir, log, must=stop)
+
+
+def blank_pass(forward, batch, batch_size, autocast):
+    """A pass without effect: in its first one DistributedDataParallel sums gradients in another order than later.
+
+    So a run that is resumed sums as one that was not interrupted.
+    """
+    idx, targets = (part[:batch_size].to(next(forward.parameters()).device) for part in batch)
+    with autocast():
+        loss = forward(idx, torch.full_like(targets, IGNORE))
+    loss.backward()
+    forward.zero_grad(set_to_none=True)
 
 
 def count_step(state, batch, seconds, applied):
@@ -653,7 +692,7 @@ def describe(model, optimizers, record, train, val, max_steps):
 def begin(model, optimizers, record, checkpoint, force, out_dir):
     """The state to begin with: that of the checkpoint, which is loaded, or a new run's, which is saved.
 
-    So a run can be resumed from its first moment, and a disk that is too small shows at once.
+    So a run can be resumed from its first moment.
     """
     world = rank_and_world()[1]
     record["processes"] = world
@@ -676,6 +715,12 @@ def make_model(settings, tokenizer):
     n_rows = -(-tokenizer.n_vocab // 64) * 64
     torch.manual_seed(settings["seed"])
     return GPT(GPTConfig(vocab_size=n_rows, n_vocab=tokenizer.n_vocab, **FAMILIES[settings["family"]], **sizes))
+
+
+def found_settings(compute, autocast, **more):
+    """What was found for settings left open: a run that is resumed elsewhere would find something else."""
+    dtype = "bfloat16" if autocast.keywords["enabled"] else "float32"
+    return {"device": compute.type, "dtype": dtype, **more}
 
 
 def check_batch(tokens_per_step, block_size, batch_size, world):
@@ -721,6 +766,8 @@ def main():
     lr_at = partial(lr_scale, max_steps=n_steps, warmup_steps=warmup_steps, schedule=schedule,
                     decay_fraction=decay_fraction, final_lr_fraction=final_lr_fraction)  # fmt: skip
     lr_at(0)  # refuses an unknown schedule before anything is written
+    compiled = compute.type == "cuda" if compile is None else compile
+    settings |= found_settings(compute, autocast, compile=compiled)
     model = make_model(settings, coder).to(compute)
     model.checkpoint_activations = activation_checkpointing
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
@@ -728,8 +775,8 @@ def main():
     size = settings["batch_size"] = batch_size or find_batch_size(
         model, optimizers, checkpoint, n_rows // world, autocast
     )
-    shards = [[path.name, len(shard)] for path, shard in zip(train.paths, train.shards, strict=True)]
-    record = {"stage": "pretrain", "tokenizer": coder.name, "settings": settings, "data": shards}
+    data = train.fingerprint() + val.fingerprint()
+    record = {"stage": "pretrain", "tokenizer": coder.name, "settings": settings, "data": data}
     state = begin(model, optimizers, record, checkpoint, force, out_dir)
     describe(model, optimizers, record, train, val, n_steps)
 
@@ -747,8 +794,8 @@ def main():
     fit(
         model, optimizers, partial(next_token_batch, train, n_rows), metrics_at, lr_at, record, state,
         out_dir=out_dir, max_steps=n_steps, batch_size=size, grad_clip=grad_clip, autocast=autocast,
-        should_stop=stop_request(max_minutes), compiled=compute.type == "cuda" if compile is None else compile,
-        log_interval=log_interval, checkpoint_interval=checkpoint_interval,
+        should_stop=stop_request(max_minutes), compiled=compiled, log_interval=log_interval,
+        checkpoint_interval=checkpoint_interval,
     )  # fmt: skip
     print(closing_line(state, out_dir))
     leave_processes()
