@@ -1177,7 +1177,7 @@ def test_a_file_that_stays_wrong_is_fetched_three_times_and_named_with_both_chec
 
 def test_what_waiting_does_not_mend_is_one_line_at_once(tmp_path, monkeypatch):
     said = {
-        (401, ""): "HTTP 401: .*HF_TOKEN", (403, ""): "HTTP 403: .*terms", (404, ""): "HTTP 404: .*--source",
+        (401, ""): "HTTP 401: .*HF_TOKEN", (403, ""): "HTTP 403: .*terms", (404, ""): "HTTP 404: .*--subset",
         (410, ""): "HTTP 410: check", (451, ""): "HTTP 451: .*another source", "html": "web page .*proxy",
     }  # fmt: skip
     with hub({"blob.bin": BLOB}, monkeypatch) as server:
@@ -1185,7 +1185,7 @@ def test_what_waiting_does_not_mend_is_one_line_at_once(tmp_path, monkeypatch):
             server.faults["blob.bin"] = [fault]
             with pytest.raises(OSError, match=f"^http://127.*blob.bin: .*{message}") as caught:
                 hub_py.download(blob(server), tmp_path)
-            assert "\n" not in str(caught.value) and not isinstance(caught.value, prepare_fineweb.Later)
+            assert "\n" not in str(caught.value) and not isinstance(caught.value, hub_py.Later)
         assert len(server.log) == 2 * len(said)
         url = f"http://localhost:{server.port}/datasets/me/data/resolve/main/blob.bin"
         with pytest.raises(OSError, match="HTTP 401"):  # the token is for the Hub, not for any other host
