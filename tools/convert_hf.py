@@ -245,7 +245,7 @@ def tokenizer_to_hf(coder, config):
         byte_fallback=False, vocab={spell(token): i for token, i in ranks.items()} | {SPECIALS[0]: coder.eot},
         merges=[f"{spell(a)} {spell(b)}" for a, b in merges],
     )  # fmt: skip
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=coder.bpe is not None)
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=True)
     parts = dict(normalizer=None, pre_tokenizer=byte_level, post_processor=None, decoder=byte_level, model=model)
     settings = dict(
         tokenizer_class="PreTrainedTokenizerFast", bos_token=SPECIALS[0], eos_token=SPECIALS[0],
