@@ -3406,6 +3406,10 @@ def test_qwen3_weights_that_transformers_saved_are_imported(tmp_path):
     config |= dict(rope_theta=config.pop("rope_parameters")["rope_theta"], rope_scaling=None)
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
     assert import_(tmp_path / "hf", tmp_path / "b.pt")[0].config == model.config
+    del config["tie_word_embeddings"]  # silent means untied
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="tie_word_embeddings is False"):
+        import_(tmp_path / "hf", tmp_path / "c.pt")
 
 
 @pytest.mark.parametrize(
