@@ -2014,6 +2014,13 @@ def test_the_contamination_command_says_how_many_contexts_stand_in_a_folder_or_o
         contamination.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path)
 
 
+def test_the_training_benchmark_measures_in_a_process_of_its_own(tmp_path):
+    (tmp_path / "tiny.py").write_text("n_layer = n_head = 1\nn_embd = 16\nblock_size = 32\ntokenizer = 'bytes'\n")
+    gigabytes, speed = bench.in_child(bench.training_step, str(tmp_path / "tiny.py"), 2, True, "cpu", "float32")
+    assert 0.05 < gigabytes < 5 and speed > 0
+    assert np.isnan(bench.in_child(os._exit, 1)).all()  # as the system ends what takes too much memory
+
+
 def test_the_hellaswag_benchmark_compares_two_ways_to_the_same_numbers(tmp_path):
     (tmp_path / "tiny.py").write_text("n_layer = n_head = 1\nn_embd = 16\nblock_size = 100\ntokenizer = 'gpt2'\n")
     settings = [f"--configs={tmp_path}/tiny.py", "--n_items=3", "--repeats=1", "--device=cpu"]

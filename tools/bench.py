@@ -7,10 +7,11 @@
     python -m tools.bench hellaswag --configs=config/small.py     items/s, and those of one item at a time
 
 Things that are compared take turns, `repeats` times, and medians are printed: machines are noisy. What is measured for
-its memory runs in a process of its own.
+its memory runs in a process of its own; nan: it did not fit.
 """
 
 import datetime
+import math
 import multiprocessing
 import os
 import platform
@@ -19,8 +20,10 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,22 +62,23 @@ def read_cpuinfo():
     return path.read_text().splitlines() if path.exists() else []
 
 
-def take_turns(repeats, **functions):
-    """Call each function `repeats` times, in turns; {name: median of what it returned}."""
+def take_turns(repeats, functions):
+    """{name: median of what the function of that name returned, one number or several}, each called in turns."""
     results = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             results[name].append(function())
-    return {name: statistics.median(values) for name, values in results.items()}
+    return {name: np.median(np.array(values), axis=0) for name, values in results.items()}
 
 
 def in_child(function, *arguments):
-    """What the function returns in a new process, whose peak memory is its own; the text of an error it raised."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    """The two numbers that the function returns in a new process, whose peak memory is its own; nan if it fails."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.apply(function, arguments)
-        except RuntimeError as error:  # such as out of memory
-            return str(error).splitlines()[0]
+            return pool.submit(function, *arguments).result()
+        except (RuntimeError, BrokenProcessPool) as error:  # out of memory, or killed because of it
+            print(f"{arguments}: {str(error).splitlines()[0]}", file=sys.stderr)
+            return math.nan, math.nan
 
 
 def seconds_of(function, device, calls=3):
@@ -115,14 +119,13 @@ def training_step(config, batch_size, activation_checkpointing, device, dtype):
     return train.peak_memory(device), speed
 
 
-def training(configs, batch_sizes, device, dtype):
+def training(configs, batch_sizes, repeats, device, dtype):
     print(f"{'config':28} {'micro-batch':>11}  {'activation checkpointing':24} {'peak GB':>8} {'tokens/s':>10}")
     for config in configs.split(","):
-        for size in map(int, batch_sizes.split(",")):
-            for checkpointing in (True, False):
-                found = in_child(training_step, config, size, checkpointing, device, dtype)
-                figures = found if isinstance(found, str) else f"{found[0]:8.2f} {found[1]:10,.0f}"
-                print(f"{config:28} {size:11}  {str(checkpointing):24} {figures}", flush=True)
+        sizes = [(int(size), flag) for size in batch_sizes.split(",") for flag in (True, False)]
+        ways = {way: partial(in_child, training_step, config, *way, device, dtype) for way in sizes}
+        for (size, flag), (gigabytes, speed) in take_turns(repeats, ways).items():
+            print(f"{config:28} {size:11}  {str(flag):24} {gigabytes:8.2f} {speed:10,.0f}", flush=True)
 
 
 def plain_loss(x, weight, targets):
@@ -160,11 +163,10 @@ def loss_step(way, device, dtype, rows=8192, width=1280, n_vocab=50304):
 
 def loss(repeats, device):
     print(f"{'8,192 rows of 1,280, vocabulary 50,304':40} {'dtype':9} {'extra GB':>9} {'seconds':>8}")
-    for dtype in ("float32", "bfloat16"):
-        for way in LOSSES:
-            measured = [in_child(loss_step, way, device, dtype) for _ in range(repeats)]
-            gigabytes, seconds = map(statistics.median, zip(*measured, strict=True))
-            print(f"{way:40} {dtype:9} {gigabytes:9.2f} {seconds:8.3f}", flush=True)
+    ways = [(way, dtype) for dtype in ("float32", "bfloat16") for way in LOSSES]
+    found = take_turns(repeats, {way: partial(in_child, loss_step, way[0], device, way[1]) for way in ways})
+    for (way, dtype), (gigabytes, seconds) in found.items():
+        print(f"{way:40} {dtype:9} {gigabytes:9.2f} {seconds:8.3f}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,7 +246,7 @@ def tokenize(source, workers, repeats):
                 pass
         return time.perf_counter() - start
 
-    seconds = take_turns(repeats, stage=stage, batch=batch, arrays=arrays)
+    seconds = take_turns(repeats, dict(stage=stage, batch=batch, arrays=arrays))
     n_tokens = sum(len(coder.encode(text)) for text in texts)
     print(f"{len(texts):,} documents, {n_tokens:,} tokens, {n_threads} threads\n")
     print("| | tokens/s | prepare_fineweb.py reaches of it |\n|---|---|---|")
@@ -299,13 +301,11 @@ def hellaswag_items(configs, n_items, repeats, device, dtype):
         rendered = [hellaswag.render(item, coder, "completion") for item in random_items(n_items, random.Random(0))]
         items = [[(ids[-longest - 1 :], min(n, longest)) for ids, n, _ in rows] for rows in rendered]
         ways = {
-            "hellaswag.py": lambda model=model, items=items: hellaswag.log_likelihoods(model, items, 0, autocast),
-            "one at a time": lambda model=model, items=items: one_item_at_a_time(model, items, autocast),
+            "hellaswag.py": partial(hellaswag.log_likelihoods, model, items, 0, autocast),
+            "one at a time": partial(one_item_at_a_time, model, items, autocast),
         }
         error = max(abs(a - b) for a, b in zip(*(way() for way in ways.values()), strict=True))  # and warms up
-        seconds = take_turns(
-            repeats, **{name: lambda way=way: seconds_of(way, device, 1) for name, way in ways.items()}
-        )
+        seconds = take_turns(repeats, {name: partial(seconds_of, way, device, 1) for name, way in ways.items()})
         fast, slow = (n_items / median for median in seconds.values())
         print(
             f"{config}: {fast:.1f} items/s, {slow:.1f} one at a time: {fast / slow:.2f} times as fast; "
@@ -317,7 +317,7 @@ def hellaswag_items(configs, n_items, repeats, device, dtype):
 def main():
     print(machine())
     measurements = {
-        "train": lambda: training(configs, batch_sizes, device, dtype),
+        "train": lambda: training(configs, batch_sizes, repeats, device, dtype),
         "loss": lambda: loss(repeats, device),
         "loader": lambda: loader(repeats),
         "tokenize": lambda: tokenize(source, workers, repeats),
