@@ -143,7 +143,7 @@ if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13
     LOSSES["linear_cross_entropy with options"] = built_in_loss
 
 
-def loss_step(way, device, dtype, rows=8192, width=1280, n_vocab=50304):
+def loss_step(way, device, dtype, rows=4096, width=1280, n_vocab=50304):
     """(peak memory in GB beyond inputs and gradients, seconds) of a loss and its gradients."""
     device, autocast = model_py.pick_device(device, dtype)
     x = torch.randn(rows, width, device=device, requires_grad=True)
@@ -162,7 +162,7 @@ def loss_step(way, device, dtype, rows=8192, width=1280, n_vocab=50304):
 
 
 def loss(repeats, device):
-    print(f"{'8,192 rows of 1,280, vocabulary 50,304':40} {'dtype':9} {'extra GB':>9} {'seconds':>8}")
+    print(f"{'4,096 rows of 1,280, vocabulary 50,304':40} {'dtype':9} {'extra GB':>9} {'seconds':>8}")
     ways = [(way, dtype) for dtype in ("float32", "bfloat16") for way in LOSSES]
     found = take_turns(repeats, {way: partial(in_child, loss_step, way[0], device, way[1]) for way in ways})
     for (way, dtype), (gigabytes, seconds) in found.items():
