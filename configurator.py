@@ -132,6 +132,8 @@ def one_line_errors(kind, error, trace):
     Bad input is any OSError, and a ValueError that this folder's code raised itself; a GPU whose memory is full gets a
     line as well. FGPT_TRACEBACK=1 shows all.
     """
+    if kind is KeyboardInterrupt:
+        return print("\nstopped", file=sys.stderr)
     frames = traceback.extract_tb(trace)
     file = Path(frames[-1].filename).resolve() if frames else Path()
     raised_here = file.is_relative_to(Path(__file__).resolve().parent) and "site-packages" not in file.parts

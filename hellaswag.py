@@ -92,8 +92,7 @@ def download_validation():
     """
     rank, world = rank_and_world()
     if rank == 0 and not HUB_FILE.exists():
-        file = next(file for file in list_hub(HUB_DATASET, "data") if "/validation" in file["name"])
-        HUB_FILE.parent.mkdir(parents=True, exist_ok=True)
+        file = list_hub(HUB_DATASET, "data", wanted=lambda path: "/validation" in path)[0]
         download({**file, "save_as": HUB_FILE.name}, HUB_FILE.parent)
     if world > 1:
         dist.barrier()
@@ -252,7 +251,9 @@ def log_likelihoods(model, items, batch_tokens=0, autocast=nullcontext, progress
     batch_tokens = batch_tokens or (2048 if next(model.parameters()).device.type == "cpu" else 16384)
     rank, world = rank_and_world()
     done, parts = [], []
-    with tqdm(total=len(items), desc="hellaswag", unit=" items", disable=not progress or rank > 0) as bar:
+    with tqdm(
+        total=len(items), desc="hellaswag", unit=" items", disable=None if progress and rank == 0 else True
+    ) as bar:
         for number, (width, batch) in enumerate(make_batches([len(item[0]) for item in packed], batch_tokens)):
             if number % world == rank:
                 parts.append(score_batch(model, [packed[i] for i in batch], width, autocast))

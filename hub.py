@@ -18,6 +18,11 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+try:
+    import fcntl
+except ImportError:  # Windows: no locks
+    fcntl = None
+
 import requests
 from tqdm import tqdm
 from urllib3.exceptions import InvalidHeader
@@ -52,7 +57,7 @@ def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="d
     files, endings = [], set()
     while url:  # the listing comes in pages
         response = fetch(url)
-        for entry in response.json():
+        for entry in entries_of(response):
             path = entry["path"]
             endings.add(Path(path).suffix)
             if entry["type"] == "file" and wanted(path):
@@ -70,6 +75,13 @@ def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="d
         if is_commit(commit):
             return list_hub(repo, subset, commit, wanted, kind)  # listed again, as the branch may have moved
     return sorted(files, key=lambda file: file["name"])
+
+
+def entries_of(response):
+    try:
+        return response.json()
+    except ValueError:
+        raise OSError(f"{response.url}: no listing came: is there a proxy in between? check HF_ENDPOINT") from None
 
 
 def is_commit(revision):
@@ -113,7 +125,7 @@ def request(url, start=0, method="GET", **options):
         404: "not there: check the name (a local path has to exist), --subset and --revision",
         451: "withheld for legal reasons: choose another source",
     }
-    token, headers = os.environ.get("HF_TOKEN"), {"Accept-Encoding": "identity"}
+    token, headers = os.environ.get("HF_TOKEN", "").strip(), {"Accept-Encoding": "identity"}
     if token and urlsplit(url).netloc == urlsplit(hub_endpoint()).netloc:
         headers["Authorization"] = f"Bearer {token}"
     if start:
@@ -121,9 +133,11 @@ def request(url, start=0, method="GET", **options):
     try:
         response = requests.request(method, url, headers=headers, timeout=(10, STALL_SECONDS), **options)
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-        raise Later(f"{url}: no answer ({type(error).__name__}): check the network and HF_ENDPOINT") from None
-    except requests.RequestException as error:
-        raise OSError(f"{url}: {error}: check HF_ENDPOINT") from None
+        stalled = isinstance(error, requests.ReadTimeout)  # there is a server
+        message = f"{url}: no answer ({type(error).__name__}): check the network and HF_ENDPOINT"
+        raise Later(message, 0 if stalled else None) from None
+    except requests.RequestException as error:  # whose text may hold the token
+        raise OSError(f"{url}: {type(error).__name__}: check HF_ENDPOINT and HF_TOKEN") from None
     code, after = response.status_code, response.headers.get("Retry-After")
     if code in (408, 429) or code >= 500:
         try:
@@ -151,7 +165,8 @@ def receive(url, path, size, bar):
             path.unlink()
             raise Later(f"{url}: {start:,} bytes are there, the server cannot go on from them: begins anew", 0)
         try:
-            with open(path, "ab" if response.status_code == 206 else "wb") as target:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open_alone(path, keep=response.status_code == 206) as target:
                 for chunk in response.iter_content(1 << 16):  # of a chunk that breaks off nothing is kept
                     target.write(chunk)
                     bar.update(target.tell() - bar.n)
@@ -159,6 +174,23 @@ def receive(url, path, size, bar):
             raise Later(f"{url}: broke off at {size_of(path):,} bytes ({type(error).__name__})") from None
     if size_of(path) < (size or 0):
         raise Later(f"{url}: ended at {size_of(path):,} of {size:,} bytes")
+
+
+def open_alone(path, keep=False):
+    """The file open to write, empty or (keep) at its end. OSError while another process has it open so."""
+    file = open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+    except BlockingIOError:
+        file.close()
+        raise OSError(
+            f"{path}: another process is writing it: wait until it is done, or give each its --part"
+        ) from None
+    if file.seek(0, os.SEEK_END) and not keep:
+        file.seek(0)
+        file.truncate()
+    return file
 
 
 def size_of(path):
@@ -182,7 +214,6 @@ def download(file, folder):
     is_git = len(expected) == 40
     if path.exists() and checksum(path, is_git) == expected:
         return path
-    folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, leave=False, disable=None)
     for n_left in (2, 1, 0):
         patiently(partial(receive, file["url"], temporary, size, bar), PATIENCE, partial(size_of, temporary))

@@ -39,7 +39,7 @@ from configurator import configure
 import numpy as np
 from tqdm import tqdm
 
-from hub import checksum, fetch_ahead, list_hub, place, size_of
+from hub import checksum, fetch_ahead, list_hub, open_alone, place, size_of
 from tokenizer import Tokenizer
 
 source = "HuggingFaceFW/fineweb-edu"  # Hub dataset, or local file, folder or glob; several separated by commas
@@ -51,7 +51,7 @@ val_fraction = 0.005  # share of documents held out for validation, chosen by a 
 val_source = ""  # files that are validation (like source); then all of source is train, without a hash
 text_field = "text"  # parquet column or JSON field that holds a document
 split_blank_lines = False  # a .txt is cut into documents at its blank lines
-max_tokens = 0  # stop after the source file that brings train to this many tokens (0: all files)
+max_tokens = 0  # stop after the source file that brings train to this many tokens (0: all files; of this part)
 part = ""  # do a share of the files, like 3/8: the third of eight machines
 keep_downloads = False  # keep what was downloaded, in out_dir/downloads
 workers = 0  # threads that tokenize (0: all cores)
@@ -205,22 +205,26 @@ def list_sources(source, val_source, val_fraction, list_dataset):
     list_dataset: function of a Hub dataset's name, returns what `list_hub` does.
     """
     found = {}
-    for items, fraction in ((val_source, 1.0), (source, 0.0 if val_source else val_fraction)):
+    for items, is_val in ((val_source, True), (source, False)):
         for item in filter(None, map(str.strip, items.split(","))):
-            for file in find_files(item, list_dataset):
+            files = find_files(item, list_dataset)
+            texts = [file for file in files if not is_shard(file)]
+            if 0 < len(texts) < len(files):
+                print(
+                    f"{item}: {len(files) - len(texts)} token shards (.bin) beside text are left out: name them alone"
+                )
+            for file in texts or files:
                 name = file["name"].rsplit("/", 1)[-1]
                 stem = re.sub(r"[^\w.-]", "_", name.split(".")[0])[:80] + "_" + file["checksum"][:8]
-                is_val = fraction if not is_shard(file) or items is val_source else float(split_of(name) == "val")
                 ending = next(ending for ending in FORMATS if name.endswith(ending))
-                more = {"stem": stem, "save_as": stem + ending, "val_fraction": is_val}
+                fraction = 0.0 if val_source else val_fraction
+                if is_val or is_shard(file):
+                    fraction = float(is_val or split_of(name) == "val")
+                more = {"stem": stem, "save_as": stem + ending, "val_fraction": fraction}
                 found.setdefault(file["checksum"], file | more)
-    texts = [file for file in found.values() if not is_shard(file)]
-    if 0 < len(texts) < len(found):
-        print(f"{len(found) - len(texts)} token shards (.bin) beside text are left out: name them alone to take them")
-    files = texts or list(found.values())
-    if all(file["val_fraction"] == 1 for file in files):
+    if all(file["val_fraction"] == 1 for file in found.values()):
         raise ValueError(f"source={source!r} has no file to train on (files of val_source do not count)")
-    return files
+    return sorted(found.values(), key=lambda file: file["val_fraction"] != 1)
 
 
 def is_shard(file):
@@ -233,13 +237,11 @@ def is_source(name):
 
 
 def take_part(files, part):
-    """Every n-th file, for part "i/n" the i-th such; all for "". Raises ValueError for another part."""
+    """Every n-th file, for part "i/n" the i-th such; all for "". Raises ValueError for what is no part."""
     match = re.fullmatch(r"(\d+)/(\d+)", part or "1/1")
     i, n = map(int, match.groups()) if match else (0, 0)
     if not 1 <= i <= n:
         raise ValueError(f"part must be like 3/8 (the third of eight machines), not {part!r}")
-    if i > len(files):
-        raise ValueError(f"part {part} is empty: there are only {len(files)} files")
     return files[i - 1 :: n]
 
 
@@ -281,26 +283,31 @@ def list_begun(repo, subset, revision, records):
     return files
 
 
-def check_space(todo, records, folder, tokenizer, max_tokens, keep_downloads):
-    """Bytes of the source files to be read. OSError when shards and downloads clearly do not fit on the disk."""
-    shards, n_bytes, remote = 0, 0, []
-    n_train = sum(record["train"]["tokens"] for record in records)
-    for file in todo:
-        if 0 < max_tokens <= n_train + shards / 2:
+def check_space(sources, records, folder, tokenizer, max_tokens, keep_downloads):
+    """Bytes of the source files to be read. OSError when shards and downloads clearly do not fit on the disk.
+
+    sources: of this part, with their records, or None where there is still something to do. records: of the folder.
+    """
+    shards, n_files, n_bytes, n_train, remote = 0, 0, 0, 0, []
+    for file, record in sources:
+        if 0 < max_tokens <= n_train:
             break
-        n_bytes += file["size"]
-        shards += file["size"] * growth(file["name"], records, tokenizer)
+        if record:
+            n_train += record["train"]["tokens"]
+            continue
+        size = file["size"] * growth(file["name"], records, tokenizer)
+        n_files, n_bytes, shards = n_files + 1, n_bytes + file["size"], shards + size
+        n_train += size / 2 if file["val_fraction"] < 1 else 0
         if "url" in file:
             remote.append(file["size"] - max(map(size_of, place(file, folder / "downloads"))))
-    needed = shards + sum(sorted(remote, reverse=True)[: None if keep_downloads else 2])
-    free = shutil.disk_usage(folder).free
-    fits, needed, free = needed <= free, tqdm.format_sizeof(needed, "B"), tqdm.format_sizeof(free, "B")
-    if not fits:
+    downloads = sum(sorted(remote, reverse=True)[: None if keep_downloads else 2])
+    free, needed = shutil.disk_usage(folder).free, tqdm.format_sizeof(downloads + shards, "B")
+    if downloads + shards * (1 if records else 0.5) > free:  # what is only guessed may be half of that
         raise OSError(
-            f"{folder}: about {needed} are needed, {free} are free: free some, choose another --out_dir, or take less "
-            "with --subset, --part or --max_tokens"
+            f"{folder}: about {needed} are needed, {tqdm.format_sizeof(free, 'B')} are free: free some, choose another "
+            "--out_dir, or take less with --subset, --part or --max_tokens"
         )
-    print(f"files to do: {len(todo):,}, about {needed} needed, {free} free")
+    print(f"files to do: {n_files:,}, about {needed} needed, {tqdm.format_sizeof(free, 'B')} free")
     return n_bytes
 
 
@@ -504,9 +511,10 @@ def tokenize_file(file, path, folder, rules, tokenizer, n_threads, advance):
         documents = read_documents(path, rules["text_field"], rules["split_blank_lines"])
         encode = partial(encode_batch, tokenizer=tokenizer, val_fraction=file["val_fraction"])
         pieces = encode_documents(documents, encode, n_threads)
+    targets = {split: open_alone(path) for split, path in temporary.items()}
+    train, val = targets.values()
     try:
-        with open(temporary["train"], "wb") as train, open(temporary["val"], "wb") as val:
-            targets = {"train": train, "val": val}
+        with train, val:
             for share, n_in_piece, sides in pieces:
                 n_rows += n_in_piece
                 for split, (tokens, sizes, n_bytes) in sides.items():
@@ -558,12 +566,14 @@ def prepare(sources, records, folder, rules, tokenizer, n_threads, max_tokens, k
     records: what check_folder returned. Stops after the file with which train has max_tokens, unless that is 0.
     """
     todo = {file["checksum"]: file for file in sources if not is_finished(folder, records.get(file["checksum"]))}
-    finished = [record for key, record in records.items() if key not in todo]
-    expected = check_space(todo.values(), finished, folder, rules["tokenizer"], max_tokens, keep_downloads)
+    finished = {key: record for key, record in records.items() if key not in todo}
+    pairs = [(file, finished.get(file["checksum"])) for file in sources]
+    expected = check_space(pairs, finished.values(), folder, rules["tokenizer"], max_tokens, keep_downloads)
     done, n_train, downloads, totals = [], 0, folder / "downloads", np.zeros(2, np.int64)
     paths = fetch_ahead(list(todo.values()), downloads)
     layout = "{percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
-    with tqdm(total=expected, bar_format=layout, disable=None) as bar:
+    # smoothing: the time left follows the mean speed, not that of the last batch
+    with tqdm(total=expected, bar_format=layout, smoothing=0, disable=None) as bar:
         for file in sources:
             if 0 < max_tokens <= n_train:
                 break
@@ -581,10 +591,9 @@ def prepare(sources, records, folder, rules, tokenizer, n_threads, max_tokens, k
             if record["train"]["tokens"] + record["val"]["tokens"]:
                 done.append(record)
                 n_train += record["train"]["tokens"]
-    if not keep_downloads:  # with max_tokens, the next one may be there
-        for file in todo.values():
-            for path in place(file, downloads) if "url" in file else ():
-                path.unlink(missing_ok=True)
+    if not keep_downloads:  # of a run that was killed, and with max_tokens, the next one
+        for path in (path for file in sources if "url" in file for path in place(file, downloads)):
+            path.unlink(missing_ok=True)
         with suppress(OSError):  # other machines may still use it
             downloads.rmdir()
     if not done:
@@ -611,7 +620,9 @@ def summary(done, folder, seconds):
     ]
     for split, n_tokens, change in (("train", n_train, "lower"), ("val", n_val, "raise")):
         if not n_tokens:
-            remedy = f"{change} --val_fraction or name files with --val_source, and choose another --out_dir"
+            remedy = (
+                f"{change} --val_fraction or name files with --val_source (shards by their names), another --out_dir"
+            )
             lines.append(f"warning: {split} got no document: {remedy}")
     return "\n".join(lines)
 
@@ -623,9 +634,11 @@ def run():
     encoder, recorded = Tokenizer(tokenizer), read_records(folder)
     list_dataset = partial(list_begun, subset=subset, revision=revision, records=recorded)
     sources = list_sources(source, val_source, val_fraction, list_dataset)
-    split = "by file" if val_source or is_shard(sources[0]) else f"hash < {val_fraction}"
+    split = "by file" if val_source or all(map(is_shard, sources)) else f"hash < {val_fraction}"
     rules = dict(zip(RULES, (tokenizer, split, text_field, split_blank_lines), strict=True))
     mine = take_part(sources, part)
+    if not mine:
+        return print(f"part {part} has nothing to do: there are only {len(sources)} files")
     records = check_folder(folder, recorded, rules, sources)
     folder.mkdir(parents=True, exist_ok=True)
     done = prepare(mine, records, folder, rules, encoder, workers or os.cpu_count(), max_tokens, keep_downloads)

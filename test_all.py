@@ -36,6 +36,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # transformers asks nobody
 
 import numpy as np
 import pytest
+import requests
 import torch
 from torch.nn import functional as F
 
@@ -1309,7 +1310,7 @@ def test_a_bad_file_ends_it_even_while_the_next_download_stalls(tmp_path, monkey
     assert process.returncode == 1 and "no column 'text'" in errors and errors.count("\n") == 1
 
 
-def test_parts_by_several_machines_give_the_bytes_of_one_run(tmp_path):
+def test_parts_by_several_machines_give_the_bytes_of_one_run(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for i in range(5):
         write_jsonl(tmp_path / f"in/{i}.jsonl", make_texts(40, seed=i % 4))  # the last is a copy of the first
@@ -1321,9 +1322,39 @@ def test_parts_by_several_machines_give_the_bytes_of_one_run(tmp_path):
     merged = {name: content for i in (1, 2, 3) for name, content in contents(tmp_path / f"apart{i}").items()}
     assert contents(tmp_path / "one") == contents(whole)
     assert merged == contents(whole) | {"meta.json": merged["meta.json"]}
-    for part in ("0/3", "4/3", "3", "a/b", "1/0", "5/8"):
-        with pytest.raises(ValueError, match="part must be like 3/8|part 5/8 is empty: there are only 4"):
+    for part in ("0/3", "4/3", "3", "a/b", "1/0"):
+        with pytest.raises(ValueError, match="part must be like 3/8"):
             prepare(source=tmp_path / "in", out_dir=tmp_path / "one", part=part)
+    prepare(source=tmp_path / "in", out_dir=tmp_path / "none", part="5/8")
+    assert "part 5/8 has nothing to do: there are only 4 files" in capsys.readouterr().out
+
+
+def test_a_token_is_never_printed_and_a_page_is_no_listing(tmp_path, monkeypatch):
+    with hub(hub_files(tmp_path), monkeypatch) as server:
+        monkeypatch.setenv("HF_TOKEN", "secret\n")  # as it comes from a file
+        assert len(hub_py.list_hub("me/data", "x")) > 1
+        monkeypatch.setenv("HF_TOKEN", "se\ncret")
+        with pytest.raises(OSError, match="InvalidHeader: check HF_ENDPOINT and HF_TOKEN") as error:
+            hub_py.list_hub("me/data", "x")
+        assert "cret" not in str(error.value)
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        monkeypatch.setattr(requests.Response, "json", lambda response: json.loads("<html>"))
+        with pytest.raises(OSError, match="http://.*/tree/main/x.*: no listing came"):
+            hub_py.list_hub("me/data", "x")
+
+
+def test_a_file_that_another_process_writes_is_left_to_it(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(50))
+    out, run = tmp_path / "out", dict(source=tmp_path / "a.jsonl", out_dir=tmp_path / "out")
+    stem = prepare_fineweb.list_sources(str(tmp_path / "a.jsonl"), "", 0.2, None)[0]["stem"]
+    out.mkdir()
+    with hub_py.open_alone(out / f"train_{stem}.bin.tmp") as other:
+        other.write(b"of the other process")
+        other.flush()
+        with pytest.raises(OSError, match=f"train_{stem}.bin.tmp: another process is writing it"):
+            prepare(**run)
+        assert (out / f"train_{stem}.bin.tmp").read_bytes() == b"of the other process"
+    assert len(documents(prepare(**run), "train")) > 30  # a lock ends with its process
 
 
 def published_shards(n_tokens=9_000):
@@ -1377,6 +1408,18 @@ def test_token_shards_that_cannot_be_used_are_refused(tmp_path):
         assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 
 
+def test_published_validation_shards_come_first_so_that_max_tokens_leaves_some(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, content in published_shards().items():
+        (tmp_path / "in" / name).write_bytes(content)
+    out = prepare(source=tmp_path / "in", out_dir=tmp_path / "out", tokenizer="gpt2", max_tokens=1)
+    assert [len(prepare_fineweb.find_shards(out, split)) for split in ("train", "val")] == [1, 1]
+    write_jsonl(tmp_path / "a.jsonl", make_texts(50))  # and they validate what is trained on text
+    run = dict(val_source=tmp_path / "in/finewebedu_val_000000.bin", out_dir=tmp_path / "mixed", tokenizer="gpt2")
+    mixed = prepare(source=tmp_path / "a.jsonl", **run)
+    assert len(documents(mixed, "train", "gpt2")) == 50 and len(prepare_fineweb.find_shards(mixed, "val")) == 1
+
+
 def test_token_shards_beside_text_are_left_out(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/train_x.bin").write_bytes(published_shards()["finewebedu_train_000001.bin"])
@@ -1405,11 +1448,11 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_it_starts(tmp_path, mon
     records = prepare_fineweb.read_records(tmp_path / "out")
     n_tokens = records[0]["train"]["tokens"] + records[0]["val"]["tokens"]
     assert prepare_fineweb.growth("b.parquet", records, "bytes") == 2 * n_tokens / records[0]["size"]
-    todo, expected = files[:3], sum(file["size"] for file in files[:3]) * 0.7 * 4
+    todo, expected = [(file, None) for file in files[:3]], sum(file["size"] for file in files[:3]) * 0.7 * 4 / 2
     for keep, n_kept in ((False, 2), (True, 3)):
-        kept = sum(sorted((file["size"] for file in todo), reverse=True)[:n_kept])
+        kept = sum(sorted((file["size"] for file in files[:3]), reverse=True)[:n_kept])
         free[:] = [expected + kept + 1]
-        assert prepare_fineweb.check_space(todo, [], tmp_path, "bytes", 0, keep) == sum(f["size"] for f in todo)
+        assert prepare_fineweb.check_space(todo, [], tmp_path, "bytes", 0, keep) == sum(f["size"] for f in files[:3])
         free[:] = [expected + kept - 1]
         with pytest.raises(OSError, match="are needed"):
             prepare_fineweb.check_space(todo, [], tmp_path, "bytes", 0, keep)
@@ -1721,7 +1764,7 @@ def score_as_one_of_two(rank, folder):
     tokenizer = Tokenizer("bytes")
     model, items = hellaswag_model("modern", tokenizer), hellaswag_items()
     hellaswag.HUB_FILE = Path(folder) / "validation.parquet"
-    hellaswag.list_hub = lambda *_: [{"name": "x/validation"}]
+    hellaswag.list_hub = lambda *_, **__: [{"name": "x/validation"}]
 
     def download(file, folder):
         (folder / f"asked_{rank}").touch()
@@ -1873,24 +1916,19 @@ def test_hellaswag_is_fetched_from_the_hub_once_and_its_rows_are_counted(tmp_pat
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    calls = []
-
-    def list_hub(repo, subset):
-        calls.append((repo, subset))
-        return [{"name": f"{repo}/{subset}/{part}-00000-of-00001.parquet"} for part in ("test", "train", "validation")]
-
-    def download(file, folder):
-        assert file["name"] == "Rowan/hellaswag/data/validation-00000-of-00001.parquet"
-        pq.write_table(pa.Table.from_pylist(hellaswag_items()), folder / file["save_as"])
-
+    pq.write_table(pa.Table.from_pylist(hellaswag_items()), tmp_path / "file")
+    names = [f"data/{part}-00000-of-00001.parquet" for part in ("test", "train", "validation")]
+    files = dict.fromkeys(names, b"other") | {names[2]: (tmp_path / "file").read_bytes()}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hellaswag, "list_hub", list_hub)
-    monkeypatch.setattr(hellaswag, "download", download)
-    with pytest.raises(ValueError, match=r"data/hellaswag/validation.parquet has 6 items, not 10,042"):
-        hellaswag.load_items()
-    monkeypatch.setattr(hellaswag, "HUB_ITEMS", 6)
-    assert hellaswag.load_items() == hellaswag_items()
-    assert calls == [("Rowan/hellaswag", "data")]
+    monkeypatch.setattr(hellaswag, "HUB_DATASET", "me/data")
+    with hub(files, monkeypatch) as server:
+        server.faults[names[2]] = ["drop", "corrupt"]  # fetched in pieces, and again
+        with pytest.raises(ValueError, match=r"data/hellaswag/validation.parquet has 6 items, not 10,042"):
+            hellaswag.load_items()
+        monkeypatch.setattr(hellaswag, "HUB_ITEMS", 6)
+        n_requests = len(server.log)
+        assert hellaswag.load_items() == hellaswag_items() and len(server.log) == n_requests
+        assert not [path for _, path, _ in server.log if path.startswith("/cdn") and "validation" not in path]
 
 
 def test_hellaswag_refuses_an_unknown_style_and_items_that_lack_the_harness_fields():
@@ -2558,7 +2596,9 @@ def test_processes_share_rows_and_matrices_even_where_there_are_too_few(tmp_path
 
 
 def test_two_processes_train_as_one_stop_together_and_one_goes_on(story, tmp_path):
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()))
     changes = dict(batch_size=4, max_steps=50, eval_interval=10, checkpoint_interval=100)
+    changes |= dict(hellaswag_interval=25, hellaswag_source=f"{tmp_path}/items.jsonl")
     pretrain(story, tmp_path / "one", **changes)
     settings = SMALL | changes | dict(data_dir=story / "data", out_dir=tmp_path / "two")
     process = start(*TORCHRUN, "train.py", **settings)
@@ -2573,6 +2613,7 @@ def test_two_processes_train_as_one_stop_together_and_one_goes_on(story, tmp_pat
     assert log_rows(tmp_path / "two")[-1]["step"] == 50
     assert difference(tmp_path / "one", tmp_path / "two", "loss") < 1e-5
     assert difference(tmp_path / "one", tmp_path / "two", "val_loss") < 1e-5
+    assert difference(tmp_path / "one", tmp_path / "two", "hellaswag_acc_norm") == 0
     assert difference(tmp_path / "one", tmp_path / "two", "grad_norm") < 1e-4  # clipping sees the norm of the whole
 
 

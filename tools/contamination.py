@@ -88,7 +88,9 @@ def find_contexts(items, path, progress=False):
         is_key[key_hashes(np.frombuffer(key, np.uint8), np.zeros(1, int))] = True
     found, n_tokens, overlap = set(), 0, max(len(needle) for group in needles.values() for _, needle in group) - 1
     total = sum(len(open_shard(shard)) for shard in paths)
-    with tqdm(total=total, desc="contamination", unit=" tokens", unit_scale=True, disable=not progress) as bar:
+    with tqdm(
+        total=total, desc="contamination", unit=" tokens", unit_scale=True, disable=None if progress else True
+    ) as bar:
         for n, text in (piece for shard in paths for piece in shard_words(shard, tokenizer, overlap)):
             at = np.flatnonzero(text[: 1 - KEY_BYTES] == ord(" "))  # a key begins with the space before a word
             for start in at[is_key[key_hashes(text, at)]].tolist() if len(at) else []:
