@@ -1330,7 +1330,7 @@ def test_parts_by_several_machines_give_the_bytes_of_one_run(tmp_path, capsys):
 
 
 def test_a_token_is_never_printed_and_a_page_is_no_listing(tmp_path, monkeypatch):
-    with hub(hub_files(tmp_path), monkeypatch) as server:
+    with hub(hub_files(tmp_path), monkeypatch):
         monkeypatch.setenv("HF_TOKEN", "secret\n")  # as it comes from a file
         assert len(hub_py.list_hub("me/data", "x")) > 1
         monkeypatch.setenv("HF_TOKEN", "se\ncret")
