@@ -110,6 +110,10 @@ UNITS = {
     "skipped": "1: not finite, not applied",
     "val_loss": "nats/token",
     "val_bpb": "bits/byte",
+    "val_exact_match": "share of first answers",
+    "val_f1": "mean over first answers",
+    "val_exact_match_2": "share of second answers",
+    "val_f1_2": "mean over second answers",
     "hellaswag_acc": "share",
     "hellaswag_acc_norm": "share",
 }
@@ -120,16 +124,17 @@ MAY_CHANGE = {"out_dir", "data_dir", "init_from", "overwrite", "force", "max_ste
     "eval_interval", "eval_tokens",
     "hellaswag_interval", "hellaswag_source", "hellaswag_limit", "sample_interval", "sample_prompt", "log_interval",
     "checkpoint_interval", "max_minutes", "epochs", "answer_tokens", "checkpoint",
+    "scored_answers", "hellaswag_items",
 }  # fmt: skip
 # settings that --force cannot change: weights and optimizer states would not fit
 SHAPES = {"family", "block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "optimizer", "tokenizer"}
 CPU_TOKENS = 8192  # largest micro-batch that --batch_size=0 finds on a CPU
 LEAST = {  # smallest sensible value of every number
     1: "block_size n_layer n_head n_embd tokens_per_step max_steps eval_tokens log_interval rows_per_step "
-    "checkpoint_interval epochs answer_tokens",
+    "checkpoint_interval epochs answer_tokens pairs_per_step",
     0: "batch_size max_tokens head_dim mlp_dim learning_rate muon_learning_rate weight_decay beta2 grad_clip "
     "warmup_steps decay_fraction final_lr_fraction seed eval_interval hellaswag_interval hellaswag_limit "
-    "sample_interval max_minutes",
+    "sample_interval max_minutes scored_answers hellaswag_items beta label_smoothing",
 }
 
 
@@ -373,6 +378,7 @@ def check_settings(settings):
         for name in names.split()
         if settings.get(name, least) < least
     ]
+    problems += ["label_smoothing must be below 0.5"] if settings.get("label_smoothing", 0) >= 0.5 else []
     problems += ["beta2 must be below 1"] if settings["beta2"] >= 1 else []
     problems += [f"{n} must be at most 1" for n in ("decay_fraction", "final_lr_fraction") if settings.get(n, 0) > 1]
     if settings.get("compile") not in (None, True, False):
@@ -396,7 +402,7 @@ def check_resumable(record, checkpoint, force):
         raise ValueError(f"resuming would change the run ({', '.join(listed)}): {remedy}")
 
 
-def open_log(path, n_bytes):
+def open_log(path, n_bytes, units):
     """The log, cut to its first n_bytes, ready to append; a new log begins with the line of units.
 
     What a full disk does not take waits in the file's buffer, large enough for thousands of rows.
@@ -409,7 +415,7 @@ def open_log(path, n_bytes):
         n_bytes = 0
     log.truncate(n_bytes)
     if n_bytes == 0:
-        write_row(log, {"format": "fgpt log 1", "units": UNITS})
+        write_row(log, {"format": "fgpt log 1", "units": units})
     return log
 
 
@@ -521,16 +527,21 @@ def finish_step(row, model, record, state, log, out_dir):
 
 
 def fit(model, optimizers, batch_at, metrics_at, lr_at, record, state, *, out_dir, max_steps, batch_size, grad_clip,
-        autocast, should_stop, compiled=False, log_interval=10, checkpoint_interval=500):  # fmt: skip
+        autocast, should_stop, compiled=False, log_interval=10, checkpoint_interval=500, objective=None,
+        units=UNITS):  # fmt: skip
     """The training loop, from state["step"] to max_steps.
 
     batch_at(step) gives the global batch (idx, targets) of a step, metrics_at(step) what is measured after `step` steps
     (a dict, often empty; the lowest "val_loss" decides which weights are best.pt), lr_at(step) the share of the peak
     learning rates. `record` (tokenizer, settings) goes into the checkpoints; `state` (new_state()) changes in place.
+    objective: a module around the model whose forward(idx, targets) is another loss, summed over the targets that are
+    not -100; `units` then tells what the log's numbers are.
     ValueError when three steps in a row are not finite; OSError when the last checkpoint cannot be written.
     """
     device, (rank, world) = next(model.parameters()).device, rank_and_world()
-    forward = torch.compile(model) if compiled else model  # evaluation and generation use the raw module
+    forward = (
+        torch.compile(objective or model) if compiled else objective or model
+    )  # evaluation and generation use the raw module
     if world > 1:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
     peak = peak_flops(device)
@@ -539,7 +550,7 @@ def fit(model, optimizers, batch_at, metrics_at, lr_at, record, state, *, out_di
     def fetch(step):  # pinned memory lets the copy to the GPU run while it computes
         return [part.contiguous().pin_memory() if device.type == "cuda" else part for part in batch_at(step)]
 
-    log = open_log(f"{out_dir}/log.jsonl", state["log_bytes"])
+    log = open_log(f"{out_dir}/log.jsonl", state["log_bytes"], units)
     bar = tqdm(total=max_steps, initial=state["step"], unit=" steps", disable=None if rank == 0 else True)
     with log, bar, ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(fetch, state["step"])  # the next batch is read while this one is trained on

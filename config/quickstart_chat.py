@@ -6,3 +6,5 @@ learning_rate = 5e-4
 muon_learning_rate = 0.003
 eval_interval = 100
 log_interval = 50
+hellaswag_items = 240  # all of the world's
+hellaswag_source = "out/quickstart/world/hellaswag_val.jsonl"
