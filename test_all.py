@@ -2963,6 +2963,26 @@ def test_dpo_learns_the_preference_of_unseen_pairs_from_a_tie_on(trained, pair_r
     assert best["stage"] == "dpo" and best["tokenizer"] == "bytes"
 
 
+def test_dpo_on_the_toyworld_learns_to_be_brief_and_forgets_no_answers(world, tmp_path):
+    save_checkpoint(tmp_path / "base.pt", tiny("modern", block_size=128), tokenizer="bytes")
+    for name in ("instruct", "preferences"):
+        files = dict(source=f"{world['folder']}/{name}.json", out_dir=f"{tmp_path}/{name}")
+        call(prepare_instruct, tokenizer="bytes", max_tokens=129, **files)
+    changes = dict(rows_per_step=16, batch_size=16, epochs=3, eval_interval=1000, scored_answers=0, answer_tokens=1)
+    changes |= dict(checkpoint=f"{tmp_path}/base.pt", learning_rate=0.01, muon_learning_rate=0.02)
+    tune(None, f"{tmp_path}/instruct", tmp_path / "chat", **changes)
+    changes = dict(pairs_per_step=16, batch_size=16, eval_interval=1000, answer_tokens=1, learning_rate=1e-4)
+    prefer(tmp_path / "chat", f"{tmp_path}/preferences", tmp_path / "dpo", **changes)
+    accuracy = [row["val_preference_accuracy"] for row in log_rows(tmp_path / "dpo") if "val_loss" in row]
+    assert accuracy[0] == 0.5 and accuracy[-1] >= 0.8
+    unseen = finetune.Conversations(tmp_path / "instruct", "val")
+    models = (
+        load_model(path)[0] for path in (tmp_path / "base.pt", tmp_path / "chat/best.pt", tmp_path / "dpo/best.pt")
+    )
+    base, chat, after = (finetune.answer_loss(model, unseen, 32, plain)["val_loss"] for model in models)
+    assert chat < base / 3 and after < 1.1 * chat, (base, chat, after)
+
+
 def test_dpo_resumes_bit_for_bit_from_reference_log_probs_computed_once(trained, pair_rows, tmp_path, monkeypatch):
     prefer(trained, pair_rows, tmp_path / "whole")
     monkeypatch.setattr(dpo, "stop_request", lambda minutes: lambda: True)  # stops after its first step
