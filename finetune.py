@@ -46,11 +46,11 @@ init_from = "scratch"  # scratch, or resume: go on from out_dir/ckpt.pt
 overwrite = False  # start anew in an out_dir that holds a run
 force = False  # resume although settings changed that change the run
 # optimization
-optimizer = "muon"  # muon (AdamW for embeddings and norms) or adamw
+optimizer = "adamw"  # adamw, or muon (AdamW for embeddings and norms)
 rows_per_step = 32  # global batch, conversations
 batch_size = 8  # micro-batch, conversations; the rest is accumulated
 epochs = 3  # passes over the conversations
-learning_rate = 3e-4  # peak of AdamW
+learning_rate = 3e-4  # peak of AdamW; a model of a few million parameters wants 1e-3
 muon_learning_rate = 0.002  # peak of Muon
 weight_decay = 0.0  # decoupled, on matrices and embeddings
 beta2 = 0.95  # AdamW's second momentum

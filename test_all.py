@@ -2765,13 +2765,15 @@ def test_finetuning_lowers_the_validation_loss_and_answers_ten_questions_before_
     assert best["stage"] == "finetune" and best["tokenizer"] == "bytes"
 
 
-def test_finetuning_logs_hellaswag_before_and_after(trained, chat_rows, tmp_path):
+def test_finetuning_logs_hellaswag_before_and_after(trained, chat_rows, tmp_path, monkeypatch):
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()))
-    source = dict(hellaswag_source=f"{tmp_path}/items.jsonl", hellaswag_items=4)
+    source, seen, evaluate = dict(hellaswag_source=f"{tmp_path}/items.jsonl", hellaswag_items=4), [], hellaswag.evaluate
+    monkeypatch.setattr(hellaswag, "evaluate", lambda m, c, items, **more: seen.append(items) or evaluate(m, c, items))
     tune(trained, chat_rows, tmp_path / "a", epochs=1, eval_interval=100, **source)
     model, _ = load_model(trained / "best.pt")
     items = hellaswag.load_items(source["hellaswag_source"], 4)
-    before = hellaswag.evaluate(model, Tokenizer("bytes"), items)
+    before = evaluate(model, Tokenizer("bytes"), items)
+    assert seen == [items] * 2 and len(items) == 4
     rows = [row for row in log_rows(tmp_path / "a")[1:] if "val_loss" in row]
     assert len(rows) == 2 and all("hellaswag_acc_norm" in row for row in rows)
     assert rows[0]["hellaswag_acc"] == before["acc"] and rows[0]["hellaswag_acc_norm"] == before["acc_norm"]

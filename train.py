@@ -491,7 +491,8 @@ def say(line):
 def line_of(row, max_steps, seconds=0.0):
     """What a terminal shows of a log row; the time left is that of steps like this one, which took `seconds`."""
     parts = [f"step {row['step']}/{max_steps}"]
-    labels = {"loss": "loss", "val_loss": "val", "val_bpb": "bits/byte", "hellaswag_acc": "hellaswag"}
+    labels = {"loss": "loss", "val_loss": "val", "val_bpb": "bits/byte", "val_exact_match": "exact match"}
+    labels |= {"val_preference_accuracy": "preferred", "hellaswag_acc": "hellaswag"}
     for name, label in labels.items():
         parts += [f"{label} {row[name]:.4f}"] if name in row else []
     if "tokens_per_second" in row:
@@ -539,9 +540,8 @@ def fit(model, optimizers, batch_at, metrics_at, lr_at, record, state, *, out_di
     ValueError when three steps in a row are not finite; OSError when the last checkpoint cannot be written.
     """
     device, (rank, world) = next(model.parameters()).device, rank_and_world()
-    forward = (
-        torch.compile(objective or model) if compiled else objective or model
-    )  # evaluation and generation use the raw module
+    forward = objective or model  # evaluation and generation use the raw module
+    forward = torch.compile(forward) if compiled else forward
     if world > 1:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
     peak = peak_flops(device)
