@@ -3,13 +3,19 @@
     python finetune.py --checkpoint=out/fgpt_712m/best.pt --data_dir=data/instruct --out_dir=out/finetune
     python finetune.py --checkpoint=out/mine/best.pt --epochs=2 --init_from=resume
 
-The loss counts the answers and their end tokens alone. Writes into out_dir what train.py writes (log.jsonl, ckpt.pt,
-best.pt: talk to it with sample.py) and samples.md, ten questions answered before and after (by best.pt).
+The loss counts the answers and their end tokens alone. Each validation also scores the likeliest answers to a fixed
+sample of validation questions, and HellaSwag with --hellaswag_items: finetuning must not ruin the base. Writes into
+out_dir what train.py writes (log.jsonl, ckpt.pt, best.pt: talk to it with sample.py) and samples.md: ten questions
+answered, and these scores, before and after (by best.pt).
 """
 
 import functools
+import json
 import os
+import re
+from collections import Counter
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from configurator import configure, settings_of
@@ -17,6 +23,7 @@ from configurator import configure, settings_of
 import numpy as np
 import torch
 
+import hellaswag
 from model import (
     IGNORE,
     join_processes,
@@ -39,11 +46,11 @@ init_from = "scratch"  # scratch, or resume: go on from out_dir/ckpt.pt
 overwrite = False  # start anew in an out_dir that holds a run
 force = False  # resume although settings changed that change the run
 # optimization
-optimizer = "muon"  # muon (AdamW for embeddings and norms) or adamw
+optimizer = "adamw"  # adamw, or muon (AdamW for embeddings and norms)
 rows_per_step = 32  # global batch, conversations
 batch_size = 8  # micro-batch, conversations; the rest is accumulated
 epochs = 3  # passes over the conversations
-learning_rate = 3e-4  # peak of AdamW
+learning_rate = 3e-4  # peak of AdamW; a model of a few million parameters wants 1e-3
 muon_learning_rate = 0.002  # peak of Muon
 weight_decay = 0.0  # decoupled, on matrices and embeddings
 beta2 = 0.95  # AdamW's second momentum
@@ -55,7 +62,10 @@ eval_interval = 50  # steps between validations, which choose best.pt
 log_interval = 10  # steps between printed lines
 checkpoint_interval = 200  # steps between writes of ckpt.pt
 max_minutes = 0.0  # save and stop after this time; 0: no limit
-answer_tokens = 64  # longest answer in samples.md, tokens
+answer_tokens = 64  # longest answer that is written, tokens
+scored_answers = 64  # validation conversations whose answers are scored, a fixed sample; 0: none
+hellaswag_items = 0  # items to score, the first of a fixed shuffle; 0: none
+hellaswag_source = ""  # HellaSwag-format file; empty: the real one
 # machine
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
 dtype = ""  # float32 or bfloat16 (autocast); empty: bfloat16 on GPUs that have it
@@ -89,6 +99,12 @@ class Conversations:
 
     def __len__(self):
         return len(self.lengths)
+
+    def turns(self, number):
+        """(ids of all that comes before an answer, ids of the answer without its end token), for each answer."""
+        piece = slice(self.offsets[number], self.offsets[number + 1])
+        ids, edges = self.tokens[piece].tolist(), np.flatnonzero(np.diff(self.mask[piece], prepend=0, append=0))
+        return [(ids[:start], ids[start : end - 1]) for start, end in edges.reshape(-1, 2)]
 
     def batch(self, numbers):
         """(idx, targets), each (len(numbers), T) int64, padded on the right; targets not to be learned are -100."""
@@ -134,36 +150,82 @@ def answer_loss(model, conversations, batch_size, autocast):
     return {"val_loss": nats / n_targets}
 
 
-def answers(model, tokenizer, questions, max_new_tokens, autocast, batch_size=32):
-    """The likeliest answer to each question, as text up to the end token; a note for one too long for the context."""
+def complete(model, prompts, stop, max_new_tokens, autocast, batch_size=32):
+    """The likeliest continuation of each prompt (lists of ids) up to `stop`, as a list of ids without it."""
+    texts, room = [[]] * len(prompts), model.config.block_size - max_new_tokens
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    # generation ends when the longest row of a batch fills the context: beyond `room`, only equal lengths go together
+    for _, group in groupby(order, key=lambda i: max(len(prompts[i]), room)):
+        group = list(group)
+        for rows in (group[i : i + batch_size] for i in range(0, len(group), batch_size)):
+            with autocast():
+                steps = list(model.generate([prompts[i] for i in rows], max_new_tokens, temperature=0, stop=stop))
+            for i, ids in zip(rows, torch.stack(steps, dim=1).tolist(), strict=True):
+                texts[i] = [token for token in ids if token not in (-1, stop)]
+    return texts
+
+
+def answers(model, tokenizer, questions, max_new_tokens, autocast):
+    """The likeliest answer to each question, as text; a note for one too long for the context."""
     asked = [
         tokenizer.render([dict(role="user", content=question)])[0] + [tokenizer.assistant] for question in questions
     ]
     fitting = [i for i, ids in enumerate(asked) if len(ids) < model.config.block_size]
     texts = ["(the question does not fit into the context)"] * len(asked)
-    for start in range(0, len(fitting), batch_size):
-        rows = fitting[start : start + batch_size]
-        with autocast():
-            steps = list(model.generate([asked[i] for i in rows], max_new_tokens, temperature=0, stop=tokenizer.eot))
-        for i, ids in zip(rows, torch.stack(steps, dim=1).tolist(), strict=True):
-            texts[i] = tokenizer.decode([token for token in ids if token not in (-1, tokenizer.eot)])
+    given = complete(model, [asked[i] for i in fitting], tokenizer.eot, max_new_tokens, autocast)
+    for i, ids in zip(fitting, given, strict=True):
+        texts[i] = tokenizer.decode(ids)
     return texts
 
 
-def write_samples(path, before, after):
-    """The ten questions as a Markdown table."""
-    rows = zip(QUESTIONS, before, after, strict=True)
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    lines = ["| question | before | after |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in cells)]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+def token_f1(given, right):
+    """Harmonic mean of precision and recall of the words of an answer (SQuAD's F1, Rajpurkar et al. 2016)."""
+    given, right = (Counter(re.findall(r"\w+", text.lower())) for text in (given, right))
+    common = (given & right).total()
+    return 2 * common / (given.total() + right.total()) if common else float(given == right)
 
 
-def load_conversations(folder, tokenizer, block_size):
-    """(train, val). FileNotFoundError, or ValueError when they were not prepared for this model."""
-    path = Path(folder) / "meta.json"
+def answer_scores(model, tokenizer, conversations, limit, max_new_tokens, autocast):
+    """Exact match (but for case) and F1 of the likeliest answers, means over first turns and over second ones.
+
+    Of a fixed sample of `limit` conversations; a second answer follows the right first one. {name: share}, the names
+    of second turns end in _2; without those that no conversation of the sample has.
+    """
+    sample = np.random.default_rng(0).permutation(len(conversations))[:limit]
+    turns = [(number, *turn) for i in sample for number, turn in enumerate(conversations.turns(i)[:2])]
+    given = complete(model, [asked for _, asked, _ in turns], tokenizer.eot, max_new_tokens, autocast)
+    scores = {}
+    for (number, _, right), ids in zip(turns, given, strict=True):
+        text, right = tokenizer.decode(ids).strip(), tokenizer.decode(right).strip()
+        values = (text.lower() == right.lower(), token_f1(text, right))
+        for name, value in zip(("val_exact_match", "val_f1"), values, strict=True):
+            scores.setdefault(name + "_2" * number, []).append(value)
+    return {name: sum(values) / len(values) for name, values in scores.items()}
+
+
+def write_samples(out_dir, before, tokenizer, device, autocast, max_new_tokens):
+    """samples.md: the ten questions and what the log has measured, before the first step and with best.pt."""
+    best, stored = load_model(f"{out_dir}/best.pt", device)
+    first = json.loads(Path(out_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()[1])
+    rows = zip(QUESTIONS, before, answers(best, tokenizer, QUESTIONS, max_new_tokens, autocast), strict=True)
+    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    scores = [
+        [name, f"{first[name]:.4f}", f"{value:.4f}"] for name, value in stored["metrics"].items() if name in first
+    ]
+    lines = []
+    for title, table in (("question", rows), ("measure", scores)):
+        lines += [f"| {title} | before | after |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in table), ""]
+    Path(out_dir, "samples.md").write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+
+
+def load_conversations(folder, tokenizer, block_size, preferences=False):
+    """(train, val). FileNotFoundError, or ValueError when they were not prepared for this model and stage."""
+    path, what = Path(folder) / "meta.json", "preferences" if preferences else "conversations"
     meta = read_json(path) if path.exists() else {}
     if "supervised" not in meta.get("train", {}):
-        raise FileNotFoundError(f"{folder}: no conversations there: run prepare_instruct.py --out_dir={folder}")
+        raise FileNotFoundError(f"{folder}: no {what} there: run prepare_instruct.py --out_dir={folder}")
+    if meta.get("preferences", False) != preferences:
+        raise ValueError(f"{folder} does not hold {what}: finetune.py learns conversations, dpo.py preferences")
     if meta["tokenizer"] != tokenizer.name:
         raise ValueError(f"{folder} was made with the {meta['tokenizer']} tokenizer, the model has {tokenizer.name}")
     sides = Conversations(folder, "train"), Conversations(folder, "val")
@@ -178,23 +240,30 @@ def load_conversations(folder, tokenizer, block_size):
     return sides
 
 
+def load_base(checkpoint, out_dir, device, dtype, deterministic):
+    """(model, tokenizer, device, autocast) to begin with. ValueError if out_dir would overwrite the checkpoint."""
+    if Path(checkpoint).resolve().parent == Path(out_dir).resolve():
+        raise ValueError(f"out_dir {out_dir} is where the checkpoint lies, which would be overwritten: name another")
+    join_processes(device)
+    compute, autocast = pick_device(device, dtype)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic needs of cuBLAS
+    torch.use_deterministic_algorithms(deterministic)
+    model, base = load_model(checkpoint, compute)
+    coder = Tokenizer(base["tokenizer"])
+    model.config.n_vocab = coder.n_vocab  # an imported GPT-2 has rows for the chat tokens that it does not use yet
+    return model, coder, compute, autocast
+
+
 def main():
     settings = settings_of(globals())
     check_settings(settings)
     if eval_interval == 0 or batch_size == 0:
         raise ValueError("eval_interval (validation chooses best.pt) and batch_size must be at least 1")
-    if Path(checkpoint).resolve().parent == Path(out_dir).resolve():
-        raise ValueError(f"out_dir {out_dir} is where the checkpoint lies, which would be overwritten: name another")
-    rank, _ = join_processes(device)
-    compute, autocast = pick_device(device, dtype)
+    model, coder, compute, autocast = load_base(checkpoint, out_dir, device, dtype, deterministic)
     settings |= found_settings(compute, autocast)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic needs of cuBLAS
-    torch.use_deterministic_algorithms(deterministic)
-    model, base = load_model(checkpoint, compute)
     model.checkpoint_activations = activation_checkpointing
-    coder = Tokenizer(base["tokenizer"])
-    model.config.n_vocab = coder.n_vocab  # an imported GPT-2 has rows for the chat tokens that it does not use yet
     train, val = load_conversations(data_dir, coder, model.config.block_size)
+    items = hellaswag.load_items(hellaswag_source, hellaswag_items) if hellaswag_items else []
     max_steps = epochs * -(-len(train) // rows_per_step)
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
     lr_at = partial(lr_scale, max_steps=max_steps, warmup_steps=warmup_steps, decay_fraction=1.0)
@@ -206,16 +275,20 @@ def main():
     print(f"{len(train):,} conversations, {max_steps:,} steps of {rows_per_step}; {len(val):,} for validation")
 
     def metrics_at(step):
-        return answer_loss(model, val, batch_size, autocast) if due(step, eval_interval, max_steps) else {}
+        if not due(step, eval_interval, max_steps):
+            return {}
+        metrics = answer_loss(model, val, batch_size, autocast)
+        metrics |= answer_scores(model, coder, val, scored_answers, answer_tokens, autocast)
+        scores = hellaswag.evaluate(model, coder, items, autocast=autocast) if items else {}
+        return metrics | {f"hellaswag_{name}": scores[name] for name in ("acc", "acc_norm") if items}
 
     fit(
         model, optimizers, partial(conversation_batch, train, rows_per_step, seed), metrics_at, lr_at, record, state,
         out_dir=out_dir, max_steps=max_steps, batch_size=batch_size, grad_clip=grad_clip, autocast=autocast,
         should_stop=stop_request(max_minutes), log_interval=log_interval, checkpoint_interval=checkpoint_interval,
     )  # fmt: skip
-    if rank == 0:
-        best, _ = load_model(f"{out_dir}/best.pt", compute)
-        write_samples(f"{out_dir}/samples.md", before, answers(best, coder, QUESTIONS, answer_tokens, autocast))
+    if rank_and_world()[0] == 0:
+        write_samples(out_dir, before, coder, compute, autocast, answer_tokens)
     print(f"{closing_line(state, out_dir)}; samples.md")
     leave_processes()
 

@@ -58,6 +58,7 @@ os.environ["TIKTOKEN_CACHE_DIR"] = gpt2_vocabulary_cache()
 
 import configurator  # noqa: E402  (after the cache folder is set)
 
+import dpo  # noqa: E402
 import finetune  # noqa: E402
 import hellaswag  # noqa: E402
 import hub as hub_py  # noqa: E402
@@ -80,7 +81,7 @@ from prepare_fineweb import write_shard  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from tools import bench, contamination, convert_hf, summary, toyworld  # noqa: E402
 
-STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "sample.py"]
+STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "dpo.py", "sample.py"]
 TEXT = "naïve café, 日本語のテキスト, 👩‍👩‍👧 emoji, def f(x):\n\treturn x  # <|endoftext|> <|user|>\n"
 
 
@@ -2177,6 +2178,14 @@ def test_accumulation_equals_one_big_batch_even_when_targets_are_uneven(family, 
         assert (weights - results[0][2]).abs().max() < 1e-4
 
 
+def test_a_batch_without_targets_changes_nothing_and_makes_no_nan():
+    model = tiny()
+    weights = [p.clone() for p in model.parameters()]
+    idx, targets = random_batch(rows=2)
+    step = train.train_step(model, make_optimizers(model, weight_decay=0.0), (idx, targets * 0 - 100), 1, 1.0, plain)
+    assert step == (0.0, 0.0, True) and all(map(torch.equal, weights, model.parameters()))
+
+
 def test_the_loss_of_a_step_is_the_mean_over_the_targets_that_count():
     batch, model = random_batch(), tiny()
     batch[1][0, 3:] = batch[1][5, :] = -100
@@ -2767,7 +2776,7 @@ def test_a_full_context_drops_the_oldest_whole_turns():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# prepare_instruct.py and finetune.py
+# prepare_instruct.py, finetune.py and dpo.py
 
 ALPACA = [
     {"instruction": "Add.", "input": "1 + 1", "output": "2"},
@@ -2834,8 +2843,9 @@ def test_what_is_dropped_or_cut_is_counted(tmp_path):
     too_long = sum(len(coder.render(record["messages"])[0]) > 40 for record in chats())
     assert too_long > 10  # these lose their second turn
     assert counts == {
-        "read": 47, "kept": 42, "dropped, an empty side": 3, "dropped, a duplicate": 1,
-        "dropped, no whole turn that fits": 1, "kept without their last turns, which do not fit": too_long,
+        f"read from {tmp_path}/in/alpaca.json": 7, f"read from {tmp_path}/in/*.jsonl": 40,
+        "kept": 42, "kept without their last turns, which do not fit": too_long, "dropped, an empty side": 3,
+        "dropped, a duplicate": 1, "dropped, no whole turn that fits": 1,
     }  # fmt: skip
     whole = [text for side in conversations(tmp_path / "o", "bytes").values() for text, _ in side]
     assert all(text.endswith("<|endoftext|>") for text in whole)
@@ -2857,7 +2867,9 @@ def test_a_question_without_an_answer_is_cut_off_and_a_system_message_is_kept():
     [
         ("a.json", '[{"instruction": "a"', "not JSON"),
         ("a.json", '{"instruction": "a"}', "list of records"),
-        ("a.json", '[{"question": "a"}]', "record 1: neither instruction and output nor messages, but question"),
+        ("a.json", '[{"question": "a"}]', "record 1: neither instruction and output nor messages .*, but question"),
+        ("a.json", '[{"chosen": "a", "rejected": "b"}]', "record 1: neither .*, but chosen, rejected"),
+        ("a.json", '[{"prompt": "a", "chosen": 1, "rejected": "b"}]', "record 1: a message needs"),
         ("a.json", '[{"instruction": "a", "output": 3}]', "record 1: a message needs"),
         ("a.json", "[]", "none is for train"),
         ("a.json", '[{"messages": [{"role": "assistant", "content": "a"}]}]', "record 1: a conversation is user"),
@@ -2877,6 +2889,95 @@ def test_show_prints_the_supervised_text_between_brackets():
     ids, mask = coder.render([dict(role=role, content=text) for role, text in turns])
     marked = "<|user|>é?<|assistant|>⟦日<|endoftext|>⟧<|user|>b<|assistant|>⟦c<|endoftext|>⟧"
     assert prepare_instruct.mark_supervised(ids, mask, coder) == marked
+
+
+def messages(*texts):
+    return [dict(role=("user", "assistant")[number % 2], content=text) for number, text in enumerate(texts)]
+
+
+def test_named_sources_are_fetched_verified_filtered_and_read_again_without_a_network(tmp_path, monkeypatch, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def alpaca(name, n, question="", answer="yes"):
+        return [{"instruction": f"{name} {i}", "input": question, "output": answer} for i in range(n)]
+
+    pq.write_table(pa.Table.from_pylist(list(chats())), tmp_path / "chats")
+    records = alpaca("A", 30) + alpaca("Long", 2, question="x" * 999) + alpaca("Long", 1, answer="y" * 1001)
+    files = {"alpaca_data_cleaned.json": json.dumps(records).encode(), "alpaca_data.json": b"[]"}
+    files |= {"data/train-00000.parquet": (tmp_path / "chats").read_bytes(), "data/test-00000.parquet": b""}
+    github = {"instruction-data.json": alpaca("R", 30), "instruction-examples.json": alpaca("E", 20)}
+    github = {name: json.dumps(records).encode() for name, records in github.items()}
+    asked = []
+
+    def api(url):
+        asked.append(url)
+        name = url.split("?")[0].rsplit("/", 1)[1]
+        sha = hashlib.sha1(b"blob %d\0" % len(github[name]) + github[name]).hexdigest()
+        link = f"{os.environ['HF_ENDPOINT']}datasets/git/hub/resolve/main/{name}"
+        return SimpleNamespace(json=lambda: {"download_url": link, "sha": sha, "size": len(github[name])})
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare_instruct, "fetch", api)
+    changes = dict(tokenizer="bytes", out_dir="o", max_tokens=2000)
+    with hub(files | github, monkeypatch) as server:
+        server.faults["instruction-data.json"] = ["corrupt"]
+        call(prepare_instruct, **changes)
+        call(prepare_instruct, source="smoltalk:25,alpaca:7", **changes)
+    begin = "https://api.github.com/repos/rasbt/LLMs-from-scratch/contents/ch07/0"
+    assert len(asked) == 2 and all(re.fullmatch(re.escape(begin) + r".*\.json\?ref=[0-9a-f]{40}", url) for url in asked)
+    counts = json.loads(Path("o/meta.json").read_text())["counts"]
+    assert counts["read from smoltalk"] == 25 and counts["read from alpaca"] == 7
+    call(prepare_instruct, **changes)  # the hub is gone
+    counts = json.loads(Path("o/meta.json").read_text())["counts"]
+    assert counts == {
+        "read from raschka": 50, "read from alpaca": 33, "kept": 80, "dropped, longer than 1,000 characters": 3,
+    }  # fmt: skip
+
+
+def test_a_limit_takes_the_same_mixed_records_and_a_larger_one_more_of_them():
+    records = [(str(i), i) for i in range(100)]
+    few, more, all_ = ([i for _, i in prepare_instruct.take(iter(records), n)] for n in (5, 20, 1000))
+    assert few == more[:5] and more == all_[:20] and sorted(all_) == list(range(100)) != all_
+
+
+def test_of_a_preference_both_last_answers_are_learned_and_it_is_on_the_side_of_its_question(tmp_path):
+    earlier = messages("Question 1?", "Fine.", "And?")
+    pairs = [{"instruction": f"Question {i}?", "output": "-", "chosen": f"a{i}", "rejected": f"b{i}"}
+             for i in range(40)]  # fmt: skip
+    pairs += [{"instruction": "Q", "input": f"{i}?", "chosen": "c", "rejected": "d"} for i in range(20)]
+    pairs += [{"chosen": earlier + messages("-", "e")[1:], "rejected": earlier + messages("-", "ff")[1:]}]
+    dropped = [
+        {"prompt": "Same?", "chosen": "x", "rejected": "x "},
+        {"prompt": "Empty?", "chosen": "x", "rejected": None},
+        {"prompt": "Long?", "chosen": "x", "rejected": "y" * 200},
+        {"chosen": messages("A?", "x"), "rejected": messages("B?", "y")},
+        pairs[40],
+    ]
+    for name, records in (("pairs", pairs + dropped), ("chats", list(chats()))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+        files = dict(source=f"{tmp_path}/{name}.json", out_dir=f"{tmp_path}/{name}")
+        call(prepare_instruct, tokenizer="bytes", max_tokens=100, val_fraction=0.3, **files)
+    meta = json.loads((tmp_path / "pairs/meta.json").read_text())
+    counts = {name: n for name, n in meta["counts"].items() if name.startswith("dropped")}
+    assert meta["preferences"] and meta["counts"]["kept"] == 61 and set(counts.values()) == {1} and len(counts) == 5
+    sides = conversations(tmp_path / "pairs", "bytes")
+    answers = {(a[1], b[1]) for side in sides.values() for a, b in zip(side[::2], side[1::2], strict=True)}
+    end = "<|endoftext|>"
+    expected = {(f"a{i}{end}", f"b{i}{end}") for i in range(40)} | {(f"c{end}", f"d{end}"), (f"e{end}", f"ff{end}")}
+    assert answers == expected
+
+    def questions(rows):
+        return {text.split("<|assistant|>")[0] for text, _ in rows}
+
+    learned = conversations(tmp_path / "chats", "bytes")
+    assert all(questions(sides["val"]) & questions(learned["val"]) and questions(sides[s]) for s in sides)
+    assert not questions(sides["val"]) & questions(learned["train"])
+    assert not questions(sides["train"]) & questions(learned["val"])
+    both = f"{tmp_path}/pairs.json,{tmp_path}/chats.json"
+    with pytest.raises(ValueError, match="prepare them apart"):
+        call(prepare_instruct, source=both, tokenizer="bytes", out_dir=f"{tmp_path}/both")
+    assert not (tmp_path / "both").exists()
 
 
 @pytest.fixture(scope="session")
@@ -2933,11 +3034,67 @@ def test_finetuning_lowers_the_validation_loss_and_answers_ten_questions_before_
     header, *rows = log_rows(tmp_path / "a")
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     assert losses[-1] < losses[0] - 1 and header["units"]["loss"] == "nats/token"
-    table = (tmp_path / "a/samples.md").read_text(encoding="utf-8").splitlines()
+    best = load_checkpoint(tmp_path / "a/best.pt")
+    questions, scores = (tmp_path / "a/samples.md").read_text(encoding="utf-8").split("\n\n")
+    table = questions.splitlines()
     assert len(table) == 12 and all(line.count("|") == 4 for line in table)
     assert table[2].startswith("| What is the capital of France? |")
-    best = load_checkpoint(tmp_path / "a/best.pt")
+    measured = {name: f"| {name} | {rows[0][name]:.4f} | {value:.4f} |" for name, value in best["metrics"].items()}
+    assert scores.splitlines()[2:] == list(measured.values())
+    assert list(measured) == ["val_loss", "val_exact_match", "val_f1"]
+    assert {name for row in rows for name in row} <= set(header["units"])
     assert best["stage"] == "finetune" and best["tokenizer"] == "bytes"
+
+
+def test_finetuning_logs_hellaswag_before_and_after(trained, chat_rows, tmp_path, monkeypatch):
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()))
+    source, seen, evaluate = dict(hellaswag_source=f"{tmp_path}/items.jsonl", hellaswag_items=4), [], hellaswag.evaluate
+    monkeypatch.setattr(hellaswag, "evaluate", lambda m, c, items, **more: seen.append(items) or evaluate(m, c, items))
+    tune(trained, chat_rows, tmp_path / "a", epochs=1, eval_interval=100, **source)
+    model, _ = load_model(trained / "best.pt")
+    items = hellaswag.load_items(source["hellaswag_source"], 4)
+    before = evaluate(model, Tokenizer("bytes"), items)
+    assert seen == [items] * 2 and len(items) == 4
+    rows = [row for row in log_rows(tmp_path / "a")[1:] if "val_loss" in row]
+    assert len(rows) == 2 and all("hellaswag_acc_norm" in row for row in rows)
+    assert rows[0]["hellaswag_acc"] == before["acc"] and rows[0]["hellaswag_acc_norm"] == before["acc_norm"]
+
+
+def test_answers_are_scored_by_exact_match_and_words_in_common_first_and_second_turns_apart(tmp_path, monkeypatch):
+    assert [finetune.token_f1("a b c", x) for x in ("A, b: C!", "a d", "d", "a a a a")] == [1, 0.4, 0, 2 / 7]
+    assert finetune.token_f1("?", "?") == 1 and finetune.token_f1("", "a") == 0
+    source = write_instructions(tmp_path / "in")
+    call(prepare_instruct, source=source, tokenizer="bytes", out_dir=f"{tmp_path}/o", val_fraction=0.3, max_tokens=99)
+    rows, coder = finetune.Conversations(tmp_path / "o", "val"), Tokenizer("bytes")
+    turns = [rows.turns(i) for i in range(len(rows))]
+    for asked_and_right, (text, supervised) in zip(turns, conversations(tmp_path / "o", "bytes")["val"], strict=True):
+        assert "".join(coder.decode(right) + "<|endoftext|>" for _, right in asked_and_right) == supervised
+        for asked, right in asked_and_right:
+            assert text.startswith(coder.decode(asked + right) + "<|endoftext|>") and asked[-1] == coder.assistant
+    wanted = []
+
+    def complete(model, prompts, *_):  # right for second turns, for first ones half of the words
+        wanted.append(len(prompts))
+        right = {tuple(asked): answer for one in turns for asked, answer in one}
+        second = [prompt.count(coder.user) == 2 for prompt in prompts]
+        return [coder.encode(coder.decode(right[tuple(p)]).upper() if b else "answer")
+                for p, b in zip(prompts, second, strict=True)]  # fmt: skip
+
+    monkeypatch.setattr(finetune, "complete", complete)
+    scores = finetune.answer_scores(None, coder, rows, 1000, 5, plain)
+    assert sum(len(one) for one in turns) == wanted[0] > len(turns)
+    assert scores["val_exact_match"] == 0 and scores["val_exact_match_2"] == scores["val_f1_2"] == 1
+    assert 0 < scores["val_f1"] <= 2 / 3 and len(scores) == 4
+    assert finetune.answer_scores(None, coder, rows, 3, 5, plain) and wanted[1] <= 6
+    assert finetune.answer_scores(None, coder, rows, 0, 5, plain) == {}
+
+
+def test_a_long_prompt_does_not_shorten_what_continues_the_others():
+    model, random = tiny("modern"), np.random.default_rng(0)
+    prompts = [random.integers(0, 256, n).tolist() for n in (3, 32, 20, 31, 3, 20, 25)]
+    together = finetune.complete(model, prompts, None, 12, plain)
+    assert together == [finetune.complete(model, [prompt], None, 12, plain)[0] for prompt in prompts]
+    assert [len(ids) for ids in together] == [12, 1, 12, 2, 12, 12, 8]
 
 
 def test_finetuning_resumes_bit_for_bit(trained, chat_rows, tmp_path, monkeypatch):
@@ -3000,6 +3157,159 @@ def test_chat_takes_several_turns_and_forgets_on_reset(trained, chat_rows, tmp_p
     assert said[0] == said[forgotten + 1]  # the same question in a new conversation, the same answer
     assert "fit into the context" in said[-1]
     assert run(*ask, "--prompt=Question 3?").strip() == said[0].strip()
+
+
+@pytest.fixture(scope="session")
+def pair_rows(tmp_path_factory):
+    """Preferences for polite answers, with questions and answers of several lengths."""
+    folder = tmp_path_factory.mktemp("pair_rows")
+    pairs = [
+        {
+            "prompt": f"Is {'x' * (i % 5)}{i}?",
+            "chosen": "Yes" + ", sir" * (i % 2) + ".",
+            "rejected": f"No{'!' * (i % 7)}",
+        }
+        for i in range(60)
+    ]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    files = dict(source=f"{folder}/pairs.json", out_dir=f"{folder}/rows")
+    call(prepare_instruct, tokenizer="bytes", val_fraction=0.3, max_tokens=33, **files)
+    return files["out_dir"]
+
+
+def prefer(trained, pair_rows, out, **changes):
+    settings = dict(
+        checkpoint=f"{trained}/best.pt", data_dir=pair_rows, out_dir=str(out), pairs_per_step=8, batch_size=3, epochs=2,
+        warmup_steps=1, eval_interval=3, checkpoint_interval=2, answer_tokens=5, learning_rate=0.001, device="cpu",
+        dtype="float32",
+    )  # fmt: skip
+    call(dpo, **(settings | changes))
+
+
+def direct_dpo_loss(policy, reference, pairs, beta, smoothing, normalized):
+    """Rafailov et al. 2023, equation 7, one token after the other; pairs: ((ids, first of the answer), the same)."""
+    losses = []
+    for pair in pairs:
+        rewards = []
+        for ids, start in pair:
+            both = []
+            for model in (policy, reference):
+                log_probs = model(torch.tensor([ids]))[0].log_softmax(dim=-1)
+                both.append(sum(log_probs[i - 1, ids[i]] for i in range(start, len(ids))))
+            rewards.append(beta * (both[0] - both[1]) / (len(ids) - start if normalized else 1))
+        right, wrong = (torch.log(1 / (1 + torch.exp(-sign * (rewards[0] - rewards[1])))) for sign in (1, -1))
+        losses.append(-(1 - smoothing) * right - smoothing * wrong)
+    return sum(losses)
+
+
+@families
+@pytest.mark.parametrize("smoothing, normalized", [(0.0, False), (0.2, True)])
+def test_the_dpo_loss_and_its_gradient_equal_a_direct_computation(pair_rows, family, smoothing, normalized):
+    policy, reference = tiny(family).double(), tiny(family).double()
+    with torch.no_grad():
+        for p, noise in zip(policy.parameters(), tiny(family).parameters(), strict=True):
+            p.add_(noise.flip(0), alpha=0.3)
+    rows = finetune.Conversations(pair_rows, "train")
+    pairs, numbers = dpo.Pairs(rows), np.array([0, 5, 6])
+    listed = []
+    for number in numbers:
+        turns = [rows.turns(2 * number + side)[0] for side in (0, 1)]
+        listed.append([(asked + right + [256], len(asked)) for asked, right in turns])
+    direct = direct_dpo_loss(policy, reference, listed, 0.7, smoothing, normalized)
+    expected = torch.autograd.grad(direct, list(policy.parameters()))
+    log_probs = dpo.reference_log_probs(reference, pairs, 4, plain).double()
+    objective = dpo.PreferenceLoss(policy, log_probs, 0.7, smoothing, normalized)
+    loss = objective(*pairs.batch(numbers))
+    assert direct > 0.1 and loss.item() == pytest.approx(direct.item(), rel=1e-5)  # the softmax is fp32
+    for mine, other in zip(torch.autograd.grad(loss, list(policy.parameters())), expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+    metrics = dpo.preference_metrics(objective, pairs, 7, plain)
+    alone = [objective.margins(*pairs.batch(np.array([i]))).item() for i in range(len(pairs))]
+    assert metrics["val_reward_margin"] == pytest.approx(np.mean(alone), rel=1e-4)
+    assert metrics["val_preference_accuracy"] == np.mean(np.array(alone) > 0)
+    assert metrics["val_loss"] == pytest.approx(objective.losses(torch.tensor(alone)).mean().item(), rel=1e-4)
+
+
+def test_dpo_learns_the_preference_of_unseen_pairs_from_a_tie_on(trained, pair_rows, tmp_path):
+    prefer(trained, pair_rows, tmp_path / "a", epochs=6)
+    header, first, *rows = log_rows(tmp_path / "a")
+    assert header["units"]["loss"] == header["units"]["val_loss"] == "nats/pair"
+    assert {name for row in rows for name in row} <= set(header["units"])
+    zero = {"val_loss": pytest.approx(math.log(2)), "val_reward_margin": 0, "val_preference_accuracy": 0.5}
+    assert first == {"step": 0, "tokens": 0} | zero and rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    last = rows[-1]
+    assert last["val_preference_accuracy"] >= 0.9 and last["val_reward_margin"] > 1 and last["val_loss"] < 0.4
+    n = len(dpo.Pairs(finetune.Conversations(pair_rows, "train")))
+    assert last["tokens"] == 6 * n and last["step"] == 6 * -(-n // 8)
+    assert "val_preference_accuracy | 0.5000 |" in (tmp_path / "a/samples.md").read_text(encoding="utf-8")
+    best = load_checkpoint(tmp_path / "a/best.pt")
+    assert best["stage"] == "dpo" and best["tokenizer"] == "bytes"
+
+
+def test_dpo_on_the_toyworld_learns_to_be_brief_and_forgets_no_answers(world, tmp_path):
+    save_checkpoint(tmp_path / "base.pt", tiny("modern", block_size=128), tokenizer="bytes")
+    for name in ("instruct", "preferences"):
+        files = dict(source=f"{world['folder']}/{name}.json", out_dir=f"{tmp_path}/{name}")
+        call(prepare_instruct, tokenizer="bytes", max_tokens=129, **files)
+    changes = dict(rows_per_step=16, batch_size=16, epochs=3, eval_interval=1000, scored_answers=0, answer_tokens=1)
+    changes |= dict(checkpoint=f"{tmp_path}/base.pt", learning_rate=0.01, muon_learning_rate=0.02)
+    tune(None, f"{tmp_path}/instruct", tmp_path / "chat", **changes)
+    changes = dict(pairs_per_step=16, batch_size=16, eval_interval=1000, answer_tokens=1, learning_rate=1e-4)
+    prefer(tmp_path / "chat", f"{tmp_path}/preferences", tmp_path / "dpo", **changes)
+    accuracy = [row["val_preference_accuracy"] for row in log_rows(tmp_path / "dpo") if "val_loss" in row]
+    assert accuracy[0] == 0.5 and accuracy[-1] >= 0.8
+    unseen = finetune.Conversations(tmp_path / "instruct", "val")
+    models = (
+        load_model(path)[0] for path in (tmp_path / "base.pt", tmp_path / "chat/best.pt", tmp_path / "dpo/best.pt")
+    )
+    base, chat, after = (finetune.answer_loss(model, unseen, 32, plain)["val_loss"] for model in models)
+    assert chat < base / 3 and after < 1.1 * chat, (base, chat, after)
+
+
+def test_dpo_resumes_bit_for_bit_from_reference_log_probs_computed_once(trained, pair_rows, tmp_path, monkeypatch):
+    prefer(trained, pair_rows, tmp_path / "whole")
+    monkeypatch.setattr(dpo, "stop_request", lambda minutes: lambda: True)  # stops after its first step
+    prefer(trained, pair_rows, tmp_path / "parts")
+    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "reference_log_probs", None)
+        prefer(trained, pair_rows, tmp_path / "parts", init_from="resume")
+    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "parts")
+    a, b = (load_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    other = tmp_path / "other.pt"
+    save_checkpoint(other, tiny("modern"), tokenizer="bytes")
+    with pytest.raises(ValueError, match="data is not what it was"):  # another reference would be another run
+        prefer(trained, pair_rows, tmp_path / "parts", init_from="resume", checkpoint=str(other))
+    prefer(trained, pair_rows, tmp_path / "parts", overwrite=True, checkpoint=str(other))  # nor is the old one kept
+    assert log_rows(tmp_path / "parts")[1]["val_preference_accuracy"] == 0.5
+
+
+def test_conversations_and_preferences_are_not_taken_for_one_another(trained, chat_rows, pair_rows, tmp_path):
+    with pytest.raises(ValueError, match="does not hold preferences"):
+        prefer(trained, chat_rows, tmp_path / "new")
+    with pytest.raises(ValueError, match="does not hold conversations"):
+        tune(trained, pair_rows, tmp_path / "new")
+    with pytest.raises(ValueError, match="label_smoothing must be below 0.5"):
+        prefer(trained, pair_rows, tmp_path / "new", label_smoothing=0.5)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("stage", [tune, prefer])
+def test_two_processes_finetune_as_one_also_where_a_batch_is_too_small_for_both(
+    trained, chat_rows, pair_rows, tmp_path, stage, monkeypatch
+):
+    rows, module = (chat_rows, finetune) if stage is tune else (pair_rows, dpo)
+    n = len(finetune.Conversations(rows, "train")) // (1 if stage is tune else 2)
+    size = next(size for size in range(5, n) if n % size == 1)  # a batch of one row for two processes
+    changes = dict(epochs=1, batch_size=2, **{"rows_per_step" if stage is tune else "pairs_per_step": size})
+    stage(trained, rows, tmp_path / "one", **changes)
+    settings = load_checkpoint(tmp_path / "one/ckpt.pt")["settings"] | dict(out_dir=tmp_path / "two")
+    output, errors = start(*TORCHRUN, f"{module.__name__}.py", **settings).communicate()
+    assert "samples.md" in output, errors
+    for name in ("loss", "val_loss", "grad_norm"):
+        assert difference(tmp_path / "one", tmp_path / "two", name) < 1e-4, name
+    assert difference(tmp_path / "one", tmp_path / "two", "tokens") == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3157,14 +3467,17 @@ def test_the_quick_start_runs_every_stage_and_sums_up_what_it_measured(tmp_path)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "q/summary.json").read_text())
-    shares = {"hellaswag_before", "hellaswag_after", "heldout_base", "heldout_finetuned"}
+    shares = {"hellaswag_before", "hellaswag_after", "hellaswag_finetuned", "preference_before", "preference_after"}
+    shares |= {"heldout_base", "heldout_finetuned", "heldout_dpo"}
     assert result.keys() == shares | {"val_loss_before", "val_loss_after", "seconds"}
+    assert result["preference_before"] == 0.5  # a tie, as nothing has been learned yet
     assert all(0 <= result[name] <= 1 for name in shares) and result["val_loss_before"] > 5
-    stages = ["toyworld", "prepare_fineweb", "train", "prepare_instruct", "finetune", "sample", "plot"]
+    stages = ["toyworld", "prepare_fineweb", "train", "prepare_instruct", "finetune", "dpo", "sample", "plot"]
     assert list(result["seconds"]) == stages
-    for stage in (*stages[1:3], "sample"):
+    for stage in (*stages[1:3], "dpo", "sample"):
         assert f"$ python {stage}.py" in done.stdout  # each command is printed as it runs
-    for line in ("validation loss", "HellaSwag format", "64 held-out questions", "checkpoints:", "picture:"):
+    assert done.stdout.count("64 held-out questions") == done.stdout.count("HellaSwag format") == 2
+    for line in ("validation loss", "preferences of held-out pairs", "checkpoints:", "picture:"):
         assert line in done.stdout
     assert (tmp_path / "q/loss.png").stat().st_size > 10_000
 
@@ -3212,7 +3525,7 @@ def readme_commands():
 
 
 def settings_by_script():
-    modules = [prepare_fineweb, hellaswag, train, prepare_instruct, finetune, sample]
+    modules = [prepare_fineweb, hellaswag, train, prepare_instruct, finetune, dpo, sample]
     return {f"{module.__name__}.py": train.settings_of(vars(module)) for module in modules}
 
 
@@ -3236,7 +3549,7 @@ def test_the_commands_of_the_readme_name_files_and_settings_that_exist():
 def test_every_config_file_sets_only_settings_of_its_stage_and_fits_together():
     known = settings_by_script()
     for path in sorted((ROOT / "config").glob("*.py")):
-        stage = "finetune.py" if path.stem.endswith("chat") else "train.py"
+        stage = {"chat": "finetune.py", "dpo": "dpo.py"}.get(path.stem.split("_")[-1], "train.py")
         settings = dict(known[stage])
         configurator.apply_file(str(path), settings, known[stage])
         train.check_settings(settings)

@@ -113,6 +113,10 @@ UNITS = {
     "skipped": "1: not finite, not applied",
     "val_loss": "nats/token",
     "val_bpb": "bits/byte",
+    "val_exact_match": "share of first answers",
+    "val_f1": "mean over first answers",
+    "val_exact_match_2": "share of second answers",
+    "val_f1_2": "mean over second answers",
     "hellaswag_acc": "share",
     "hellaswag_acc_norm": "share",
 }
@@ -123,16 +127,17 @@ MAY_CHANGE = {"out_dir", "data_dir", "init_from", "overwrite", "force", "max_ste
     "eval_interval", "eval_tokens",
     "hellaswag_interval", "hellaswag_source", "hellaswag_limit", "sample_interval", "sample_prompt", "log_interval",
     "checkpoint_interval", "max_minutes", "epochs", "answer_tokens", "checkpoint",
+    "scored_answers", "hellaswag_items",
 }  # fmt: skip
 # settings that --force cannot change: weights and optimizer states would not fit
 SHAPES = {"family", "block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "optimizer", "tokenizer"}
 CPU_TOKENS = 8192  # largest micro-batch that --batch_size=0 finds on a CPU
 LEAST = {  # smallest sensible value of every number
     1: "block_size n_layer n_head n_embd tokens_per_step max_steps eval_tokens log_interval rows_per_step "
-    "checkpoint_interval epochs answer_tokens",
+    "checkpoint_interval epochs answer_tokens pairs_per_step",
     0: "batch_size max_tokens head_dim mlp_dim learning_rate muon_learning_rate weight_decay beta2 grad_clip "
     "warmup_steps decay_fraction final_lr_fraction seed eval_interval hellaswag_interval hellaswag_limit "
-    "sample_interval max_minutes",
+    "sample_interval max_minutes scored_answers hellaswag_items beta label_smoothing",
 }
 
 
@@ -364,7 +369,7 @@ def claim_out_dir(out_dir, init_from, overwrite):
     there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     in_use = init_from == "scratch" and there and not overwrite
     # killed before its first checkpoint, a run is resumed from its start
-    empty = folder.is_dir() and all(name.endswith(".tmp") for name in there)
+    empty = folder.is_dir() and all(name.endswith((".tmp", ".npz")) for name in there)  # .npz: of dpo.py
     # the first process decides for all: its files may be there when the others look
     in_use, empty = sum_over_ranks(torch.tensor([bool(in_use) and is_first, empty and is_first], dtype=torch.float))
     if in_use:
@@ -394,6 +399,7 @@ def check_settings(settings):
         for name in names.split()
         if settings.get(name, least) < least
     ]
+    problems += ["label_smoothing must be below 0.5"] if settings.get("label_smoothing", 0) >= 0.5 else []
     problems += ["beta2 must be below 1"] if settings["beta2"] >= 1 else []
     problems += [f"{n} must be at most 1" for n in ("decay_fraction", "final_lr_fraction") if settings.get(n, 0) > 1]
     if settings.get("compile") not in (None, True, False):
@@ -417,7 +423,7 @@ def check_resumable(record, checkpoint, force):
         raise ValueError(f"resuming would change the run ({', '.join(listed)}): {remedy}")
 
 
-def open_log(path, n_bytes):
+def open_log(path, n_bytes, units):
     """The log, cut to its first n_bytes, ready to append; a new log begins with the line of units.
 
     What a full disk does not take waits in the file's buffer, large enough for 100,000 rows.
@@ -431,7 +437,7 @@ def open_log(path, n_bytes):
     log.truncate(n_bytes)
     log.seek(0, os.SEEK_END)
     if n_bytes == 0:
-        write_row(log, {"format": "fgpt log 1", "units": UNITS})
+        write_row(log, {"format": "fgpt log 1", "units": units})
     return log
 
 
@@ -507,7 +513,8 @@ def say(line):
 def line_of(row, max_steps, seconds=0.0):
     """What a terminal shows of a log row; the time left is that of steps that take `seconds` each."""
     parts = [f"step {row['step']}/{max_steps}"] + ["NOT FINITE, skipped"] * ("skipped" in row)
-    labels = {"loss": "loss", "val_loss": "val", "val_bpb": "bits/byte", "hellaswag_acc": "hellaswag"}
+    labels = {"loss": "loss", "val_loss": "val", "val_bpb": "bits/byte", "val_exact_match": "exact match"}
+    labels |= {"val_preference_accuracy": "preferred", "hellaswag_acc": "hellaswag"}
     for name, label in labels.items():
         parts += [f"{label} {row[name]:.4f}"] if name in row else []
     if "tokens_per_second" in row:
@@ -543,25 +550,25 @@ def finish_step(row, model, record, state, log, out_dir):
 
 
 def fit(model, optimizers, batch_at, metrics_at, lr_at, record, state, *, out_dir, max_steps, batch_size, grad_clip,
-        autocast, should_stop, compiled=False, log_interval=10, checkpoint_interval=500):  # fmt: skip
+        autocast, should_stop, compiled=False, log_interval=10, checkpoint_interval=500, objective=None,
+        units=UNITS):  # fmt: skip
     """The training loop, from state["step"] to max_steps.
 
     batch_at(step) gives the global batch (idx, targets) of a step, metrics_at(step) what is measured after `step` steps
     (a dict, often empty; the lowest "val_loss" decides which weights are best.pt), lr_at(step) the share of the peak
     learning rates. `record` (tokenizer, settings) goes into the checkpoints; `state` (new_state()) changes in place.
-    ValueError when three steps in a row are not finite; OSError when the last checkpoint cannot be written.
+    objective: a module around the model whose forward(idx, targets) is another loss, summed over the targets that are
+    not -100; `units` then tells what the log's numbers are. ValueError when three steps in a row are not finite;
+    OSError when the last checkpoint cannot be written.
     """
     device, (rank, world) = next(model.parameters()).device, rank_and_world()
-    forward = torch.compile(model) if compiled else model  # evaluation and generation use the raw module
+    forward = objective or model  # evaluation and generation use the raw module
+    forward = torch.compile(forward) if compiled else forward
     if world > 1:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    peak = peak_flops(device)
+    peak, fetch = peak_flops(device), partial(fetch_batch, batch_at, device)
     flops_over_peak = model.flops_per_token() / (peak * world) if peak else None
-
-    def fetch(step):  # pinned memory lets the copy to the GPU run while it computes
-        return [part.contiguous().pin_memory() if device.type == "cuda" else part for part in batch_at(step)]
-
-    log = open_log(f"{out_dir}/log.jsonl", state["log_bytes"])
+    log = open_log(f"{out_dir}/log.jsonl", state["log_bytes"], units)
     bar = tqdm(total=max_steps, initial=state["step"], unit=" steps", disable=None if rank == 0 else True)
     with log, bar, ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(fetch, state["step"])  # the next batch is read while this one is trained on
@@ -595,6 +602,11 @@ def fit(model, optimizers, batch_at, metrics_at, lr_at, record, state, *, out_di
             check_finite(state, out_dir)
             if stop or state["step"] % checkpoint_interval == 0:
                 save_run(model, optimizers, record, state, out_dir, log, must=stop)
+
+
+def fetch_batch(batch_at, device, step):
+    """The batch of a step; in pinned memory, so that its copy to the GPU runs while that computes."""
+    return [part.contiguous().pin_memory() if device.type == "cuda" else part for part in batch_at(step)]
 
 
 def blank_pass(forward, batch, batch_size, autocast):

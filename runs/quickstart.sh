@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole line on built-in data: no GPU, no network, a few minutes on two CPU cores.
-# Writes everything into out/quickstart (or the folder given first, from the repository on) and begins anew each time. Further arguments go to
-# train.py and finetune.py: bash runs/quickstart.sh out/short --max_minutes=1
+# Writes everything into out/quickstart (or the folder given first, from the repository on) and begins anew each time.
+# Further arguments go to train.py, finetune.py and dpo.py: bash runs/quickstart.sh out/short --max_minutes=1
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dir=${1:-out/quickstart}
@@ -36,8 +36,12 @@ stage train python train.py config/quickstart.py --data_dir="$dir/tokens" --out_
 stage prepare_instruct python prepare_instruct.py --source="$dir/world/instruct.json" --tokenizer=bytes \
     --max_tokens=129 --out_dir="$dir/instruct" --show=2
 stage finetune python finetune.py config/quickstart_chat.py --checkpoint="$dir/base/best.pt" \
-    --data_dir="$dir/instruct" --out_dir="$dir/chat" "${more[@]}"
-stage sample python sample.py --checkpoint="$dir/chat/best.pt" --prompt="What is the capital of Japan?" --temperature=0
+    --data_dir="$dir/instruct" --out_dir="$dir/chat" --hellaswag_source="$dir/world/hellaswag_val.jsonl" "${more[@]}"
+stage prepare_instruct python prepare_instruct.py --source="$dir/world/preferences.json" --tokenizer=bytes \
+    --max_tokens=129 --out_dir="$dir/preferences" --show=1
+stage dpo python dpo.py config/quickstart_dpo.py --checkpoint="$dir/chat/best.pt" \
+    --data_dir="$dir/preferences" --out_dir="$dir/dpo" "${more[@]}"
+stage sample python sample.py --checkpoint="$dir/dpo/best.pt" --prompt="What is the capital of Japan?" --temperature=0
 if python -c "import matplotlib" 2>/dev/null; then
     stage plot python -m tools.plot --runs="$dir/base" --out="$dir/loss.png"
 fi
