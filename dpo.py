@@ -201,6 +201,8 @@ def main():
     check_settings(settings)
     if eval_interval == 0 or batch_size == 0:
         raise ValueError("eval_interval (validation chooses best.pt) and batch_size must be at least 1")
+    if beta <= 0:
+        raise ValueError(f"beta must be above 0, not {beta}: with 0 nothing is learned")
     model, coder, compute, autocast = load_base(checkpoint, out_dir, device, dtype, deterministic)
     settings |= found_settings(compute, autocast)
     model.checkpoint_activations = activation_checkpointing

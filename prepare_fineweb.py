@@ -621,7 +621,8 @@ def summary(done, folder, seconds):
     for split, n_tokens, change in (("train", n_train, "lower"), ("val", n_val, "raise")):
         if not n_tokens:
             remedy = (
-                f"{change} --val_fraction or name files with --val_source (shards by their names), another --out_dir"
+                f"{change} --val_fraction, cut a .txt into documents with --split_blank_lines, or name files with "
+                "--val_source; and choose another --out_dir"
             )
             lines.append(f"warning: {split} got no document: {remedy}")
     return "\n".join(lines)

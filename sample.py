@@ -18,7 +18,7 @@ import torch
 from model import load_model, pick_device
 from tokenizer import Tokenizer
 
-checkpoint = "out/fgpt_712m/best.pt"  # file of train.py or finetune.py
+checkpoint = "out/fgpt_712m/best.pt"  # file of train.py, finetune.py or dpo.py
 prompt = ""  # text to continue or question to answer; empty: read lines
 chat = None  # True: a conversation, False: completion; None: by the stage that wrote the checkpoint
 num_samples = 1  # answers to --prompt

@@ -2481,12 +2481,13 @@ def test_a_second_signal_stops_at_once(story, tmp_path):
     assert process.returncode == -signal.SIGTERM
 
 
-def test_the_length_of_a_run_is_given_in_steps_or_tokens_and_its_time_in_minutes(story, tmp_path):
+def test_the_length_of_a_run_is_given_in_steps_or_tokens_and_its_time_in_minutes(story, tmp_path, capsys):
     pretrain(story, tmp_path / "tokens", max_tokens=1000, max_steps=1)
     header, *rows = log_rows(tmp_path / "tokens")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows[-1]["learning_rate"] < rows[2]["learning_rate"]
     pretrain(story, tmp_path / "minutes", max_steps=1000, max_minutes=1e-9)
     assert load_checkpoint(tmp_path / "minutes/ckpt.pt")["step"] == 1
+    assert "best.pt of step 0 (validation loss" in (said := capsys.readouterr().out) and "NOT TRAINED" in said
 
 
 def test_the_largest_micro_batch_is_found_stored_and_used_again(story, tmp_path, monkeypatch, capsys):

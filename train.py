@@ -529,6 +529,8 @@ def closing_line(state, out_dir):
     """Which weights lie in out_dir."""
     best = f"best.pt of step {state['best_step']} (validation loss {state['best_val_loss']:.4f})"
     best = "no best.pt, as nothing was validated" if state["best_val_loss"] == math.inf else best
+    if state["best_step"] == 0 < state["step"] and state["best_val_loss"] < math.inf:
+        best += ": NOT TRAINED, no later validation was better; ckpt.pt has the trained weights"
     return f"{out_dir}: ckpt.pt of step {state['step']}, {best}"
 
 

@@ -4,6 +4,7 @@
     python -m tools.bench loss                                    the same of three ways to compute the loss
     python -m tools.bench loader                                  tokens/s of the data loader
     python -m tools.bench checkpoint --configs=config/small.py    seconds to write and to load a checkpoint
+    python -m tools.bench tokenize --source='texts/*.parquet'     prepare_fineweb.py against tiktoken alone
     python -m tools.bench hellaswag --configs=config/small.py     items/s, and those of one item at a time
 
 Things that are compared take turns, `repeats` times, and medians are printed: machines are noisy. What is measured for
@@ -314,8 +315,7 @@ def hellaswag_items(configs, n_items, repeats, device, dtype):
         )
 
 
-def main():
-    print(machine())
+def main(what):
     measurements = {
         "train": lambda: training(configs, batch_sizes, repeats, device, dtype),
         "loss": lambda: loss(repeats, device),
@@ -326,10 +326,11 @@ def main():
     }
     if what not in measurements:
         raise ValueError(f"python -m tools.bench WHAT, one of {', '.join(measurements)}: not {what!r}")
+    print(machine())
     measurements[what]()
 
 
 if __name__ == "__main__":
-    what = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
+    _what = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
     configure(globals())
-    main()
+    main(_what)

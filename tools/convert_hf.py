@@ -21,7 +21,7 @@ from model import FAMILIES, GPT, GPTConfig, load_checkpoint, load_model, save_ch
 from prepare_fineweb import read_json, write_json
 from tokenizer import SPECIALS, Tokenizer
 
-checkpoint = "out/fgpt_712m/best.pt"  # export: file of train.py or finetune.py
+checkpoint = "out/fgpt_712m/best.pt"  # export: file of train.py, finetune.py or dpo.py
 model = ""  # import: folder, or owner/name of a model on the Hub
 out = ""  # export: folder to write (empty: hf_model); import: file to write (empty: ckpt.pt)
 dtype = "float32"  # export: of the weights, float32 or bfloat16
