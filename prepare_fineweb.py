@@ -67,7 +67,7 @@ HASH_KEY = b"fgpt validation"  # never change it: a document would change sides
 BATCH_CHARS, MAX_IN_WORK = 250_000, 32_000_000  # text that a thread tokenizes at a time, and that all may hold
 BATCH_BYTES = 16_000_000  # of parquet rows decoded at a time
 MAX_DOCUMENT = 50_000_000  # characters: what fits into 1.5 GiB of memory
-# bytes of shard for a byte of source, until a folder has its own: .parquet as FineWeb-Edu's, 28.5 GB for 10B tokens
+# bytes of shard for a byte of source, guessed until a folder has its own (FineWeb-Edu's parquet could not be measured)
 GROWTH = {".parquet": 0.7, ".jsonl": 0.4, ".jsonl.gz": 1.2, ".txt": 0.4, ".bin": 1.0}
 SHARD_STEP = 4_000_000  # tokens of a shard by others that are checked at a time
 FORMAT_VERSION = 1

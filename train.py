@@ -345,7 +345,7 @@ def find_batch_size(model, optimizers, checkpoint, n_rows, autocast):
         return stored
     device, T = next(model.parameters()).device, model.config.block_size
     sizes = [size for size in range(n_rows, 0, -1) if n_rows % size == 0]
-    if device.type == "cpu":  # more is not faster there, and what does not fit is swapped
+    if device.type == "cpu":  # where what does not fit is swapped, without an error
         sizes = [size for size in sizes if size * T <= CPU_TOKENS] or [1]
     while sum_over_ranks(torch.tensor(float(not fits(model, optimizers, sizes[0], autocast)))) > 0:
         sizes = [size for size in sizes if size <= sizes[0] // 2]
@@ -461,7 +461,8 @@ def stop_request(max_minutes):
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, afterwards)
         if rank_and_world()[0] == 0:
-            os.write(1, b"stopping after this step; once more to stop at once\n")  # print may be at work itself
+            more = b"; once more to stop at once" * (afterwards == signal.SIG_DFL)
+            os.write(1, b"stopping after this step" + more + b"\n")  # print may be at work itself
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
