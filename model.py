@@ -360,10 +360,11 @@ def orthogonalize(G, steps=5):
     """Bring all singular values of each matrix near 1, keeping its singular vectors. G (n, rows, cols).
 
     Newton-Schulz iteration with the quintic coefficients of Keller Jordan (kellerjordan.github.io/posts/muon, 2024),
-    which leave all but the smallest singular values between about 0.7 and 1.2. In bf16 on GPUs, as there.
+    which leave all but the smallest singular values between about 0.7 and 1.2. In bf16 on GPUs, as there, and under
+    autocast.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.bfloat16() if G.is_cuda else G
+    X = G.bfloat16() if G.is_cuda or torch.is_autocast_enabled(G.device.type) else G
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X  # so that X @ X.mT is the small product
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -387,17 +388,30 @@ def orthogonalize_shared(G):
     return torch.cat(shares)[: len(G)]
 
 
+def normalize_neurons(update, second, beta2):
+    """Give the neurons of each orthogonalized matrix equal steps (NorMuon, Li et al. 2025, arXiv:2510.05491).
+
+    update (n, rows, cols); second: running mean of the squared entries of each line along its longer side, changed in
+    place. Each matrix keeps its norm.
+    """
+    norm = update.norm(dim=(-2, -1), keepdim=True)
+    second.lerp_(update.square().mean(dim=-1 if second.shape[-1] == 1 else -2, keepdim=True), 1 - beta2)
+    update = update / (second.sqrt() + 1e-10)
+    return update * (norm / (update.norm(dim=(-2, -1), keepdim=True) + 1e-10))
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024), for matrices inside the network; not for embeddings.
 
-    The step is lr * sqrt(max(1, rows / cols)) (Jordan's rule) times the orthogonalized Nesterov momentum; weight decay
-    is decoupled. A parameter group's `n_split` says into how many matrices its parameters are cut first, by rows: a
-    fused QKV matrix is three. Matrices of one shape are orthogonalized together. Under torchrun every process keeps
-    the momentum and orthogonalizes its share of the matrices; gradients must be the same on all.
+    The step is lr * sqrt(max(1, rows / cols)) (Jordan's rule) times the orthogonalized Nesterov momentum, its neurons
+    normalized with a second momentum of beta2 (0: not); weight decay is decoupled. A parameter group's `n_split` says
+    into how many matrices its parameters are cut first, by rows: a fused QKV matrix is three. Matrices of one shape are
+    orthogonalized together. Under torchrun every process keeps the momentum and orthogonalizes its share of the
+    matrices; gradients must be the same on all.
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, n_split=1))
+    def __init__(self, params, lr=0.02, momentum=0.95, beta2=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, beta2=beta2, weight_decay=weight_decay, n_split=1))
 
     @torch.no_grad()
     def step(self):
@@ -411,13 +425,19 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(momentum, group["momentum"])
                 same_shape.setdefault(p.shape, []).append((p, update))
-            for (rows, cols), pairs in same_shape.items():
-                rows //= group["n_split"]
+            for shape, pairs in same_shape.items():
+                n, rows, cols = group["n_split"], shape[0] // group["n_split"], shape[1]
                 updates = torch.stack([update for _, update in pairs])
-                updates = orthogonalize_shared(updates.view(-1, rows, cols)).reshape(updates.shape)
+                updates = orthogonalize_shared(updates.view(-1, rows, cols)).split(n)
                 step_size = group["lr"] * max(1, rows / cols) ** 0.5
                 for (p, _), update in zip(pairs, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-step_size)
+                    update = update.to(p.dtype)
+                    if group["beta2"]:
+                        if "second" not in self.state[p]:
+                            lines = (rows, 1) if rows >= cols else (1, cols)
+                            self.state[p]["second"] = update.new_zeros(n, *lines)
+                        update = normalize_neurons(update, self.state[p]["second"], group["beta2"])
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.reshape(shape), alpha=-step_size)
 
 
 def make_optimizers(model, optimizer="muon", learning_rate=3e-3, muon_learning_rate=0.02, weight_decay=0.1, beta2=0.95):
@@ -457,18 +477,21 @@ def make_optimizers(model, optimizer="muon", learning_rate=3e-3, muon_learning_r
 def pick_device(device="", dtype=""):
     """(torch.device, maker of its autocast context) for two settings that may be empty. ValueError for unusable ones.
 
-    Empty is cuda where there is one, and bfloat16 on GPUs that have it, else float32.
+    Empty is cuda where there is one, and bfloat16 on GPUs that have it, else float32. The dtype "native" is bfloat16
+    on CPUs too, where they multiply it themselves: elsewhere it would be emulated, and slower than float32.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError):  # torch raises the latter where it was built without CUDA
         raise ValueError(f"device {device!r} cannot be used here: try --device=cpu") from None
-    if not dtype:
+    if dtype in ("", "native"):
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cpu" and dtype == "native":  # PyTorch has no public name for it
+            native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
         dtype = "bfloat16" if native else "float32"
     if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype!r}")
+        raise ValueError(f"dtype must be float32, bfloat16 or native, not {dtype!r}")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # what stays in fp32 may use TF32
     return device, partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")

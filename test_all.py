@@ -79,7 +79,7 @@ from model import (  # noqa: E402
 )
 from prepare_fineweb import write_shard  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from tools import bench, contamination, convert_hf, summary, toyworld  # noqa: E402
+from tools import bench, contamination, convert_hf, race, summary, toyworld  # noqa: E402
 
 STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "dpo.py", "sample.py"]
 TEXT = "naïve café, 日本語のテキスト, 👩‍👩‍👧 emoji, def f(x):\n\treturn x  # <|endoftext|> <|user|>\n"
@@ -466,13 +466,41 @@ def test_a_muon_step_equals_that_of_pytorch():
     start, gradients = torch.randn(96, 32), [torch.randn(96, 32) for _ in range(3)]
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     settings = dict(lr=0.02, momentum=0.9, weight_decay=0.1)
-    opts = [Muon([ours], **settings), torch.optim.Muon([theirs], **settings, nesterov=True)]
+    opts = [Muon([ours], beta2=0, **settings), torch.optim.Muon([theirs], **settings, nesterov=True)]
     for g in gradients:
         ours.grad, theirs.grad = g.clone(), g.clone()
         [opt.step() for opt in opts]
     step_size = 0.02 * math.sqrt(3)
     assert (ours - start).abs().max() > step_size / 4
     assert (ours - theirs).abs().max() < 3 * step_size * 5e-3  # three steps; theirs is bf16: entries are off by 4e-3
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (8, 8)])
+def test_muon_gives_all_neurons_equal_steps_on_average_and_each_matrix_its_norm(shape):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), [torch.randn(shape) * torch.rand(shape[0], 1) for _ in range(3)]
+    side, second = int(shape[0] < shape[1]), 0  # of a wide matrix it is the columns that differ
+    ours, plain = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    opts = [Muon([ours], lr=1.0, beta2=0.9), Muon([plain], lr=1.0, beta2=0)]
+    for g in gradients:
+        before = ours.detach().clone(), plain.detach().clone()
+        for p, opt in zip((ours, plain), opts, strict=True):
+            p.grad = g.clone()
+            opt.step()
+        moved, update = ours.detach() - before[0], (plain.detach() - before[1]).double()
+        second = 0.9 * second + 0.1 * (update**2).mean(dim=1 - side, keepdim=True)
+        expected = update / second.sqrt()
+        expected *= update.norm() / expected.norm()
+        assert torch.allclose(moved.double(), expected, atol=1e-5)
+        assert g is not gradients[0] or moved.norm(dim=1 - side).std() < 1e-5  # the first step: exactly equal
+    assert (moved - update).abs().max() > 0.01  # which Muon alone does not give
+
+
+def test_muon_multiplies_in_bfloat16_under_autocast_and_on_gpus_only():
+    G = torch.randn(3, 16, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model_py.orthogonalize(G).dtype == torch.bfloat16
+    assert model_py.orthogonalize(G).dtype == torch.float32
 
 
 def test_muon_treats_fused_qkv_as_three_matrices():
@@ -1522,13 +1550,13 @@ def test_a_terminal_shows_documents_tokens_speed_and_time_left(tmp_path):
     assert re.search(r"100%\|.* 50 documents, [\d,]+ tokens, [\d,]+ tokens/s \[00:00<00:00\]", shown), shown
 
 
-def test_the_speed_of_preparing_data_is_measured_against_tiktoken_alone(tmp_path, capsys):
+def test_the_speed_of_preparing_data_is_measured_against_tiktoken_alone(tmp_path):
     write_parquet(tmp_path / "a.parquet", make_texts(50))
-    bench.tokenize(str(tmp_path / "*.parquet"), 2, 1)
-    output = capsys.readouterr().out
-    assert output.startswith("50 documents") and "| prepare_fineweb.py | " in output and output.count("\n| ") == 4
+    rows = list(bench.tokenize(str(tmp_path / "*.parquet"), 2, 1))
+    assert [row["documents"] for row in rows] == [50, 50, 50] and min(row["tokens/s"] for row in rows) > 0
+    assert rows[0]["way"] == "prepare_fineweb.py" and rows[0]["prepare_fineweb.py reaches"] == 1
     with pytest.raises(ValueError, match="--source"):
-        bench.tokenize("", 2, 1)
+        list(bench.tokenize("", 2, 1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2053,21 +2081,23 @@ def test_the_contamination_command_says_how_many_contexts_stand_in_a_folder_or_o
         contamination.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path)
 
 
-def test_the_training_benchmark_measures_in_a_process_of_its_own(tmp_path):
-    (tmp_path / "tiny.py").write_text("n_layer = n_head = 1\nn_embd = 16\nblock_size = 32\ntokenizer = 'bytes'\n")
-    gigabytes, speed = bench.in_child(bench.training_step, str(tmp_path / "tiny.py"), 2, True, "cpu", "float32")
-    assert 0.05 < gigabytes < 5 and speed > 0
+def test_the_training_benchmark_measures_a_step_of_train_py_and_the_ceiling_in_a_process_of_its_own(tmp_path):
+    sizes = "n_layer = n_head = 1\nn_embd = 16\nblock_size = 32\ntokenizer = 'bytes'\ntokens_per_step = 128\n"
+    (tmp_path / "tiny.py").write_text(sizes)
+    [row] = bench.training(f"{tmp_path}/tiny.py", "2", 1, "cpu", "float32", True, 0, None)
+    assert 0.05 < row["peak GB"] < 5 and row["tokens/s"] > 0 and 0 < row["optimizers' share of the time"] < 1
+    assert row["share of that"] == pytest.approx(row["TFLOP/s"] / row["a large product's"]) and "MFU" not in row
     assert np.isnan(bench.in_child(os._exit, 1)).all()  # as the system ends what takes too much memory
 
 
-def test_the_hellaswag_benchmark_compares_two_ways_to_the_same_numbers(tmp_path):
+def test_the_hellaswag_benchmark_compares_two_ways_to_the_same_numbers_and_keeps_them_as_json(tmp_path):
     (tmp_path / "tiny.py").write_text("n_layer = n_head = 1\nn_embd = 16\nblock_size = 100\ntokenizer = 'gpt2'\n")
-    settings = [f"--configs={tmp_path}/tiny.py", "--n_items=3", "--repeats=1", "--device=cpu"]
-    out = run("-m", "tools.bench", "hellaswag", *settings)
-    ratio, error = re.search(
-        r"items/s, [\d.]+ one at a time: ([\d.]+) times .* differ by ([\d.e+-]+) nats", out
-    ).groups()
-    assert float(ratio) > 0 and float(error) < 1e-4
+    settings = [f"--configs={tmp_path}/tiny.py", "--n_items=3", "--repeats=1", "--device=cpu", "--json"]
+    table, line = run("-m", "tools.bench", "hellaswag", *settings).rsplit("\n", 2)[:2]
+    kept = json.loads(line)
+    [row] = kept["rows"]
+    assert row["ratio"] > 0 and row["sums differ by, nats"] < 1e-4 and kept["command"] == settings
+    assert "| config | items/s |" in table and table.startswith(kept["machine"])
 
 
 def test_hellaswag_command_refuses_a_missing_checkpoint_and_an_unknown_device(tmp_path, monkeypatch):
@@ -3935,6 +3965,69 @@ def test_export_and_import_work_as_commands_and_overwrite_nothing_unasked(traine
     assert "259 tokens" in command("import", f"--model={folder}", f"--out={tmp_path}/new/a.pt")
     model, again = load_model(checkpoint)[0], load_model(tmp_path / "new/a.pt")[0]
     assert torch.equal(model.ln_f.weight.bfloat16().float(), again.ln_f.weight)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tools/race.py
+
+
+def made_log(losses, steps=100, seconds=1.0):
+    """Rows of a log whose validation loss takes these values, every `steps` steps."""
+    rows = [{"step": 0, "tokens": 0, "val_loss": 9.0}]
+    for step in range(1, steps * len(losses) + 1):
+        rows.append({"step": step, "tokens": 10 * step, "seconds": seconds * step, "loss": 1.0})
+        rows[-1] |= {} if step % steps else {"val_loss": losses[step // steps - 1]}
+    return rows
+
+
+def test_the_race_finds_where_a_curve_first_reaches_a_loss_between_two_validations():
+    curve = race.curve(made_log([4.0, 3.0, 3.5, 2.0], seconds=0.5))
+    assert race.first_reached(curve, 3.25).tolist() == [1750, 87.5]
+    assert race.first_reached(curve, 4.0).tolist() == [1000, 50] and race.first_reached(curve, 2.0).tolist() == [
+        4000,
+        200,
+    ]
+    assert np.isnan(race.first_reached(curve, 1.9)).all()
+
+
+def test_the_race_brackets_the_baseline_and_tells_the_shares_of_its_tokens_and_seconds(monkeypatch, tmp_path):
+    asked = []
+
+    def run_one(config, arm, out_dir, *more):
+        asked.append((arm, *more))
+        rate = float(next((word.split("=")[1] for word in more if "learning_rate" in word), "nan"))
+        last = {1e-3: 3.2, 2e-3: 3.0, 4e-3: 3.1}.get(rate, 2.0)
+        return made_log([5.0, last], seconds={"gpt2 + AdamW": 1.0, "gpt2 + Muon": 1.5, "modern + Muon": 2.0}[arm])
+
+    monkeypatch.setattr(race, "run", run_one)
+    rows = list(race.race("config/race.py", str(tmp_path), [1, 2], [1e-3, 2e-3, 4e-3], n_points=2))
+    assert [row["taken"] for row in rows[:3]] == ["", "*", ""]
+    assert ("gpt2 + AdamW", "--seed=2", "--learning_rate=0.002") in asked and ("modern + Muon", "--seed=2") in asked
+    assert rows[4] == {"tokens": "2,000"} | {
+        arm: f"{loss:.4f} ± 0.0000" for arm, loss in zip(race.ARMS, (3.0, 2.0, 2.0), strict=True)
+    }
+    # 5 to 2 passes 3 at two thirds of the way: 1,667 of 2,000 tokens, at twice the seconds a token
+    assert rows[-1]["share of tokens"] == "0.833 (0.833 to 0.833)" and rows[-1]["share of seconds"].startswith("1.667")
+    with pytest.raises(ValueError, match="at the edge"):
+        list(race.race("config/race.py", str(tmp_path), [1], [2e-3, 4e-3]))
+
+
+def test_the_recipes_of_the_race_have_equal_sizes_and_a_finished_run_is_not_run_again(story, tmp_path):
+    sizes = []
+    for words in race.ARMS.values():
+        settings = dict(train.DEFAULTS)
+        for word in [*words, str(ROOT / "config/race.py")]:
+            configurator.apply_argument(word, settings, train.DEFAULTS)
+        sizes.append(train.make_model(settings, Tokenizer("bytes")).n_params())
+    assert max(sizes) < 1.01 * min(sizes)
+    options = [f"--data_dir={story}/data", "--max_steps=2", "--eval_tokens=1024", "--device=cpu"]
+    first = race.run(str(ROOT / "config/race.py"), "modern + Muon", tmp_path / "run", *options)
+    assert len(race.curve(first).T) == 2 and first[-1]["tokens"] == 2 * 2048
+    before = (tmp_path / "run/log.jsonl").read_bytes()
+    assert race.run("no config", "modern + Muon", tmp_path / "run") == first
+    assert (tmp_path / "run/log.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match="failed"):
+        race.run("no config.py", "modern + Muon", tmp_path / "other")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

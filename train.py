@@ -93,7 +93,7 @@ checkpoint_interval = 500  # steps between writes of ckpt.pt
 max_minutes = 0.0  # save and stop after this time; 0: no limit
 # machine
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
-dtype = ""  # float32 or bfloat16 (autocast); empty: bfloat16 on GPUs that have it
+dtype = ""  # float32, bfloat16 (autocast) or native (bfloat16 where it is fast); empty: native on GPUs
 compile = None  # torch.compile; None: on cuda only
 activation_checkpointing = False  # less memory for a third more compute
 deterministic = False  # bit-identical runs where kernels would differ
@@ -291,7 +291,8 @@ def train_step(model, optimizers, batch, batch_size, grad_clip, autocast):
     applied = math.isfinite(loss) and math.isfinite(norm)
     for opt in optimizers:
         if applied:
-            opt.step()
+            with autocast():  # Muon's matrix products
+                opt.step()
         opt.zero_grad(set_to_none=True)
     return loss, norm, applied
 

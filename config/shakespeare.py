@@ -22,3 +22,4 @@ eval_interval = 200
 eval_tokens = 111_539  # all of it
 log_interval = 100
 checkpoint_interval = 400
+dtype = "native"  # bfloat16 where the CPU multiplies it itself

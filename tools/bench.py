@@ -1,14 +1,15 @@
 """Measurements, each a table with the machine it was made on; docs/benchmarks.md keeps them.
 
-    python -m tools.bench train --configs=config/fgpt_712m.py     a training step's peak memory and tokens/s
-    python -m tools.bench loss                                    the same of three ways to compute the loss
+    python -m tools.bench train --configs=config/fgpt_712m.py     a training step: tokens/s, share of a ceiling, memory
+    python -m tools.bench race --data_dir=data/mine               tokens and seconds that three recipes need to a loss
+    python -m tools.bench loss                                    memory and time of three ways to compute the loss
     python -m tools.bench loader                                  tokens/s of the data loader
     python -m tools.bench checkpoint --configs=config/small.py    seconds to write and to load a checkpoint
     python -m tools.bench tokenize --source='texts/*.parquet'     prepare_fineweb.py against tiktoken alone
     python -m tools.bench hellaswag --configs=config/small.py     items/s, and those of one item at a time
 
 Things that are compared take turns, `repeats` times, and medians are printed: machines are noisy. What is measured for
-its memory runs in a process of its own; nan: it did not fit.
+its memory runs in a process of its own; nan: it did not fit. --json=True prints a line to keep as well.
 """
 
 import datetime
@@ -17,6 +18,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from functools import partial
+from json import dumps
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,15 +42,25 @@ import model as model_py
 import prepare_fineweb
 import train
 from tokenizer import Tokenizer
+from tools.race import race
 
 repeats = 3  # how often each thing is measured
+json = False  # print the results once more, as a line of JSON
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
-dtype = ""  # float32 or bfloat16 (autocast); empty: bfloat16 on GPUs that have it
+dtype = ""  # float32, bfloat16 (autocast) or native; empty: bfloat16 on GPUs that have it (train: the config's)
 configs = "config/fgpt_712m.py,config/fgpt_modern.py"  # models to measure, configs of train.py
-batch_sizes = "1,4,16"  # micro-batches of them, rows
+batch_sizes = "1,4,16"  # train: micro-batches, rows
+tokens_per_step = 0  # train: 0: those of the config
+compile = None  # train: torch.compile; None: on cuda only
+activation_checkpointing = False  # train: less memory for a third more compute
+data_dir = "data/fineweb"  # race: folder of token shards
+race_config = "config/race.py"  # race: config of train.py
+out_dir = "out/race"  # race: where the runs go; those that ended are not run again
+seeds = "1,2,3"  # race: a run of each recipe with each
+learning_rates = "4e-3,8e-3,16e-3"  # race: of the baseline, ascending; the best is taken
 source = ""  # tokenize: files of text, as in prepare_fineweb.py
 workers = 0  # tokenize: threads (0: all cores)
-n_items = 64  # HellaSwag items to score
+n_items = 64  # hellaswag: items to score
 
 
 def machine():
@@ -63,23 +76,40 @@ def read_cpuinfo():
     return path.read_text().splitlines() if path.exists() else []
 
 
+def show(rows):
+    """Print dicts as rows of a table as they come, with a header wherever their keys change; returns them in a list."""
+    kept = []
+    for row in rows:
+        if not kept or list(row) != list(kept[-1]):
+            print(f"\n| {' | '.join(row)} |\n|{'---|' * len(row)}")
+        print(f"| {' | '.join(map(cell, row.values()))} |", flush=True)
+        kept.append(row)
+    return kept
+
+
+def cell(value):
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if type(value) is int else str(value)
+
+
 def take_turns(repeats, functions):
     """{name: median of what the function of that name returned, one number or several}, each called in turns."""
     results = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             results[name].append(function())
-    return {name: np.median(np.array(values), axis=0) for name, values in results.items()}
+    return {name: np.median(np.array(values), axis=0).tolist() for name, values in results.items()}
 
 
-def in_child(function, *arguments):
-    """The two numbers that the function returns in a new process, whose peak memory is its own; nan if it fails."""
+def in_child(function, *arguments, n_results=2):
+    """The numbers that the function returns in a new process, whose peak memory is its own; nan if it fails."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except (RuntimeError, BrokenProcessPool) as error:  # out of memory, or killed because of it
             print(f"{arguments}: {str(error).splitlines()[0]}", file=sys.stderr)
-            return math.nan, math.nan
+            return (math.nan,) * n_results
 
 
 def seconds_of(function, device, calls=3):
@@ -92,41 +122,74 @@ def seconds_of(function, device, calls=3):
     return time.perf_counter() - start
 
 
+def product_speed(device, autocast):
+    """FLOP/s of a large product of random matrices, in the type that autocast computes in: the ceiling of training."""
+    n, calls = (8192, 20) if device.type == "cuda" else (2048, 2)
+    kind = torch.bfloat16 if autocast.keywords["enabled"] else torch.float32
+    a, b = torch.randn(2, n, n, device=device).to(kind)
+    return calls * 2 * n**3 / seconds_of(lambda: [a @ b for _ in range(calls)], device)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # training
 
 
 def make(config, device):
-    """(model, optimizers) of one of train.py's configs."""
+    """(model, optimizers, settings) of one of train.py's configs."""
     settings = dict(train.DEFAULTS)
     apply_file(config, settings, train.DEFAULTS)
     n_vocab = 259 if settings["tokenizer"] == "bytes" else 50259
     model = train.make_model(settings, SimpleNamespace(n_vocab=n_vocab)).to(device)
-    return model, model_py.make_optimizers(model, settings["optimizer"])
+    return model, model_py.make_optimizers(model, settings["optimizer"]), settings
 
 
-def training_step(config, batch_size, activation_checkpointing, device, dtype):
-    """(peak memory in GB, tokens/s) of optimizer steps with one micro-batch of random tokens."""
-    device, autocast = model_py.pick_device(device, dtype)
-    model, optimizers = make(config, device)
+def attention_kernels(step):
+    """Names of the kernels for attention among those that a step runs on a GPU: flash or cuDNN, one hopes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
+        step()
+    return sorted({event.key for event in record.key_averages() if re.search("flash|fmha|sdpa", event.key, re.I)})
+
+
+def training_step(config, batch_size, activation_checkpointing, tokens_per_step, compile, device, dtype):
+    """(peak memory in GB, tokens/s, FLOP/s, those of a large product, the optimizers' share) of a step on random ids.
+
+    It is train.py's own step on tokens_per_step tokens, batch_size rows at a time. RuntimeError when it is compiled
+    again after the second step.
+    """
+    model, optimizers, settings = make(config, model_py.pick_device(device)[0])
+    device, autocast = model_py.pick_device(device, dtype or settings["dtype"])
     model.checkpoint_activations = activation_checkpointing
-    idx = torch.randint(model.config.n_vocab, (batch_size, model.config.block_size))
-    forward = torch.compile(model) if device.type == "cuda" else model
+    T, tokens = model.config.block_size, tokens_per_step or settings["tokens_per_step"]
+    idx = torch.randint(model.config.n_vocab, (batch_size * max(1, tokens // (T * batch_size)), T))
+    batch = train.fetch_batch(lambda step: (idx, idx), device, 0)
+    compiled = device.type == "cuda" if compile is None else compile
+    forward = torch.compile(model) if compiled else model
+    step = partial(train.train_step, forward, optimizers, batch, batch_size, 1.0, autocast)
+    seconds_of(step, device, calls=2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        seconds = seconds_of(step, device, calls=2)
+    peak, speed = train.peak_memory(device), idx.numel() / seconds
+    if device.type == "cuda":
+        print(f"{config}: attention by {', '.join(attention_kernels(step)) or 'plain products'}", file=sys.stderr)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizing = seconds_of(lambda: [opt.step() for opt in optimizers], device)
+    return peak, speed, speed * model.flops_per_token(), product_speed(device, autocast), optimizing / seconds
 
-    def step():
-        train.train_step(forward, optimizers, (idx, idx), batch_size, 1.0, autocast)
 
-    speed = idx.numel() / seconds_of(step, device)
-    return train.peak_memory(device), speed
-
-
-def training(configs, batch_sizes, repeats, device, dtype):
-    print(f"{'config':28} {'micro-batch':>11}  {'activation checkpointing':24} {'peak GB':>8} {'tokens/s':>10}")
+def training(configs, batch_sizes, repeats, device, dtype, *options):
+    """options: activation_checkpointing, tokens_per_step and compile of training_step."""
+    peak = train.peak_flops(model_py.pick_device(device)[0])
     for config in configs.split(","):
-        sizes = [(int(size), flag) for size in batch_sizes.split(",") for flag in (True, False)]
-        ways = {way: partial(in_child, training_step, config, *way, device, dtype) for way in sizes}
-        for (size, flag), (gigabytes, speed) in take_turns(repeats, ways).items():
-            print(f"{config:28} {size:11}  {str(flag):24} {gigabytes:8.2f} {speed:10,.0f}", flush=True)
+        ways = {
+            size: partial(in_child, training_step, config, int(size), *options, device, dtype, n_results=5)
+            for size in batch_sizes.split(",")
+        }
+        for size, (gigabytes, speed, flops, ceiling, optimizing) in take_turns(repeats, ways).items():
+            row = {"config": config, "micro-batch": int(size), "peak GB": gigabytes, "tokens/s": speed}
+            row |= {"TFLOP/s": flops / 1e12, "a large product's": ceiling / 1e12, "share of that": flops / ceiling}
+            row |= {"MFU": flops / peak} if peak else {}
+            yield row | {"optimizers' share of the time": optimizing}
 
 
 def plain_loss(x, weight, targets):
@@ -163,11 +226,11 @@ def loss_step(way, device, dtype, rows=4096, width=1280, n_vocab=50304):
 
 
 def loss(repeats, device):
-    print(f"{'4,096 rows of 1,280, vocabulary 50,304':40} {'dtype':9} {'extra GB':>9} {'seconds':>8}")
+    """Of 4,096 rows of width 1,280 and a vocabulary of 50,304."""
     ways = [(way, dtype) for dtype in ("float32", "bfloat16") for way in LOSSES]
     found = take_turns(repeats, {way: partial(in_child, loss_step, way[0], device, way[1]) for way in ways})
     for (way, dtype), (gigabytes, seconds) in found.items():
-        print(f"{way:40} {dtype:9} {gigabytes:9.2f} {seconds:8.3f}", flush=True)
+        yield {"loss": way, "dtype": dtype, "extra GB": gigabytes, "seconds": seconds}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,14 +251,14 @@ def loader(repeats, n_shards=4, shard_tokens=25_000_000, batch_tokens=524_288):
                 train.next_token_batch(windows, n_rows, number)
                 speeds.append(batch_tokens / (time.perf_counter() - start))
             warm = statistics.median(speeds[len(speeds) // repeats :])
-            print(f"windows of {block_size:4}: {warm / 1e6:6.1f}M tokens/s")
+            yield {"windows of": block_size, "million tokens/s": warm / 1e6}
 
 
 def checkpoint(configs, repeats, device):
     """Writes into the current folder: a run's speed depends on the disk of its out_dir."""
     device, _ = model_py.pick_device(device)
     for config in configs.split(","):
-        model, optimizers = make(config, device)
+        model, optimizers, _ = make(config, device)
         for opt in optimizers:
             for p in (p for group in opt.param_groups for p in group["params"]):
                 if isinstance(opt, model_py.Muon):  # a step of it takes minutes on a CPU
@@ -213,7 +276,7 @@ def checkpoint(configs, repeats, device):
                 times.append((written - start, time.perf_counter() - written))
             gigabytes = os.path.getsize(f"{folder}/ckpt.pt") / 1e9
         write, load = map(statistics.median, zip(*times, strict=True))
-        print(f"{config}: {gigabytes:.2f} GB, written in {write:.1f} s, loaded in {load:.1f} s", flush=True)
+        yield {"config": config, "GB": gigabytes, "seconds to write": write, "seconds to load": load}
 
 
 def tokenize(source, workers, repeats):
@@ -249,11 +312,10 @@ def tokenize(source, workers, repeats):
 
     seconds = take_turns(repeats, dict(stage=stage, batch=batch, arrays=arrays))
     n_tokens = sum(len(coder.encode(text)) for text in texts)
-    print(f"{len(texts):,} documents, {n_tokens:,} tokens, {n_threads} threads\n")
-    print("| | tokens/s | prepare_fineweb.py reaches of it |\n|---|---|---|")
     names = {"stage": "prepare_fineweb.py", "batch": "encode_ordinary_batch", "arrays": "encode_to_numpy, in threads"}
     for key, name in names.items():
-        print(f"| {name} | {n_tokens / seconds[key]:,.0f} | {seconds[key] / seconds['stage']:.2f} |")
+        row = {"documents": len(texts), "tokens": n_tokens, "threads": n_threads, "way": name}
+        yield row | {"tokens/s": n_tokens / seconds[key], "prepare_fineweb.py reaches": seconds[key] / seconds["stage"]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -308,16 +370,17 @@ def hellaswag_items(configs, n_items, repeats, device, dtype):
         error = max(abs(a - b) for a, b in zip(*(way() for way in ways.values()), strict=True))  # and warms up
         seconds = take_turns(repeats, {name: partial(seconds_of, way, device, 1) for name, way in ways.items()})
         fast, slow = (n_items / median for median in seconds.values())
-        print(
-            f"{config}: {fast:.1f} items/s, {slow:.1f} one at a time: {fast / slow:.2f} times as fast; "
-            f"sums differ by {error:.1e} nats at most",
-            flush=True,
-        )
+        row = {"config": config, "items/s": fast, "one at a time": slow, "ratio": fast / slow}
+        yield row | {"sums differ by, nats": error}
 
 
 def main(what):
+    options = activation_checkpointing, tokens_per_step, compile
+    rates = sorted(float(rate) for rate in learning_rates.split(","))
+    runs = [f"--data_dir={data_dir}"] + [f"--device={device}"] * bool(device) + [f"--dtype={dtype}"] * bool(dtype)
     measurements = {
-        "train": lambda: training(configs, batch_sizes, repeats, device, dtype),
+        "train": lambda: training(configs, batch_sizes, repeats, device, dtype, *options),
+        "race": lambda: race(race_config, out_dir, [int(seed) for seed in seeds.split(",")], rates, runs),
         "loss": lambda: loss(repeats, device),
         "loader": lambda: loader(repeats),
         "tokenize": lambda: tokenize(source, workers, repeats),
@@ -327,7 +390,9 @@ def main(what):
     if what not in measurements:
         raise ValueError(f"python -m tools.bench WHAT, one of {', '.join(measurements)}: not {what!r}")
     print(machine())
-    measurements[what]()
+    rows = show(measurements[what]())
+    if json:
+        print(dumps({"what": what, "machine": machine(), "command": sys.argv[1:], "rows": rows}))
 
 
 if __name__ == "__main__":
