@@ -2208,6 +2208,48 @@ def test_accumulation_equals_one_big_batch_even_when_targets_are_uneven(family, 
         assert (weights - results[0][2]).abs().max() < 1e-4
 
 
+class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts how often the host asks for a tensor's value, by .item(), if, int() and the like."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@families
+def test_the_host_reads_nothing_between_the_micro_batches_of_a_step(family):
+    model, counts = tiny(family), []
+    optimizers = make_optimizers(model)
+    for batch_size in (8, 1):
+        with HostReads() as reads:
+            train.train_step(model, optimizers, random_batch(), batch_size, 1.0, plain)
+        counts.append(reads.count)
+    assert counts[0] == counts[1] <= 2  # the number of targets, which are on the host anyway; the loss is one .tolist()
+
+
+@families
+def test_a_compiled_step_learns_as_an_eager_one_and_is_compiled_once_whatever_runs_between(family, tmp_path):
+    losses = {}
+    for compiled in (False, True):
+        model = tiny(family)
+        optimizers = make_optimizers(model)
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
+
+        def step(forward=forward, optimizers=optimizers):
+            return train.train_step(forward, optimizers, random_batch(), 4, 1.0, plain)[0]
+
+        losses[compiled] = [step(), step()]
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for rows in (3, 5):  # evaluation and sampling have other shapes, and run on the raw module
+                with torch.no_grad():
+                    model(*random_batch(rows, length=7))
+                list(model.generate([[1, 2, 3]], 2))
+                losses[compiled].append(step())
+    assert losses[True] == pytest.approx(losses[False], abs=1e-5) and losses[True][-1] < losses[True][0]
+
+
 def test_a_batch_without_targets_changes_nothing_and_makes_no_nan():
     model = tiny()
     weights = [p.clone() for p in model.parameters()]
