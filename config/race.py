@@ -6,10 +6,9 @@ n_head = 4
 n_embd = 128
 mlp_dim = 352 if family == "modern" else 512  # as many parameters (0.85M) in both families
 
-tokens_per_step = 2048
-batch_size = 16
-max_steps = 3000
-grad_clip = 1.0
+tokens_per_step = 1024
+batch_size = 8
+max_steps = 4000
 
 if optimizer == "adamw":  # nanoGPT's schedule, with the learning rate that the race finds best
     schedule = "cosine"
@@ -18,13 +17,13 @@ if optimizer == "adamw":  # nanoGPT's schedule, with the learning rate that the 
     weight_decay = 0.1
 else:
     warmup_steps = 0
-    learning_rate = 1e-2
+    learning_rate = 2e-2
     muon_learning_rate = 0.02
-    decay_fraction = 0.7
+    decay_fraction = 1.0
     weight_decay = 0.0
 
-eval_interval = 100
+eval_interval = 200
 eval_tokens = 65536
-log_interval = 100
-checkpoint_interval = 1000
+log_interval = 200
+checkpoint_interval = 2000
 dtype = "native"

@@ -13,10 +13,10 @@ tokens_per_step = 768
 batch_size = 12
 max_steps = 800
 warmup_steps = 0
-learning_rate = 1e-2
+learning_rate = 2e-2
 muon_learning_rate = 0.02
 weight_decay = 0.0
-decay_fraction = 0.7
+decay_fraction = 1.0
 
 eval_interval = 200
 eval_tokens = 111_539  # all of it
