@@ -389,7 +389,7 @@ def test_rows_stop_one_by_one_and_the_same_seed_gives_the_same_text():
 
 def test_top_k_samples_only_among_the_k_likeliest():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).repeat(500, 1)
-    drawn = model_py.sample_next(logits, 1.0, 2, torch.Generator().manual_seed(0))
+    drawn = model_py.sample_next(logits, 1.0, 2, generator=torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == {1, 2}
     assert abs((drawn == 1).float().mean() - 1 / (1 + math.exp(-1))) < 0.06
 
