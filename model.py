@@ -285,6 +285,12 @@ class GPT(nn.Module):
                 p.data = p.data.t().contiguous().t()
         return self
 
+    def new_cache(self, batch_size, n_positions, static=False):
+        """A KVCache for this model, in the dtype that it computes in. A static one may be longer than asked."""
+        if static:
+            n_positions = min(-(-n_positions // 256) * 256, self.config.block_size)  # few sizes to compile for
+        return KVCache(self.config, batch_size, n_positions, self.wte.weight.device, self.compute_dtype(), static)
+
     def prefill(self, prompts, cache):
         """Read B prompts (lists of ids) into the cache, but for what it knows; (B, C) at the last id of each."""
         n_known, longest, device = cache.rewind(prompts), max(map(len, prompts)), cache.rows.device
@@ -317,11 +323,7 @@ class GPT(nn.Module):
             raise ValueError(f"a prompt must have 1 to {block_size} tokens (block_size), not {lengths.tolist()}")
         room = (block_size + 1 - lengths).clamp(max=max_new_tokens)  # ids a row can get: the last one is not read
         n_positions = max(int((lengths + room).max()) - 1, int(lengths.max()))
-        if cache is None:
-            if compile:
-                n_positions = min(-(-n_positions // 256) * 256, block_size)  # few sizes to compile for
-            device = self.wte.weight.device
-            cache = KVCache(self.config, len(prompts), n_positions, device, self.compute_dtype(), static=compile)
+        cache = self.new_cache(len(prompts), n_positions, static=compile) if cache is None else cache
         if cache.n_positions < n_positions or len(cache.ids) != len(prompts):
             raise ValueError(f"the cache must have {len(prompts)} rows of at least {n_positions} positions")
         trunk = torch.compile(self.trunk, mode="reduce-overhead", dynamic=False) if compile else self.trunk

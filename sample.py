@@ -19,7 +19,7 @@ from configurator import configure
 
 import torch
 
-from model import KVCache, load_model, pick_device
+from model import load_model, pick_device
 from tokenizer import Tokenizer
 
 checkpoint = "out/fgpt_712m/best.pt"  # file of train.py, finetune.py or dpo.py
@@ -170,7 +170,7 @@ def main():
     tokenizer = Tokenizer(stored["tokenizer"])
     is_chat, block_size = stored["stage"] != "pretrain" if chat is None else chat, model.config.block_size
     # one cache for all that is typed: what a question has in common with the one before, its conversation, stays
-    cache = None if text else KVCache(model.config, 1, block_size, compute, model.compute_dtype(), static=compile)
+    cache = None if text else model.new_cache(1, block_size, static=compile)
     generate = partial(
         model.generate, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         stop=tokenizer.eot, generator=torch.Generator(compute).manual_seed(seed), cache=cache, compile=compile,
