@@ -2192,6 +2192,16 @@ def test_the_training_benchmark_measures_in_a_process_of_its_own(tmp_path):
     assert np.isnan(bench.in_child(os._exit, 1)).all()  # as the system ends what takes too much memory
 
 
+def test_the_decode_benchmark_tells_speed_first_token_share_of_the_limit_and_gain_over_recomputing(tmp_path, capsys):
+    (tmp_path / "small.py").write_text('tokenizer = "bytes"\nblock_size, n_layer, n_head, n_embd = 64, 1, 2, 32\n')
+    bench.decode(f"{tmp_path}/small.py", "1,3", 99, 1, "cpu", "")
+    rows = [line.split() for line in capsys.readouterr().out.replace(",", "").splitlines()[2:]]
+    assert [row[1:3] for row in rows] == [["1", "eager"], ["3", "eager"]]
+    for speed, first, share, slow, gain in ([row[i].strip(")") for i in (3, 4, 5, 6, 8)] for row in rows):
+        assert float(speed) > 0 and float(first) > 0 and 0 <= float(share) < 1
+        assert float(gain) == pytest.approx(float(speed) / float(slow), abs=0.06)
+
+
 def test_the_hellaswag_benchmark_compares_two_ways_to_the_same_numbers(tmp_path):
     (tmp_path / "tiny.py").write_text("n_layer = n_head = 1\nn_embd = 16\nblock_size = 100\ntokenizer = 'gpt2'\n")
     settings = [f"--configs={tmp_path}/tiny.py", "--n_items=3", "--repeats=1", "--device=cpu"]
@@ -2966,6 +2976,18 @@ def test_a_chat_remembers_its_turns_and_begins_anew_on_reset_and_system(monkeypa
     ]
     said = capsys.readouterr().out
     assert said.count("[a new conversation") == 2 and "[the context is full: oldest turns dropped: 1]" in said
+
+
+def test_of_a_conversation_only_what_is_new_is_computed(tmp_path, monkeypatch, capsys):
+    model, widths, hidden = tiny("modern", block_size=128), [], GPT.hidden
+    with torch.no_grad():
+        model.wte.weight[:], model.ln_f.weight[:] = 0, 0  # it answers with zeros
+    save_checkpoint(tmp_path / "chat.pt", model, stage="finetune", tokenizer="bytes")
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx, cache: widths.append(idx.shape[1]) or hidden(self, idx, cache))
+    monkeypatch.setattr(sample, "read_lines", lambda label: ["One?", "Two?"])
+    call(sample, checkpoint=str(tmp_path / "chat.pt"), device="cpu", temperature=0.0, max_new_tokens=7)
+    assert capsys.readouterr().out == ("\0" * 7 + "\n") * 2
+    assert widths == [6, 8]  # <|user|>One?<|assistant|>, then the last \0<|endoftext|><|user|>Two?<|assistant|>
 
 
 class Terminal:
