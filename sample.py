@@ -181,6 +181,8 @@ def main():
 
     if text:
         ids = prompt_ids(tokenizer, text, is_chat)
+        if len(ids) > block_size:
+            raise ValueError(f"the prompt has {len(ids)} tokens, into the context fit {block_size}")
         generated = timed(generate([ids] * num_samples), log)
         # the pieces of one answer come as they are made, several answers when all are there
         rows = [generated] if num_samples == 1 else [row[row >= 0, None] for row in torch.stack([*generated], dim=1)]

@@ -2489,6 +2489,9 @@ def test_several_samples_are_made_together_and_the_speed_is_told_when_asked(trai
     likeliest = capsys.readouterr().out
     call(sample, prompt="The ", temperature=0.0, **ask)
     assert capsys.readouterr().out == likeliest
+    with pytest.raises(ValueError, match="the prompt has 41 tokens, into the context fit 32"):
+        call(sample, prompt="long " * 8, **ask)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
