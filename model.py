@@ -276,7 +276,7 @@ class GPT(nn.Module):
         """Change the weights, for good, into what `generate` reads fastest; returns the model.
 
         Called under autocast, they take its dtype, and autocast is not needed any more. On a CPU in fp32, matrices with
-        more rows than columns are stored by columns: multiplied by a single row they take half the time or less.
+        more rows than columns are stored by columns: a token of a 30M-parameter model then took 0.54 of the time.
         """
         dtype = self.compute_dtype()
         for p in self.parameters():
