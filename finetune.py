@@ -15,7 +15,6 @@ import os
 import re
 from collections import Counter
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 from configurator import configure, settings_of
@@ -152,16 +151,12 @@ def answer_loss(model, conversations, batch_size, autocast):
 
 def complete(model, prompts, stop, max_new_tokens, autocast, batch_size=32):
     """The likeliest continuation of each prompt (lists of ids) up to `stop`, as a list of ids without it."""
-    texts, room = [[]] * len(prompts), model.config.block_size - max_new_tokens
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    # generation ends when the longest row of a batch fills the context: beyond `room`, only equal lengths go together
-    for _, group in groupby(order, key=lambda i: max(len(prompts[i]), room)):
-        group = list(group)
-        for rows in (group[i : i + batch_size] for i in range(0, len(group), batch_size)):
-            with autocast():
-                steps = list(model.generate([prompts[i] for i in rows], max_new_tokens, temperature=0, stop=stop))
-            for i, ids in zip(rows, torch.stack(steps, dim=1).tolist(), strict=True):
-                texts[i] = [token for token in ids if token not in (-1, stop)]
+    texts, order = [[]] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+        with autocast():
+            steps = list(model.generate([prompts[i] for i in rows], max_new_tokens, temperature=0, stop=stop))
+        for i, ids in zip(rows, torch.stack(steps, dim=1).tolist(), strict=True):
+            texts[i] = [token for token in ids if token not in (-1, stop)]
     return texts
 
 

@@ -143,33 +143,53 @@ class Block(nn.Module):
 class KVCache:
     """Keys and values of the positions seen so far, for B sequences that may differ in length.
 
-    Preallocated as (n_layer, B, H, S, D). `lengths` (B,) counts the filled positions of each sequence; `end` is an
-    upper bound of them that the host knows without asking the device, so that attention reads no further than needed.
+    Preallocated, (B, H, S, D) a layer. `lengths` (B,) counts the filled positions of each sequence, `ids` lists the
+    tokens that stand there; `end` is an upper bound of the lengths that the host knows without asking the device.
+    Attention reads up to `end`, and with `static` all S positions: each step has the same shapes, for torch.compile.
     """
 
-    def __init__(self, config, batch_size, n_positions, device, dtype):
-        shape = (config.n_layer, batch_size, config.n_head, n_positions, config.head_dim)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+    def __init__(self, config, batch_size, n_positions, device, dtype, static=False):
+        shape = (batch_size, config.n_head, n_positions, config.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.end = 0
+        self.ids, self.end, self.n_positions, self.static = [[] for _ in range(batch_size)], 0, n_positions, static
+        if static:  # tells CUDA graphs to write into these tensors, not into copies of them
+            for tensor in self.k + self.v:
+                torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def rewind(self, prompts):
+        """Forget all but what every prompt begins with, its last id excepted; returns how many positions that is."""
+        self.end = min(len(os.path.commonprefix([ids, p[:-1]])) for ids, p in zip(self.ids, prompts, strict=True))
+        self.ids = [ids[: self.end] for ids in self.ids]
+        self.lengths.fill_(self.end)
+        return self.end
 
     def begin(self, n_new):
         """Room for n_new positions a sequence; returns their absolute positions (B, n_new)."""
         self.end += n_new
-        if self.end > self.k.shape[3]:
-            raise ValueError(f"{self.end} positions do not fit into a cache of {self.k.shape[3]}")
+        if self.end > self.n_positions:
+            raise ValueError(f"{self.end} positions do not fit into a cache of {self.n_positions}")
+        self.n_read = self.n_positions if self.static else self.end
         self.positions = self.lengths[:, None] + torch.arange(n_new, device=self.lengths.device)
-        seen = torch.arange(self.end, device=self.lengths.device)
+        seen = torch.arange(self.n_read, device=self.lengths.device)
         self.mask = (seen <= self.positions[:, :, None])[:, None]  # (B, 1, T, S)
-        self.lengths = self.lengths + n_new
+        self.lengths += n_new
         return self.positions
+
+    def make_room(self):
+        """For one more position: where all is full, of a row that has ended, its last one will be overwritten."""
+        if self.end == self.n_positions:
+            self.end -= 1
+            self.lengths.clamp_(max=self.end)
 
     def extend(self, layer, k, v):
         """Store k, v (B, H, T, D) of the new positions; return all keys and values and the mask of who sees what."""
-        row = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
-        self.k[layer, row, :, self.positions] = k.transpose(1, 2).to(self.k.dtype)
-        self.v[layer, row, :, self.positions] = v.transpose(1, 2).to(self.v.dtype)
-        return self.k[layer, :, :, : self.end].to(k.dtype), self.v[layer, :, :, : self.end].to(v.dtype), self.mask
+        all_k, all_v = self.k[layer], self.v[layer]
+        all_k[self.rows, :, self.positions] = k.transpose(1, 2).to(all_k.dtype)
+        all_v[self.rows, :, self.positions] = v.transpose(1, 2).to(all_v.dtype)
+        return all_k[:, :, : self.n_read].to(k.dtype), all_v[:, :, : self.n_read].to(v.dtype), self.mask
 
 
 class GPT(nn.Module):
@@ -207,6 +227,9 @@ class GPT(nn.Module):
         if cache is None and T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}")
         positions = torch.arange(T, device=idx.device)[None] if cache is None else cache.begin(T)  # (1 or B, T)
+        return self.trunk(idx, positions, cache)
+
+    def trunk(self, idx, positions, cache):
         x, rope = self.wte(idx), None  # (B, T, C)
         if self.config.rotary:
             rope = self.cos[positions][:, None], self.sin[positions][:, None]  # (1 or B, 1, T, D/2)
@@ -243,53 +266,101 @@ class GPT(nn.Module):
         n_multiplied = self.n_params() - (0 if c.rotary else self.wpe.weight.numel())
         return 6 * n_multiplied + 6 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
-    @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, stop=None, generator=None):
-        """Continue B prompts (lists of ids, which may differ in length); yields a (B,) tensor of ids a step.
+    def compute_dtype(self):
+        """The dtype that matrices are multiplied in: autocast's where it is on, else that of the weights."""
+        device = self.wte.weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.wte.weight.dtype
 
-        temperature 0 takes the likeliest id; top_k > 0 samples among the k likeliest; `stop` is the id that ends a
-        sequence: it is yielded, then -1 for that row, and generation ends when all rows have ended. It also ends when
-        the longest row fills block_size. ValueError for an empty or too long prompt, or NaN logits.
+    @torch.no_grad()
+    def for_decoding(self):
+        """Change the weights, for good, into what `generate` reads fastest; returns the model.
+
+        Called under autocast, they take its dtype, and autocast is not needed any more. On a CPU in fp32, matrices with
+        more rows than columns are stored by columns: a token of a 30M-parameter model then took 0.54 of the time.
         """
-        device, lengths = self.wte.weight.device, [len(prompt) for prompt in prompts]
-        if not prompts or min(lengths) == 0 or max(lengths) > self.config.block_size:
-            raise ValueError(f"a prompt must have 1 to {self.config.block_size} tokens (block_size), not {lengths}")
-        n_steps = min(max_new_tokens, self.config.block_size - max(lengths) + 1)
-        dtype = (
-            torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
-        )
-        n_positions = max(lengths) + n_steps
-        cache = KVCache(self.config, len(prompts), n_positions, device, dtype)
+        dtype = self.compute_dtype()
+        for p in self.parameters():
+            p.data = p.data.to(dtype)
+            if p.ndim == 2 and p.shape[0] > p.shape[1] and p.device.type == "cpu" and dtype == torch.float32:
+                p.data = p.data.t().contiguous().t()
+        return self
+
+    def new_cache(self, batch_size, n_positions, static=False):
+        """A KVCache for this model, in the dtype that it computes in. A static one may be longer than asked."""
+        if static:
+            n_positions = min(-(-n_positions // 256) * 256, self.config.block_size)  # few sizes to compile for
+        return KVCache(self.config, batch_size, n_positions, self.wte.weight.device, self.compute_dtype(), static)
+
+    def prefill(self, prompts, cache):
+        """Read B prompts (lists of ids) into the cache, but for what it knows; (B, C) at the last id of each."""
+        n_known, longest, device = cache.rewind(prompts), max(map(len, prompts)), cache.rows.device
         # Prompts are padded on the right: causal attention keeps the padding out of sight, and as each row goes on at
         # its own length, the padding is overwritten.
-        idx = torch.tensor([p + [0] * (max(lengths) - len(p)) for p in prompts], device=device)  # (B, T)
-        lengths = torch.tensor(lengths, device=device)
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        for step in range(n_steps):
-            hidden = self.hidden(idx, cache)
-            if step == 0:
-                hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1][:, None]
-                cache.lengths = lengths
-            next_id = sample_next(self.logits(hidden[:, -1]).float(), temperature, top_k, generator)  # (B,)
-            yield next_id.masked_fill(ended, -1)
-            if stop is not None:
-                ended = ended | (next_id == stop)
-                if ended.all():
-                    return
-            idx = next_id[:, None]
+        idx = torch.tensor([p[n_known:] + [0] * (longest - len(p)) for p in prompts], device=device)  # (B, T)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        hidden = self.hidden(idx, cache)[cache.rows[:, 0], lengths - n_known - 1]
+        cache.lengths, cache.ids = lengths, [list(prompt) for prompt in prompts]
+        return hidden
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts, max_new_tokens, temperature=1.0, top_k=0, stop=None, generator=None,
+        top_p=1.0, cache=None, compile=False,
+    ):  # fmt: skip
+        """Continue B prompts (lists of ids, which may differ in length); a step yields (B,) ids, on the CPU.
+
+        temperature 0 takes the likeliest id, and each row is as if it were alone. top_k > 0 samples among the k
+        likeliest, top_p < 1 among the fewest that together have this probability. A row ends with the id `stop`, which
+        is yielded, after max_new_tokens, or when it fills block_size; then it yields -1 until all have ended.
+        `ends = yield from model.generate(...)` tells which of "stop", "max_new_tokens" and "block_size" ended each.
+
+        cache: a KVCache for B rows, new or of an earlier call; what the prompts share with that is not read again.
+        compile: steps of one shape (a given cache must be static), in CUDA graphs on a GPU; the first two take long.
+        ValueError for an empty or too long prompt, a cache of another size, and logits that are not numbers.
+        """
+        block_size, lengths = self.config.block_size, torch.tensor([len(prompt) for prompt in prompts])
+        if not prompts or lengths.min() < 1 or lengths.max() > block_size:
+            raise ValueError(f"a prompt must have 1 to {block_size} tokens (block_size), not {lengths.tolist()}")
+        room = (block_size + 1 - lengths).clamp(max=max_new_tokens)  # ids a row can get: the last one is not read
+        n_positions = max(int((lengths + room).max()) - 1, int(lengths.max()))
+        cache = self.new_cache(len(prompts), n_positions, static=compile) if cache is None else cache
+        if cache.n_positions < n_positions or len(cache.ids) != len(prompts):
+            raise ValueError(f"the cache must have {len(prompts)} rows of at least {n_positions} positions")
+        trunk = torch.compile(self.trunk, mode="reduce-overhead", dynamic=False) if compile else self.trunk
+        hidden, stopped = self.prefill(prompts, cache), torch.zeros(len(prompts), dtype=torch.bool)
+        for step in range(int(room.max())):
+            next_ids = sample_next(self.logits(hidden).float(), temperature, top_k, top_p, generator)
+            ids = next_ids.cpu()  # here, once a step, the host waits for the device
+            if ids.min() < 0:
+                raise ValueError("the model's logits are not numbers: training diverged; use an earlier checkpoint")
+            yield ids.masked_fill(stopped | (room <= step), -1)
+            stopped |= (room > step) & (ids == stop)
+            live = ~stopped & (room > step + 1)
+            if not live.any():
+                break
+            cache.make_room()
+            hidden = trunk(next_ids[:, None], cache.begin(1), cache)[:, -1]
+            for row in live.nonzero()[:, 0].tolist():
+                cache.ids[row].append(int(ids[row]))
+        ends = ["block_size" if r < max_new_tokens else "max_new_tokens" for r in room]
+        return ["stop" if row_stopped else end for row_stopped, end in zip(stopped, ends, strict=True)]
 
 
-def sample_next(logits, temperature, top_k, generator=None):
-    """(B, n_vocab) logits -> (B,) ids."""
-    if logits.isnan().any():
-        raise ValueError("the model's logits are not numbers: its training has diverged; use an earlier checkpoint")
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+def sample_next(logits, temperature, top_k=0, top_p=1.0, generator=None):
+    """(B, n_vocab) logits -> (B,) ids; -1 where the logits are not numbers. The host waits for nothing here."""
+    best, ids = logits.max(dim=-1)  # nan is the greatest
+    if temperature > 0:
+        order = None
+        if 0 < top_k < logits.shape[-1] or top_p < 1:
+            logits, order = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)  # (B, k), falling
+        probs = (logits / temperature).softmax(dim=-1)
+        if top_p < 1:
+            probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)  # what comes before is enough already
+        # A race: with arrival times exponential of rate p, the first is i with probability p_i. torch.multinomial draws
+        # like this as well, but checks its input on the host.
+        ids = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1)
+        ids = ids if order is None else order.gather(-1, ids[:, None])[:, 0]
+    return ids.masked_fill(~best.isfinite(), -1)
 
 
 def cross_entropy_sum(x, weight, targets):

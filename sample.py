@@ -3,13 +3,17 @@
     python sample.py --checkpoint=out/shakespeare/best.pt --prompt="ROMEO:" --num_samples=2
     python sample.py --checkpoint=out/finetune/best.pt
 
-With --prompt it answers once and ends. Without, it reads lines: from the keyboard, or from a pipe until its end. In a
-chat, /reset forgets the conversation, Ctrl-C stops an answer and Ctrl-D leaves. It writes nothing.
+With --prompt or --prompt_file it answers that and ends. Without, it reads lines: from the keyboard, or from a pipe to
+its end. In a chat, /reset forgets the conversation, and /system TEXT begins a new one that stands under TEXT. At the
+keyboard, Ctrl-C stops an answer and Ctrl-D leaves. It writes nothing.
 """
 
 import codecs
 import sys
+import time
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 from configurator import configure
 
@@ -20,14 +24,18 @@ from tokenizer import Tokenizer
 
 checkpoint = "out/fgpt_712m/best.pt"  # file of train.py, finetune.py or dpo.py
 prompt = ""  # text to continue or question to answer; empty: read lines
+prompt_file = ""  # a file with that text; its last line break does not count
 chat = None  # True: a conversation, False: completion; None: by the stage that wrote the checkpoint
-num_samples = 1  # answers to --prompt
+num_samples = 1  # answers to the prompt, made together
 max_new_tokens = 256  # longest answer, tokens
 temperature = 0.8  # 0: always the likeliest token
 top_k = 50  # sample among so many likeliest tokens; 0: all
+top_p = 1.0  # sample among the fewest tokens that together have this probability
 seed = 1337  # the same seed gives the same text
+speed = False  # print tokens/s at the end, on stderr
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
 dtype = ""  # float32 or bfloat16; empty: bfloat16 on GPUs that have it
+compile = False  # torch.compile: the first answer starts later, then all go faster; for GPUs
 
 
 def stream(tokenizer, generated, room=None):
@@ -48,16 +56,27 @@ def stream(tokenizer, generated, room=None):
 
 
 def say(pieces):
-    """Print pieces as they come; returns the whole text. Ctrl-C ends it early."""
+    """Print pieces as they come; returns the whole text. At a keyboard, Ctrl-C ends it early."""
     text = ""
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
             text += piece
     except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
         print(" [stopped]", end="")
     print()
     return text
+
+
+def timed(generated, log):
+    """The same steps; log gets (tokens, seconds) of each, without what is done with it afterwards."""
+    start = time.perf_counter()
+    for ids in generated:
+        log.append((int((ids >= 0).sum()), time.perf_counter() - start))
+        yield ids
+        start = time.perf_counter()
 
 
 def prompt_ids(tokenizer, text, is_chat, history=()):
@@ -71,24 +90,32 @@ def prompt_ids(tokenizer, text, is_chat, history=()):
 def fit_into_context(tokenizer, text, history, block_size, room):
     """(ids, history) with the oldest whole turns dropped until `room` tokens are left for the answer.
 
-    ValueError if the question alone is too long.
+    A system message stays. ValueError if the question is too long without any turns.
     """
-    room = min(room, block_size // 4)
-    while len(ids := prompt_ids(tokenizer, text, True, history)) > block_size - room:
-        if not history:
+    room, n_system = min(room, block_size // 4), sum(message["role"] == "system" for message in history)
+    system, turns = history[:n_system], history[n_system:]
+    while len(ids := prompt_ids(tokenizer, text, True, [*system, *turns])) > block_size - room:
+        if not turns:
             raise ValueError(f"that is {len(ids)} tokens; with an answer only {block_size - room} fit into the context")
-        history = history[2:]
-    return ids, history
+        turns = turns[2:]
+    return ids, [*system, *turns]
 
 
 def read_lines(label):
-    """Lines from the keyboard or a pipe, until Ctrl-D or its end."""
-    label = label if sys.stdin.isatty() else ""
+    """Lines from the keyboard or a pipe, until Ctrl-D or its end. Ctrl-C at the keyboard drops a line."""
+    keyboard = sys.stdin.isatty()
+    with suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401  (arrow keys work in input)
     while True:
         try:
-            line = input(label)
-        except (EOFError, KeyboardInterrupt):
-            return
+            line = input(label if keyboard else "")
+        except KeyboardInterrupt:
+            if not keyboard:
+                raise
+            print("\n[Ctrl-D leaves]")
+            continue
+        except EOFError:
+            return print() if keyboard else None
         if line.strip():
             yield line
 
@@ -96,49 +123,83 @@ def read_lines(label):
 def converse(answer, tokenizer, block_size, room):
     """Chat until the input ends. answer(ids) prints and returns the text that follows the ids."""
     history = []
+    if sys.stdin.isatty():
+        print("[/reset: a new conversation, /system TEXT: one under TEXT, Ctrl-C: stop an answer, Ctrl-D: leave]")
     for line in read_lines("you: "):
-        if line.strip() == "/reset":
-            history = []
+        command, _, text = line.strip().partition(" ")
+        if command == "/reset":
+            history = [message for message in history if message["role"] == "system"]
             print("[the conversation is forgotten]")
-            continue
-        try:
-            ids, kept = fit_into_context(tokenizer, line, history, block_size, room)
-        except ValueError as error:
-            print(f"[{error}]")
-            continue
-        if len(kept) < len(history):
-            print(f"[the context is full: oldest turns dropped: {(len(history) - len(kept)) // 2}]")
-        text = answer(ids)
-        history = [*kept, {"role": "user", "content": line}, {"role": "assistant", "content": text}]
+        elif command == "/system":
+            history = [{"role": "system", "content": text.strip()}] if text.strip() else []
+            print(f"[a new conversation, {'under that' if history else 'with no system message'}]")
+        else:
+            try:
+                ids, kept = fit_into_context(tokenizer, line, history, block_size, room)
+            except ValueError as error:
+                print(f"[{error}]")
+                continue
+            if len(kept) < len(history):
+                print(f"[the context is full: oldest turns dropped: {(len(history) - len(kept)) // 2}]")
+            history = [*kept, {"role": "user", "content": line}, {"role": "assistant", "content": answer(ids)}]
+
+
+def check():
+    """The text of the prompt. ValueError for settings that cannot be used, OSError for a missing file."""
+    if chat not in (None, True, False) or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError("chat is None, True or False, temperature and top_k at least 0, top_p above 0 and at most 1")
+    if max_new_tokens < 1 or num_samples < 1 or (prompt and prompt_file):
+        raise ValueError("max_new_tokens and num_samples are at least 1, and prompt or prompt_file is given, not both")
+    text = prompt or (prompt_file and Path(prompt_file).read_text(encoding="utf-8", errors="replace"))
+    if prompt_file and not text.strip():
+        raise ValueError(f"{prompt_file} is empty")
+    if not text and num_samples > 1:
+        raise ValueError("num_samples needs a prompt")
+    return text.removesuffix("\n") if prompt_file else text
 
 
 def main():
-    if chat not in (None, True, False) or temperature < 0 or max_new_tokens < 1:
-        raise ValueError("chat must be None, True or False, temperature at least 0 and max_new_tokens at least 1")
+    text, log = check(), []
+    for file in (sys.stdin, sys.stdout):
+        if hasattr(file, "reconfigure"):  # whatever bytes come in or can go out, it is not the end
+            file.reconfigure(errors="replace")
     compute, autocast = pick_device(device, dtype)
     model, stored = load_model(checkpoint, compute)
+    with autocast():
+        model.for_decoding()
     tokenizer = Tokenizer(stored["tokenizer"])
-    is_chat = stored["stage"] != "pretrain" if chat is None else chat
-    generator = torch.Generator(compute).manual_seed(seed)
-    generate = partial(model.generate, temperature=temperature, top_k=top_k, stop=tokenizer.eot, generator=generator)
+    is_chat, block_size = stored["stage"] != "pretrain" if chat is None else chat, model.config.block_size
+    # one cache for all that is typed: what a question has in common with the one before, its conversation, stays
+    cache = None if text else model.new_cache(1, block_size, static=compile)
+    generate = partial(
+        model.generate, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        stop=tokenizer.eot, generator=torch.Generator(compute).manual_seed(seed), cache=cache, compile=compile,
+    )  # fmt: skip
 
     def answer(ids):
-        with autocast():
-            room = model.config.block_size - len(ids) + 1
-            return say(stream(tokenizer, generate([ids], max_new_tokens), room))
+        return say(stream(tokenizer, timed(generate([ids]), log), block_size - len(ids) + 1))
 
-    if prompt:
-        for _ in range(num_samples):
-            print("" if is_chat else prompt, end="")
-            answer(prompt_ids(tokenizer, prompt, is_chat))
+    if text:
+        ids = prompt_ids(tokenizer, text, is_chat)
+        if len(ids) > block_size:
+            raise ValueError(f"the prompt has {len(ids)} tokens, into the context fit {block_size}")
+        generated = timed(generate([ids] * num_samples), log)
+        # the pieces of one answer come as they are made, several answers when all are there
+        rows = [generated] if num_samples == 1 else [row[row >= 0, None] for row in torch.stack([*generated], dim=1)]
+        for row in rows:
+            print("" if is_chat else text, end="", flush=True)
+            say(stream(tokenizer, row, block_size - len(ids) + 1))
     elif is_chat:
-        converse(answer, tokenizer, model.config.block_size, max_new_tokens)
+        converse(answer, tokenizer, block_size, max_new_tokens)
     else:
         for line in read_lines("text to continue: "):
             try:
                 answer(prompt_ids(tokenizer, line, False))
             except ValueError as error:
                 print(f"[{error}]")
+    if speed and log:
+        n, seconds = (sum(column) for column in zip(*log, strict=True))
+        print(f"{n:,} tokens in {seconds:.2f} s: {n / seconds:.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

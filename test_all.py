@@ -15,6 +15,7 @@ import random
 import re
 import resource
 import runpy
+import select
 import shlex
 import shutil
 import signal
@@ -353,6 +354,116 @@ def test_generation_with_the_cache_equals_recomputing_the_context(family):
         assert ids[len(prompt) :] == got
 
 
+def generate_all(model, prompts, *arguments, **settings):
+    """(the ids of each row, what ended each)."""
+    ends = None
+
+    def steps():
+        nonlocal ends
+        ends = yield from model.generate(prompts, *arguments, **settings)
+
+    rows = torch.stack(list(steps()), dim=1).tolist()
+    return [[i for i in row if i != -1] for row in rows], ends
+
+
+@families
+def test_each_row_of_a_batch_goes_on_to_its_own_end_as_if_it_were_alone_and_says_what_it_was(family):
+    model, prompts = tiny(family), [[1, 2, 3], [4] * 30, [5] * 32, [6, 7], [8] * 31]
+    free, _ = generate_all(model, prompts, 28, temperature=0)
+    stop = next(i for i in free[0][3:] if all(i not in row for row in free[1:]))
+    alone = [generate_all(model, [prompt], 28, temperature=0, stop=stop) for prompt in prompts]
+    rows, ends = generate_all(model, prompts, 28, temperature=0, stop=stop)
+    assert rows == [one[0] for one, _ in alone] and ends == [end[0] for _, end in alone]
+    assert ends == ["stop", "block_size", "block_size", "max_new_tokens", "block_size"]
+    assert [len(row) for row in rows[1:]] == [3, 1, 28, 2] and rows[0][-1] == stop
+
+
+def test_a_cache_that_is_handed_in_again_is_read_on_from_where_the_prompts_differ(monkeypatch):
+    model, widths, hidden = tiny("modern"), [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx, cache: widths.append(idx.shape[1]) or hidden(self, idx, cache))
+    cache = model.new_cache(2, 32)
+    prompts = [[1, 2, 3, 4], [1, 2, 3, 9, 9]]
+    first, _ = generate_all(model, prompts, 6, temperature=0, cache=cache)
+    longer = [prompt + row + [7, 8] for prompt, row in zip(prompts, first, strict=True)]
+    for others, width in ((longer, 4), (longer, 2), (prompts, 2), ([[5, 6], [7]], 2)):
+        expected = generate_all(model, others, 6, temperature=0)
+        assert generate_all(model, others, 6, temperature=0, cache=cache) == expected
+        assert widths[-1] == width  # the last id of a prompt is read anyway, and the last one generated was never read
+    with pytest.raises(ValueError, match="the cache must have 1 rows of at least 9"):
+        list(model.generate([[1] * 4], 6, cache=cache))
+    with pytest.raises(ValueError, match="rows of at least 32 positions"):
+        list(model.generate([[1], [2]], 99, cache=model.new_cache(2, 31)))
+
+
+@pytest.mark.parametrize("calls", range(1, 7))
+def test_a_cache_survives_an_interruption_anywhere(calls):
+    model, cache = tiny("modern"), tiny("modern").new_cache(1, 32)
+    free, _ = generate_all(model, [[1, 2, 3]], 9, temperature=0)
+    left = iter(range(calls))
+
+    def interrupt(*_):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    hook = model.h[calls % 2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(model.generate([[1, 2, 3]], 9, temperature=0, cache=cache))
+    hook.remove()
+    prompts, new = [[1, 2, 3, *free[0], 5]], model.new_cache(1, 32)
+    with torch.inference_mode():
+        assert (model.prefill(prompts, cache) - model.prefill(prompts, new)).abs().max() < 1e-5
+
+
+@families
+def test_compiled_steps_give_the_same_ids_and_are_one_graph_whatever_the_prompts(family, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    compile = torch.compile  # the kernels are inductor's business, and take it long: here PyTorch's own, fullgraph
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **kw: compile(f, backend="aot_eager", fullgraph=True, **kw))
+    model, before = tiny(family).for_decoding(), counters["stats"]["unique_graphs"]
+    for prompts in ([[1, 2, 3], [4, 5, 6, 7, 8, 9, 10]], [[1], [2, 3]]):
+        for changes in (dict(temperature=0), dict(generator=torch.Generator().manual_seed(1), top_k=5)):
+            expected = generate_all(model, prompts, 31, **changes)
+            if "generator" in changes:
+                changes["generator"].manual_seed(1)
+            assert generate_all(model, prompts, 31, compile=True, **changes) == expected
+    assert counters["stats"]["unique_graphs"] == before + 1
+
+
+def test_weights_made_for_decoding_give_the_same_logits_and_take_the_dtype_of_autocast():
+    idx = torch.randint(259, (2, 20), generator=torch.Generator().manual_seed(0))
+    for family in FAMILIES:
+        model, fast = tiny(family), tiny(family).for_decoding()
+        assert fast.wte.weight.stride() == (1, 320) and fast.h[0].mlp.c_proj.weight.is_contiguous()
+        assert (model(idx) - fast(idx)).abs().max() < 1e-5
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected, fast = model(idx), tiny(family).for_decoding()
+        assert {p.dtype for p in fast.parameters()} == {torch.bfloat16}
+        assert F.cosine_similarity(fast(idx).float(), expected.float(), dim=-1).min() > 0.999
+        assert "cos" not in dict(fast.named_buffers()) or fast.cos.dtype == torch.float32
+
+
+class Ops(torch.utils._python_dispatch.TorchDispatchMode):
+    """Collects the names of the operations that are called."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_leaves_nothing_for_the_host_to_wait_for_but_the_ids():
+    model, waiting = tiny(), {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "multinomial", "unique2"}
+    cache = model.new_cache(2, 32)
+    with torch.inference_mode(), Ops() as ops:
+        ops.names = set()
+        hidden = model.prefill([[1, 2], [3]], cache)
+        for settings in (dict(), dict(top_k=5), dict(top_p=0.9), dict(top_k=5, top_p=0.9), dict(temperature=0)):
+            ids = model_py.sample_next(model.logits(hidden), **(dict(temperature=0.8) | settings))
+            cache.make_room()
+            hidden = model.trunk(ids[:, None], cache.begin(1), cache)[:, -1]
+    assert "argmax" in ops.names and "topk" in ops.names and not ops.names & waiting
+
+
 @families
 def test_generation_fills_the_context_and_ends(family):
     model = tiny(family)
@@ -389,9 +500,30 @@ def test_rows_stop_one_by_one_and_the_same_seed_gives_the_same_text():
 
 def test_top_k_samples_only_among_the_k_likeliest():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).repeat(500, 1)
-    drawn = model_py.sample_next(logits, 1.0, 2, torch.Generator().manual_seed(0))
+    drawn = model_py.sample_next(logits, 1.0, 2, generator=torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == {1, 2}
     assert abs((drawn == 1).float().mean() - 1 / (1 + math.exp(-1))) < 0.06
+
+
+def test_top_p_samples_only_among_the_fewest_that_together_have_the_probability():
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log().repeat(1000, 1)
+
+    def draw(**settings):
+        return model_py.sample_next(logits, 1.0, generator=torch.Generator().manual_seed(0), **settings)
+
+    for top_p, kept in ((1e-9, {1}), (0.49, {1}), (0.79, {1, 3}), (0.81, {0, 1, 3}), (1.0, {0, 1, 2, 3})):
+        assert set(draw(top_p=top_p).tolist()) == kept, top_p
+    assert set(draw(top_k=2, top_p=0.6).tolist()) == {1}  # 0.625 of what top_k leaves
+    assert abs((draw(top_p=0.79) == 1).float().mean() - 0.5 / 0.8) < 0.05
+    shares = torch.bincount(draw(), minlength=4) / 1000
+    assert (shares - logits[0].exp()).abs().max() < 0.05
+
+
+def test_the_row_whose_logits_are_not_numbers_is_known():
+    logits = torch.zeros(4, 10)
+    logits[0, 3], logits[2, 4], logits[3] = math.nan, math.inf, -math.inf
+    for temperature, settings in ((0, {}), (1.0, {}), (1.0, dict(top_k=3)), (1.0, dict(top_p=0.5))):
+        assert (model_py.sample_next(logits, temperature, **settings) < 0).tolist() == [True, False, True, True]
 
 
 def test_logits_that_are_not_numbers_are_an_error():
@@ -2090,6 +2222,15 @@ def test_the_training_benchmark_measures_a_step_of_train_py_and_the_ceiling_in_a
     assert np.isnan(bench.in_child(os._exit, 1)).all()  # as the system ends what takes too much memory
 
 
+def test_the_decode_benchmark_tells_speed_first_token_share_of_the_limit_and_gain_over_recomputing(tmp_path):
+    (tmp_path / "small.py").write_text('tokenizer = "bytes"\nblock_size, n_layer, n_head, n_embd = 64, 1, 2, 32\n')
+    rows = list(bench.decode(f"{tmp_path}/small.py", "1,3", 99, 1, "cpu", ""))
+    assert [(row["batch"], row["way"]) for row in rows] == [(1, "eager"), (3, "eager")]
+    for row in rows:
+        assert row["tokens/s"] > 0 and row["first token, ms"] > 0 and 0 <= row["of the limit"] < 1
+        assert row["ratio"] == row["tokens/s"] / row["recomputing"]
+
+
 def test_the_hellaswag_benchmark_compares_two_ways_to_the_same_numbers_and_keeps_them_as_json(tmp_path):
     (tmp_path / "tiny.py").write_text("n_layer = n_head = 1\nn_embd = 16\nblock_size = 100\ntokenizer = 'gpt2'\n")
     settings = [f"--configs={tmp_path}/tiny.py", "--n_items=3", "--repeats=1", "--device=cpu", "--json"]
@@ -2393,11 +2534,52 @@ def test_sampling_continues_a_prompt_the_same_way_for_the_same_seed(trained):
     assert run(*ask, "--temperature=0", "--num_samples=2").count("The ") >= 2
 
 
-def test_sampling_reads_lines_from_a_pipe(trained):
-    output = run(
-        "sample.py", f"--checkpoint={trained}/best.pt", "--max_new_tokens=5", "--device=cpu", input="A dog\nThe\n"
+def test_sampling_reads_lines_from_a_pipe_whatever_bytes_they_hold(trained):
+    command = [sys.executable, "sample.py", f"--checkpoint={trained}/best.pt", "--max_new_tokens=5", "--device=cpu"]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, cwd=ROOT, input=b"A dog\nThe \xff\n", capture_output=True, env=strict)
+    assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) >= 2
+
+
+def test_several_samples_are_made_together_and_the_speed_is_told_when_asked(trained, tmp_path, monkeypatch, capsys):
+    batches, generate = [], GPT.generate
+    monkeypatch.setattr(
+        GPT,
+        "generate",
+        lambda self, prompts, **kwargs: batches.append(len(prompts)) or generate(self, prompts, **kwargs),
     )
-    assert len(output.splitlines()) >= 2
+    ask = dict(checkpoint=f"{trained}/best.pt", max_new_tokens=6, device="cpu")
+    call(sample, prompt="The ", num_samples=3, speed=True, **ask)
+    told = capsys.readouterr()
+    assert batches == [3] and told.out.count("The ") >= 3 and len({*told.out.split("The ")}) > 2
+    assert re.fullmatch(r"18 tokens in \d+\.\d\d s: \d+\.\d tokens/s\n", told.err)
+    (tmp_path / "a.txt").write_text("The \n")
+    call(sample, prompt_file=str(tmp_path / "a.txt"), num_samples=3, **ask)
+    assert capsys.readouterr() == (told.out, "")
+    call(sample, prompt="The ", top_p=1e-9, temperature=5.0, **ask)
+    likeliest = capsys.readouterr().out
+    call(sample, prompt="The ", temperature=0.0, **ask)
+    assert capsys.readouterr().out == likeliest
+    with pytest.raises(ValueError, match="the prompt has 41 tokens, into the context fit 32"):
+        call(sample, prompt="long " * 8, **ask)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(top_p=0.0), "top_p above 0"),
+        (dict(temperature=-1.0), "temperature and top_k at least 0"),
+        (dict(max_new_tokens=0), "at least 1"),
+        (dict(prompt="a", prompt_file="b"), "not both"),
+        (dict(num_samples=2), "num_samples needs a prompt"),
+        (dict(prompt_file="nowhere.txt"), "No such file"),
+        (dict(prompt_file=os.devnull), "is empty"),
+    ],
+)
+def test_settings_that_sampling_cannot_use_are_refused(change, said):
+    with pytest.raises((ValueError, OSError), match=said):
+        call(sample, **change)
 
 
 @families
@@ -2844,8 +3026,105 @@ def test_a_full_context_drops_the_oldest_whole_turns():
     turn = [{"role": "user", "content": "a" * 10}, {"role": "assistant", "content": "b" * 10}]
     ids, kept = sample.fit_into_context(coder, "question", turn * 5, 100, 20)
     assert kept == turn * 3 and len(ids) <= 80 and coder.decode(ids).endswith("<|user|>question<|assistant|>")
-    with pytest.raises(ValueError, match="fit into the context"):
-        sample.fit_into_context(coder, "q" * 100, turn, 100, 20)
+    system = [{"role": "system", "content": "Be brief."}]
+    ids, kept = sample.fit_into_context(coder, "question", system + turn * 5, 100, 20)
+    assert kept == system + turn * 2 and coder.decode(ids).startswith("<|user|>Be brief.\n\naaaa")
+    for history in (turn, system + turn):
+        with pytest.raises(ValueError, match="fit into the context"):
+            sample.fit_into_context(coder, "q" * 100, history, 100, 20)
+
+
+def test_a_chat_remembers_its_turns_and_begins_anew_on_reset_and_system(monkeypatch, capsys):
+    coder, asked = Tokenizer("bytes"), []
+    lines = ["/system Be brief.", "One?", "Two?", "/reset", "Three?", "/system ", "Four?", "/resets", "x" * 80]
+    monkeypatch.setattr(sample, "read_lines", lambda label: lines)
+    sample.converse(lambda ids: asked.append(coder.decode(ids)) or "Yes.", coder, 128, 40)
+    begun = "<|user|>Be brief.\n\nOne?<|assistant|>"
+    assert asked == [
+        begun,
+        begun + "Yes.<|endoftext|><|user|>Two?<|assistant|>",
+        "<|user|>Be brief.\n\nThree?<|assistant|>",
+        "<|user|>Four?<|assistant|>",
+        "<|user|>Four?<|assistant|>Yes.<|endoftext|><|user|>/resets<|assistant|>",  # not a command
+        "<|user|>/resets<|assistant|>Yes.<|endoftext|><|user|>" + "x" * 80 + "<|assistant|>",
+    ]
+    said = capsys.readouterr().out
+    assert said.count("[a new conversation") == 2 and "[the context is full: oldest turns dropped: 1]" in said
+
+
+def test_of_a_conversation_only_what_is_new_is_computed(tmp_path, monkeypatch, capsys):
+    model, widths, hidden = tiny("modern", block_size=128), [], GPT.hidden
+    with torch.no_grad():
+        model.wte.weight[:], model.ln_f.weight[:] = 0, 0  # it answers with zeros
+    save_checkpoint(tmp_path / "chat.pt", model, stage="finetune", tokenizer="bytes")
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx, cache: widths.append(idx.shape[1]) or hidden(self, idx, cache))
+    monkeypatch.setattr(sample, "read_lines", lambda label: ["One?", "Two?"])
+    call(sample, checkpoint=str(tmp_path / "chat.pt"), device="cpu", temperature=0.0, max_new_tokens=7)
+    assert capsys.readouterr().out == ("\0" * 7 + "\n") * 2
+    assert widths == [6, 8]  # <|user|>One?<|assistant|>, then the last \0<|endoftext|><|user|>Two?<|assistant|>
+
+
+class Terminal:
+    """A command at a terminal of its own: text is typed, and what it prints is waited for."""
+
+    def __init__(self, *arguments):
+        self.end, theirs = os.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            env=os.environ | {"TERM": "dumb"}, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(theirs)
+        self.shown = ""
+
+    def type(self, text):
+        os.write(self.end, text.encode())
+
+    def wait_for(self, text, keys=""):
+        """Everything that was printed until then. keys: pressed, and again where nothing follows.
+
+        (A signal that comes just before a process waits for a key is seen after the next key only.)
+        """
+        self.type(keys)
+        for _ in range(1000):
+            if text in self.shown:
+                break
+            if select.select([self.end], [], [], 1 if keys else 60)[0]:
+                self.shown += os.read(self.end, 1000).decode(errors="replace")
+            else:
+                assert keys, self.shown
+                self.type(keys)
+        before, self.shown = self.shown.split(text, 1)
+        return before
+
+    def leave(self):
+        """The exit code after Ctrl-D."""
+        self.type("\x04")
+        with suppress(OSError):  # the end of it
+            while os.read(self.end, 1000):
+                pass
+        os.close(self.end)
+        return self.process.wait(60)
+
+
+def test_at_a_keyboard_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path):
+    model = tiny("modern", block_size=100_000)  # its answer would take minutes
+    with torch.no_grad():
+        model.wte.weight[:], model.ln_f.weight[:] = 0, 0
+    save_checkpoint(tmp_path / "chat.pt", model, stage="finetune", tokenizer="bytes")
+    settings = (f"--checkpoint={tmp_path}/chat.pt", "--device=cpu", "--temperature=0", "--max_new_tokens=90000")
+    chat = Terminal("sample.py", *settings)
+    assert "/system TEXT" in chat.wait_for("you: ")
+    chat.type("Hé, who\n")
+    chat.wait_for("\0" * 20)  # the answer streams
+    chat.wait_for("[stopped]", "\x03")
+    chat.wait_for("you: ")
+    chat.type("half a line")
+    chat.wait_for("half a line")
+    chat.wait_for("[Ctrl-D leaves]", "\x03")
+    chat.type("/reset\n")
+    chat.wait_for("[the conversation is forgotten]")
+    chat.wait_for("you: ")
+    assert chat.leave() == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4064,7 +4343,7 @@ def test_the_recipes_of_the_race_have_equal_sizes_and_a_finished_run_is_not_run_
     assert max(sizes) < 1.01 * min(sizes)
     options = [f"--data_dir={story}/data", "--max_steps=2", "--eval_tokens=1024", "--device=cpu"]
     first = race.run(str(ROOT / "config/race.py"), "modern + Muon", tmp_path / "run", *options)
-    assert len(race.curve(first).T) == 2 and first[-1]["tokens"] == 2 * 2048
+    assert len(race.curve(first).T) == 2 and first[-1]["step"] == 2
     before = (tmp_path / "run/log.jsonl").read_bytes()
     assert race.run("no config", "modern + Muon", tmp_path / "run") == first
     assert (tmp_path / "run/log.jsonl").read_bytes() == before

@@ -7,6 +7,7 @@
     python -m tools.bench checkpoint --configs=config/small.py    seconds to write and to load a checkpoint
     python -m tools.bench tokenize --source='texts/*.parquet'     prepare_fineweb.py against tiktoken alone
     python -m tools.bench hellaswag --configs=config/small.py     items/s, and those of one item at a time
+    python -m tools.bench decode --configs=config/gpt2_124m.py    tokens/s of sampling
 
 Things that are compared take turns, `repeats` times, and medians are printed: machines are noisy. What is measured for
 its memory runs in a process of its own; nan: it did not fit. --json=True prints a line to keep as well.
@@ -61,6 +62,8 @@ learning_rates = "2e-3,4e-3,8e-3"  # race: of the baseline, ascending; the best 
 source = ""  # tokenize: files of text, as in prepare_fineweb.py
 workers = 0  # tokenize: threads (0: all cores)
 n_items = 64  # hellaswag: items to score
+decode_batches = "1,64"  # decode: rows generated together
+new_tokens = 512  # decode: tokens for each of them
 
 
 def machine():
@@ -374,6 +377,67 @@ def hellaswag_items(configs, n_items, repeats, device, dtype):
         yield row | {"sums differ by, nats": error}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# generation
+
+
+def copy_bandwidth(device, n_bytes=2**28):
+    """Bytes/s that a copy reads and writes: what limits decoding, which reads all weights for each token."""
+    source = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * n_bytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(5))
+
+
+def decoding(model, prompts, n_new, compile=False):
+    """(tokens/s after the first token, seconds to the first one) of sampling with sample.py's defaults."""
+    start = time.perf_counter()
+    steps = model.generate(prompts, n_new, 0.8, 50, compile=compile)
+    next(steps)
+    first = time.perf_counter()
+    n = sum(len(ids) for ids in steps)
+    return n / (time.perf_counter() - first), first - start
+
+
+@torch.inference_mode()
+def recomputing(model, prompts, n_new, n_measured=16):
+    """Tokens/s without a cache: the whole context for each token. Measured at 16 lengths spread over the new tokens."""
+    n_first, device, seconds = len(prompts[0]), model.wte.weight.device, []
+    for number in range(n_measured):
+        idx = torch.ones(len(prompts), n_first + int(n_new * (number + 0.5) / n_measured), dtype=torch.long).to(device)
+        seconds.append(seconds_of(lambda idx=idx: model.logits(model.hidden(idx)[:, -1]), device, 1))
+    return len(prompts) / statistics.mean(seconds)
+
+
+def decode(configs, batches, new_tokens, repeats, device, dtype, n_prompt=16):
+    """Against recomputing the whole context for each token, and against the limit that the memory's bandwidth sets.
+
+    The limit: all weights, and the mean of each row's keys and values, at the speed of a copy in this run.
+    """
+    device, autocast = model_py.pick_device(device, dtype)
+    for config in configs.split(","):
+        model = make(config, device)[0].eval()
+        with autocast():
+            model.for_decoding()
+        c, n_new = model.config, min(new_tokens, model.config.block_size - n_prompt)
+        size = model.wte.weight.element_size()
+        row_bytes = 2 * c.n_layer * c.n_head * c.head_dim * (n_prompt + n_new / 2) * size
+        for n_rows in map(int, batches.split(",")):
+            prompts = np.random.default_rng(0).integers(0, c.n_vocab, (n_rows, n_prompt)).tolist()
+            ways = {"eager": partial(decoding, model, prompts, n_new)}
+            if device.type == "cuda":
+                ways["compiled"] = partial(decoding, model, prompts, n_new, True)
+            for way in ways.values():
+                way()  # warms up, compiles
+            ways["recomputing"] = partial(recomputing, model, prompts, n_new)
+            ways["copy"] = partial(copy_bandwidth, device)
+            found = take_turns(repeats, ways)
+            slow, bandwidth = found.pop("recomputing"), found.pop("copy")
+            for way, (speed, first) in found.items():
+                share = (model.n_params() * size + n_rows * row_bytes) / bandwidth / (n_rows / speed)
+                row = {"config": config, "batch": n_rows, "way": way, "tokens/s": speed, "first token, ms": first * 1e3}
+                yield row | {"of the limit": share, "recomputing": slow, "ratio": speed / slow}
+
+
 def main(what):
     options = activation_checkpointing, tokens_per_step, compile
     rates = sorted(float(rate) for rate in learning_rates.split(","))
@@ -386,6 +450,7 @@ def main(what):
         "tokenize": lambda: tokenize(source, workers, repeats),
         "hellaswag": lambda: hellaswag_items(configs, n_items, repeats, device, dtype),
         "checkpoint": lambda: checkpoint(configs, repeats, device),
+        "decode": lambda: decode(configs, decode_batches, new_tokens, repeats, device, dtype),
     }
     if what not in measurements:
         raise ValueError(f"python -m tools.bench WHAT, one of {', '.join(measurements)}: not {what!r}")
