@@ -2443,7 +2443,7 @@ def test_one_batch_is_overfitted_to_near_zero(family):
 
 
 def test_the_schedule_warms_up_holds_and_decays_to_its_floor():
-    scale = functools.partial(train.lr_scale, max_steps=100, warmup_steps=10)
+    scale = functools.partial(train.lr_scale, max_steps=100, warmup_steps=10, decay_fraction=0.4)
     assert [scale(s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
     assert scale(30) == scale(60) == 1.0
     assert [round(scale(s), 6) for s in (70, 80, 99)] == [0.75, 0.5, 0.025]

@@ -77,7 +77,7 @@ beta2 = 0.95  # AdamW's second momentum
 grad_clip = 1.0  # largest gradient norm; 0: no clipping
 warmup_steps = 200  # linear from 0 to the peak
 schedule = "constant"  # after warm-up: constant or cosine
-decay_fraction = 0.4  # share of the run at its end that decays linearly (constant)
+decay_fraction = 0.7  # share of the run at its end that decays linearly (constant)
 final_lr_fraction = 0.0  # share of the peak at which the decay ends
 seed = 1337  # of the initial weights and the data order
 # evaluation and output
@@ -250,7 +250,7 @@ def next_token_batch(windows, n_rows, step):
 # one step
 
 
-def lr_scale(step, max_steps, warmup_steps, schedule="constant", decay_fraction=0.4, final_lr_fraction=0.0):
+def lr_scale(step, max_steps, warmup_steps, schedule="constant", decay_fraction=0.7, final_lr_fraction=0.0):
     """Share of the peak learning rate that step 0 <= step < max_steps uses."""
     if schedule not in ("constant", "cosine"):
         raise ValueError(f"schedule must be constant or cosine, not {schedule!r}")
