@@ -6,6 +6,7 @@ import fcntl
 import functools
 import gzip
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -19,6 +20,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -79,6 +81,7 @@ from model import (  # noqa: E402
     save_checkpoint,
 )
 from prepare_fineweb import write_shard  # noqa: E402
+from space import app as space_app  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from tools import bench, contamination, convert_hf, race, summary, toyworld  # noqa: E402
 
@@ -4455,6 +4458,448 @@ def test_plot_refuses_what_it_cannot_draw_in_one_line(tmp_path):
         done = plot(argument, f"--out={tmp_path / 'plot.png'}", env=os.environ | {"PYTHONPATH": str(tmp_path)})
         assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, (argument, done.stderr)
     assert not (tmp_path / "plot.png").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# space/app.py: the page in the browser
+
+CHROMIUM = shutil.which("chromium")
+QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
+QUIET += ["--disable-component-update", "--disable-sync"]
+MARKUP = "<b>1</b><script>x()</script> &lt;  **a** ![i](http://127.0.0.1:9/i.png) $$x$$ <img src=http://127.0.0.1:9>"
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A context of a headless Chromium, the system's: its pages share the cache, and nothing that counts here."""
+    pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("no chromium here: apt-get install chromium")
+    with playwright.sync_playwright() as p:
+        yield p.chromium.launch(executable_path=CHROMIUM, args=QUIET).new_context()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Site:
+    """A served page and its visitors. Its model writes `script` token by token, as many as `let` allows."""
+
+    def __init__(self, chromium, stage, **sizes):
+        self.model, self.coder, self.chromium = tiny(**dict(block_size=160) | sizes), Tokenizer("bytes"), chromium
+        self.script, self.gate, self.ended = "", threading.Semaphore(0), threading.Event()
+        self.prompts, self.running = [], 0
+        self.most_running, self.requests, self.regular, self.guests = 0, [], None, []
+        self.model.generate, self.real_generate = self.generate, self.model.generate
+        stored = dict(stage=stage, tokenizer="bytes", tokens=12_345, metrics=dict(val_loss=1.23456, hellaswag_acc=0.25))
+        self.page, self.address = space_app.launch(self.model, stored, 1, "", free_port())
+
+    def generate(self, prompts, max_new_tokens, *arguments, stop):
+        self.prompts.append(self.coder.decode(prompts[0]))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            for token in [*self.coder.encode(self.script)[:max_new_tokens], stop]:
+                assert self.gate.acquire(timeout=30)
+                yield torch.tensor([token])
+        finally:
+            self.running -= 1
+            self.ended.set()
+
+    def let(self, tokens):
+        self.gate.release(tokens)
+
+    def visit(self):
+        """A new visitor's page."""
+        page = self.chromium.new_page()
+        self.guests.append(page)
+        page.set_default_timeout(15_000)
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.goto(self.address)
+        page.get_by_role("button", name="Stop").wait_for()
+        return page
+
+    def usual(self):
+        """The page of a visitor who stays from test to test, since loading one takes seconds; as if it were new."""
+        if not self.regular:
+            self.regular = self.visit()
+            self.guests.clear()
+        self.regular.set_viewport_size(dict(width=1280, height=800))
+        if self.regular.get_by_label("Clear").is_visible():
+            with self.regular.expect_response(lambda response: "predict" in response.url):
+                self.regular.get_by_label("Clear").click()
+        self.regular.get_by_role("textbox").first.fill("")
+        return self.regular
+
+    def rest(self):
+        """Guests leave, and what is still being generated ends: the next test finds an idle server."""
+        while self.guests:
+            self.guests.pop().close()
+        while self.running:
+            self.let(1)
+        self.gate, self.script, self.most_running = threading.Semaphore(0), "", 0
+        self.prompts.clear(), self.ended.clear()
+
+
+@pytest.fixture(scope="session")
+def sites(chromium):
+    """{stage: Site}: a chat and a completion page, both served by this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(space_app, "UPDATE_SECONDS", 0)  # each token is shown
+        served = {stage: Site(chromium, stage) for stage in ("finetune", "pretrain")}
+        yield served
+        for site in served.values():
+            site.page.close(verbose=False)
+
+
+@pytest.fixture
+def chat_site(sites):
+    yield sites["finetune"]
+    sites["finetune"].rest()
+
+
+@pytest.fixture
+def base_site(sites):
+    yield sites["pretrain"]
+    sites["pretrain"].rest()
+
+
+def ask(page, question):
+    page.get_by_placeholder("Your question").fill(question)
+    page.get_by_placeholder("Your question").press("Enter")
+
+
+def expect(page, text, where="", count=None):
+    """Wait until the last of these (`count`) elements holds exactly this text; without `where`, until it is there."""
+    if not where:
+        return page.get_by_text(text).first.wait_for()
+    found = "const found = [...document.querySelectorAll(where)]; return found.at(-1)?.textContent.trim() == text"
+    script = f"([where, text, count]) => {{ {found} && (count === null || found.length == count) }}"
+    page.wait_for_function(script, arg=[where, text, count])
+
+
+def stop(page, site):
+    """Press Stop, and let the model go on until it has ended: after the step under way, or one or two more."""
+    with page.expect_request(lambda request: request.url.endswith("/cancel")):
+        page.get_by_role("button", name="Stop").click()
+    for _ in range(20):
+        site.let(1)
+        if site.ended.wait(timeout=0.5):
+            return
+    raise AssertionError("it was not stopped")
+
+
+USER, BOT = "[data-testid=user]", "[data-testid=bot]"
+
+
+def test_a_typed_question_is_answered_as_a_stream_and_the_conversation_goes_on(chat_site):
+    page, chat_site.script = chat_site.usual(), "Hé, you"
+    expect(page, "12,345 tokens seen in finetuning · validation loss 1.235 nats per token · HellaSwag acc 25.0%")
+    assert page.get_by_text(f"{chat_site.model.n_params():,} parameters").count() == 1
+    ask(page, "Who?")
+    expect(page, "Who?", USER)
+    chat_site.let(3)
+    expect(page, "Hé", BOT)  # while the model writes
+    assert chat_site.running == 1 and page.get_by_placeholder("Your question").input_value() == ""
+    chat_site.let(6)
+    expect(page, "Hé, you", BOT)
+    page.get_by_text(finetune.QUESTIONS[0]).click()  # an example
+    page.get_by_role("button", name="Send").click()
+    chat_site.let(9)
+    expect(page, finetune.QUESTIONS[0], USER)
+    expect(page, "Hé, you", BOT, 2)
+    before = "<|user|>Who?<|assistant|>Hé, you<|endoftext|>"
+    assert chat_site.prompts == ["<|user|>Who?<|assistant|>", f"{before}<|user|>{finetune.QUESTIONS[0]}<|assistant|>"]
+    page.get_by_label("Clear").click()
+    chat_site.let(9)
+    ask(page, "New?")
+    expect(page, "Hé, you", BOT, 1)
+    assert chat_site.prompts[-1] == "<|user|>New?<|assistant|>"
+
+
+def test_stop_ends_an_answer_which_the_conversation_keeps_as_it_is(chat_site):
+    page, chat_site.script = chat_site.usual(), "ab" + "c" * 50
+    ask(page, "Long?")
+    chat_site.let(2)
+    expect(page, "ab", BOT)
+    stop(page, chat_site)
+    assert re.fullmatch("abc*", page.locator(BOT).inner_text())
+    chat_site.script = "ok"
+    chat_site.let(9)
+    ask(page, "Next?")
+    expect(page, "ok", BOT, 2)
+    assert re.fullmatch(r"<\|user\|>Long\?<\|assistant\|>abc*<\|endoftext\|>.*", chat_site.prompts[1])
+
+
+def test_two_pages_at_once_take_turns_and_a_third_is_told_to_wait(chat_site):
+    one, two, three = chat_site.usual(), chat_site.visit(), chat_site.visit()
+    chat_site.script = "12"
+    ask(one, "one")
+    chat_site.let(1)
+    expect(one, "1", BOT)
+    ask(two, "two")
+    expect(two, "queue: 1/1")
+    ask(three, "three")
+    expect(three, "currently busy")  # one may wait here
+    assert three.get_by_placeholder("Your question").input_value() == "three" and len(chat_site.prompts) == 1
+    chat_site.let(2)
+    expect(one, "12", BOT)
+    chat_site.let(3)
+    expect(two, "12", BOT)
+    assert chat_site.most_running == 1 and chat_site.prompts[1] == "<|user|>two<|assistant|>"  # and of nobody else
+    ask(three, "three")
+    chat_site.let(1)
+    expect(three, "1", BOT)
+    three.close()  # who leaves holds nobody up
+    chat_site.let(4)
+    ask(one, "again")
+    expect(one, "12", BOT, 2)
+
+
+def test_an_empty_and_an_overlong_question_stay_in_the_box_with_a_message(chat_site):
+    page = chat_site.usual()
+    ask(page, " ")
+    expect(page, "Type a question first.", ".notice")
+    ask(page, "x" * 130)  # 132 tokens; a quarter of 160 is for the answer
+    expect(page, "That is 132 tokens; with an answer only 120 fit into the context.", ".notice")
+    ask(page, "y" * 100_000)
+    expect(page, "That is 100,000 characters; the context holds 160 tokens: shorten the text.", ".notice")
+    assert page.get_by_placeholder("Your question").input_value() == "y" * 100_000
+    assert not chat_site.prompts and page.locator(USER).count() == 0
+
+
+def test_the_oldest_turns_are_dropped_with_a_notice_when_the_context_is_full(chat_site):
+    page, chat_site.script = chat_site.usual(), "z" * 30
+    chat_site.let(200)
+    for number, notice in enumerate(["", "", "The context is full: oldest turns forgotten: 1."]):
+        ask(page, str(number) * 20)
+        expect(page, "z" * 30, BOT, number + 1)
+        expect(page, notice, ".notice")
+    assert page.locator(USER).count() == 3  # the page still shows what the model no longer sees
+    turns = [f"<|user|>{str(n) * 20}<|assistant|>{'z' * 30}<|endoftext|>" for n in range(2)]
+    assert chat_site.prompts[1] == turns[0] + f"<|user|>{'1' * 20}<|assistant|>"
+    assert chat_site.prompts[2] == turns[1] + f"<|user|>{'2' * 20}<|assistant|>"
+
+
+def test_what_people_and_models_write_is_shown_as_text_and_never_a_control_token(chat_site):
+    page, chat_site.script = chat_site.usual(), MARKUP
+    chat_site.let(len(MARKUP) + 1)
+    question = "<i>" + MARKUP[:60] + "<|endoftext|>\n  x"
+    page.get_by_placeholder("Your question").fill(question)
+    page.get_by_role("button", name="Send").click()
+    expect(page, MARKUP, BOT)
+    assert page.locator(USER).inner_text() == question and page.locator(BOT).inner_text() == MARKUP
+    assert page.locator(f"{USER}, {BOT}").locator("b, i, img, script, em, strong, math").count() == 0
+    assert chat_site.prompts == [f"<|user|>{question}<|assistant|>"]
+    ids, _ = space_app.fit_into_context(chat_site.coder, question, [], 160, 9)
+    assert chat_site.coder.eot not in ids
+
+
+@pytest.mark.parametrize("stage", ["finetune", "pretrain"])
+def test_on_a_phone_nothing_is_wider_than_the_screen(sites, stage):
+    site = sites[stage]
+    page, site.script = site.usual(), "w" * 90
+    page.set_viewport_size(dict(width=360, height=800))
+    site.let(100)
+    if stage == "finetune":
+        ask(page, "W" * 60)
+        expect(page, "w" * 90, BOT)
+    else:
+        page.get_by_label("Text").fill("W" * 60)
+        page.get_by_role("button", name="Continue").click()
+        page.wait_for_function("document.querySelector('textarea').value.endsWith('w')")
+        page.locator(".bars button").nth(9).wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    edges = "[...document.querySelectorAll('body *')].map(element => element.getBoundingClientRect().right)"
+    assert max(page.evaluate(edges)) <= 360  # nor cut off
+    site.rest()
+
+
+def bars_of(page):
+    """[(name, share)] as the page shows them."""
+    texts = (page.locator(f".bars button {part}").all_inner_texts() for part in ("code", "span"))
+    return list(zip(*texts, strict=True))
+
+
+@torch.inference_mode()
+def test_a_base_page_shows_the_ten_likeliest_next_tokens_of_the_text(base_site):
+    page, coder = base_site.usual(), base_site.coder
+
+    def right(text):
+        ids = torch.tensor([[coder.eot, *coder.encode(text)]])
+        values, tokens = base_site.model(ids)[0, -1, :259].softmax(dim=-1).topk(10)
+        return [(space_app.readable(coder, int(t))[0], f"{p:.1%}") for p, t in zip(values, tokens, strict=True)]
+
+    def expect_bars(text):
+        expect(page, right(text)[0][1], ".bars button:first-of-type span")
+        expect(page, right(text)[9][0], ".bars button:last-of-type code")
+        assert bars_of(page) == right(text) and len(bars_of(page)) == 10
+
+    expect_bars("")  # how a document begins
+    page.get_by_label("Text").fill("A dog ran")
+    expect_bars("A dog ran")
+    choice = next(bar for bar in page.locator(".bars button").all() if bar.get_attribute("data-text"))
+    more = choice.get_attribute("data-text")
+    choice.click()
+    expect_bars("A dog ran" + more)
+    assert page.get_by_label("Text").input_value() == "A dog ran" + more
+    widths = [bar.bounding_box()["width"] for bar in page.locator(".bars b").all()]
+    assert widths == sorted(widths, reverse=True) and widths[0] > widths[9]
+    page.get_by_label("Text").fill("x" * 200)
+    expect(page, "That is 200 characters; the context holds 160 tokens: shorten the text.", ".bars .prose")
+
+
+def test_a_base_page_continues_the_text_until_it_is_stopped_or_ends(base_site):
+    page, base_site.script = base_site.usual(), MARKUP + "c" * 50
+    text = page.get_by_label("Text")
+    text.fill("A dog")
+    page.get_by_role("button", name="Continue").click()
+    base_site.let(len(MARKUP))
+    script = "text => document.querySelector('textarea').value == text"
+    page.wait_for_function(script, arg="A dog" + MARKUP)
+    stop(page, base_site)
+    assert re.fullmatch(re.escape("A dog" + MARKUP) + "c*", text.input_value())
+    base_site.script = ""
+    base_site.let(1)
+    page.get_by_role("button", name="Continue").click()
+    expect(page, "The model ended at once.", ".notice")
+    text.fill("x" * 160)
+    page.get_by_role("button", name="Continue").click()
+    expect(page, "That is 161 tokens; the context holds 160: shorten the text.", ".notice")
+    assert [p[:18] for p in base_site.prompts] == ["<|endoftext|>A dog"] * 2
+
+
+def test_the_pages_ask_only_their_own_server(sites):
+    for site in sites.values():
+        site.usual()
+        assert len(site.requests) > 20
+        assert not [url for url in site.requests if not url.startswith((site.address, "data:", "blob:"))]
+        posted = requests.post(f"{site.address}gradio_api/upload", files={"files": b"of a stranger"})
+        assert posted.status_code == 413  # nobody fills the disk
+
+
+def test_a_tokens_name_shows_what_cannot_be_seen():
+    coder = Tokenizer("gpt2")
+    ids = {text: coder.encode(text)[0] for text in (" the", "\n", "\t", "日", "é")}
+    assert space_app.readable(coder, ids[" the"]) == ("␣the", " the")
+    assert space_app.readable(coder, ids["\n"]) == ("↵", "\n") and space_app.readable(coder, ids["\t"]) == ("⇥", "\t")
+    assert space_app.readable(coder, ids["é"]) == ("é", "é")
+    assert space_app.readable(coder, coder.encode("👩")[0]) == ("F0 9F 91", "")
+    assert space_app.readable(coder, coder.eot) == ("<|endoftext|>", "")
+    assert space_app.readable(Tokenizer("bytes"), 7) == ("\\x07", "\x07")
+
+
+def test_the_page_is_served_to_this_machine_alone_unless_told_otherwise(sites):
+    port = int(sites["finetune"].address.strip("/").rpartition(":")[2])
+    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    with pytest.raises(ConnectionRefusedError):  # 127.0.0.2 is this machine too, and stands for its other addresses
+        socket.create_connection(("127.0.0.2", port), timeout=5)
+    with pytest.raises(OSError, match="port"):
+        space_app.launch(tiny(), dict(stage="finetune", tokenizer="bytes"), 1, "", port)
+
+
+def test_an_assembled_space_works_with_its_own_files_alone_and_reports_to_nobody(chromium, tmp_path, capsys):
+    kept = dict(stage="finetune", tokenizer="bytes", step=7, tokens=9, metrics=dict(val_loss=1.5))
+    save_checkpoint(tmp_path / "ckpt.pt", tiny(), **kept, settings=dict(data_dir="/home/me"), optimizers=[{}])
+    folder = tmp_path / "parts" / "space"
+    call(space_app, checkpoint=f"{tmp_path}/ckpt.pt", assemble=str(folder))
+    names = "README.md app.py best.pt configurator.py model.py questions.txt requirements.txt sample.py tokenizer.py"
+    assert sorted(path.name for path in folder.iterdir()) == names.split() and str(folder) in capsys.readouterr().out
+    model, stored = load_model(folder / "best.pt")
+    assert stored.keys() == kept.keys() | {"format_version", "config"}  # no settings: they name folders
+    assert torch.equal(model.wte.weight, tiny().wte.weight)
+    with pytest.raises(FileExistsError, match="not empty"):
+        call(space_app, checkpoint=f"{tmp_path}/ckpt.pt", assemble=str(folder))
+    with socket.create_server(("127.0.0.1", 0)) as outside:  # whoever wants to reach another machine is sent here
+        proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
+        environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
+        environment |= dict(HTTP_PROXY=proxy, HTTPS_PROXY=proxy, NO_PROXY="127.0.0.1,localhost")
+        command = [sys.executable, "app.py", f"--port={free_port()}"]
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+        try:
+            page = chromium.new_page()
+            page.goto(re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0])
+            expect(page, "9 tokens seen in finetuning · validation loss 1.500 nats per token")
+            expect(page, finetune.QUESTIONS[9])
+            ask(page, "Hi?")
+            page.wait_for_function(f"document.querySelector('{BOT}')?.textContent.length > 3")
+            page.close()
+        finally:
+            process.kill()  # one that waits for an answer from outside would not end by itself
+            process.communicate()
+        outside.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            outside.accept()
+
+
+def test_the_header_and_requirements_of_a_space_are_those_of_the_project():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    needed = [line for line in (ROOT / "space/requirements.txt").read_text().splitlines() if line[0] not in "#-"]
+    project = re.findall('"([^"]+)"', re.search("dependencies = (.*)", text)[1])
+    assert set(needed) < set(project)
+    sdk = re.search(r"sdk_version: ([\d.]+)", (ROOT / "space/README.md").read_text(encoding="utf-8"))[1]
+    low, high = re.search(r'app = \["gradio>=([\d.]+),<(\d+)"\]', text).groups()
+    numbers = [[int(part) for part in version.split(".")] for version in (low, sdk, high)]
+    assert numbers[0] <= numbers[1] < numbers[2]
+    pytest.importorskip("gradio")
+    assert importlib.metadata.version("gradio").split(".")[:2] >= low.split(".")[:2]
+
+
+def test_the_page_computes_in_the_dtype_asked_for_and_a_space_keeps_the_weights_as_they_are(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="bytes")
+    served, page = [], SimpleNamespace(block_thread=lambda: None)
+    monkeypatch.setattr(space_app, "launch", lambda model, *more: served.append(model) or (page, "address"))
+    for dtype in ("bfloat16", "float32"):
+        call(space_app, checkpoint=f"{tmp_path}/a.pt", dtype=dtype)
+    assert [str(model.wte.weight.dtype) for model in served] == ["torch.bfloat16", "torch.float32"]
+    monkeypatch.setattr(space_app, "UPDATE_SECONDS", 0)
+    writing = space_app.grow(served[0], Tokenizer("bytes"), [256, 65], 8, 0, 0)
+    for _ in range(4):  # as Gradio does, each step in a thread of its own
+        step = threading.Thread(target=lambda: next(writing))
+        step.start(), step.join()
+    assert next(writing)
+    call(space_app, checkpoint=f"{tmp_path}/a.pt", dtype="bfloat16", assemble=f"{tmp_path}/space")
+    assert load_checkpoint(tmp_path / "space/best.pt")["model"]["wte.weight"].dtype == torch.float32
+
+
+def test_what_the_page_cannot_do_is_one_line(tmp_path):
+    (tmp_path / "gradio.py").write_text("raise ImportError")  # as if it were not installed
+    save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="bytes")
+    without = os.environ | {"PYTHONPATH": str(tmp_path)}
+    said = run("-m", "space.app", f"--checkpoint={tmp_path}/a.pt", code=1, env=without)
+    assert said == "app.py: gradio is not installed: pip install -e '.[app]'\n"
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        call(space_app, checkpoint=f"{tmp_path}/none.pt")
+
+
+def test_the_settings_of_the_page_are_described_and_the_readme_names_them():
+    settings = train.settings_of(vars(space_app))
+    help_ = configurator.help_text(vars(space_app), settings).split("settings (--name=value):")[1]
+    source = Path(space_app.__file__).read_text(encoding="utf-8")
+    assert all(re.search(rf"^{name} = .*  # \w", source, flags=re.MULTILINE) for name in settings)
+    assert re.findall(r"--(\w+)=", help_) == list(settings) and max(map(len, help_.splitlines())) <= 80
+    for command in readme_commands():
+        if command.startswith("python -m space.app"):
+            assert {word[2:].split("=")[0] for word in shlex.split(command)[3:]} <= settings.keys(), command
+
+
+def test_diverged_weights_and_a_question_in_gpt2_tokens_have_a_message_too(monkeypatch):
+    model, coder = tiny(n_vocab=50259, vocab_size=50304), Tokenizer("gpt2")
+    answer = space_app.chat(model, coder, "word" + " word" * 89, ([], 0), 4, 0, 0)
+    assert [part[3] for part in answer] == ["That is 92 tokens; with an answer only 28 fit into the context."]
+    answer = space_app.chat(model, coder, "x" * 5000, ([], 0), 4, 0, 0)
+    assert "5,000 characters" in next(answer)[3]
+    assert "5,000 characters" in space_app.bars(model, coder, "x" * 5000)
+    assert space_app.bars(model, coder, "<b>").count("<button") == 10
+    model.wte.weight.data.fill_(math.nan)
+    *_, last = space_app.chat(model, coder, "Hi", ([], 0), 4, 0, 0)
+    assert last[3].startswith("The model's logits are not numbers")
+    *_, last = space_app.complete(model, coder, "Hi", 4, 0, 0)
+    assert last == ("Hi", last[1]) and last[1].startswith("The model's logits are not numbers")
 
 
 if __name__ == "__main__":
