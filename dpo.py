@@ -76,7 +76,7 @@ max_minutes = 0.0  # save and stop after this time; 0: no limit
 answer_tokens = 64  # longest answer in samples.md, tokens
 # machine
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
-dtype = ""  # float32 or bfloat16 (autocast); empty: bfloat16 on GPUs that have it
+dtype = ""  # float32, bfloat16 or native (bfloat16 where it is fast); empty: float32 on CPUs, else native
 activation_checkpointing = False  # less memory for a third more compute
 deterministic = False  # bit-identical runs where kernels would differ
 

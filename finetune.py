@@ -67,7 +67,7 @@ hellaswag_items = 0  # items to score, the first of a fixed shuffle; 0: none
 hellaswag_source = ""  # HellaSwag-format file; empty: the real one
 # machine
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
-dtype = ""  # float32 or bfloat16 (autocast); empty: bfloat16 on GPUs that have it
+dtype = ""  # float32, bfloat16 or native (bfloat16 where it is fast); empty: float32 on CPUs, else native
 activation_checkpointing = False  # less memory for a third more compute
 deterministic = False  # bit-identical runs where kernels would differ
 

@@ -48,7 +48,7 @@ style = "completion"  # completion or harness: the convention, see above
 chat = False  # the context as a user's turn, the endings as the assistant's: for finetuned checkpoints
 batch_tokens = 0  # tokens in one batch, padding included; 0 = 2048 on a CPU, 16384 on GPUs
 device = ""  # cpu, cuda, cuda:1, ...; "" = cuda where there is one
-dtype = ""  # float32 or bfloat16 (autocast); "" = bfloat16 on GPUs that have it
+dtype = ""  # float32, bfloat16 or native (bfloat16 where it is fast); empty: float32 on CPUs, else native
 
 HUB_DATASET, HUB_FILE = "Rowan/hellaswag", Path("data/hellaswag/validation.parquet")
 HUB_ITEMS = 10_042
@@ -191,7 +191,8 @@ class Branches:
         return self.position
 
     def extend(self, layer, k, v):
-        return k, v, self.mask
+        pad = (0, -k.shape[-1] % 8)  # as KVCache does
+        return F.pad(k, pad), F.pad(v, pad), self.mask
 
 
 def pack(rows):

@@ -104,8 +104,10 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and rotation may have come out in fp32
         if cache is not None:
-            k, v, mask = cache.extend(self.layer, k, v)  # (B, H, S, D) twice, (B, 1, T, S)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            k, v, mask = cache.extend(self.layer, k, v)  # (B, H, S, D or more) twice, (B, 1, T, S)
+            q = F.pad(q, (0, k.shape[-1] - self.head_dim))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.head_dim**-0.5)
+            y = y[..., : self.head_dim]
         elif x.device.type == "cpu":  # in fp32 also under autocast: the backward pass of bf16 takes twice as long there
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).to(v.dtype)
@@ -143,13 +145,14 @@ class Block(nn.Module):
 class KVCache:
     """Keys and values of the positions seen so far, for B sequences that may differ in length.
 
-    Preallocated, (B, H, S, D) a layer. `lengths` (B,) counts the filled positions of each sequence, `ids` lists the
-    tokens that stand there; `end` is an upper bound of the lengths that the host knows without asking the device.
+    Preallocated, (B, H, S, D) a layer, D rounded up to a multiple of 8 with zeros: fused kernels want that. `lengths`
+    (B,) counts the filled positions of each sequence, `ids` lists the tokens that stand there; `end` is an upper bound
+    of the lengths that the host knows without asking the device.
     Attention reads up to `end`, and with `static` all S positions: each step has the same shapes, for torch.compile.
     """
 
     def __init__(self, config, batch_size, n_positions, device, dtype, static=False):
-        shape = (batch_size, config.n_head, n_positions, config.head_dim)
+        shape = (batch_size, config.n_head, n_positions, -(-config.head_dim // 8) * 8)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
@@ -187,8 +190,9 @@ class KVCache:
     def extend(self, layer, k, v):
         """Store k, v (B, H, T, D) of the new positions; return all keys and values and the mask of who sees what."""
         all_k, all_v = self.k[layer], self.v[layer]
-        all_k[self.rows, :, self.positions] = k.transpose(1, 2).to(all_k.dtype)
-        all_v[self.rows, :, self.positions] = v.transpose(1, 2).to(all_v.dtype)
+        D = k.shape[-1]
+        all_k[self.rows, :, self.positions, :D] = k.transpose(1, 2).to(all_k.dtype)
+        all_v[self.rows, :, self.positions, :D] = v.transpose(1, 2).to(all_v.dtype)
         return all_k[:, :, : self.n_read].to(k.dtype), all_v[:, :, : self.n_read].to(v.dtype), self.mask
 
 
@@ -288,7 +292,8 @@ class GPT(nn.Module):
     def new_cache(self, batch_size, n_positions, static=False):
         """A KVCache for this model, in the dtype that it computes in. A static one may be longer than asked."""
         if static:
-            n_positions = min(-(-n_positions // 256) * 256, self.config.block_size)  # few sizes to compile for
+            n_positions = -(-n_positions // 256) * 256  # few sizes to compile for
+        n_positions = min(n_positions, self.config.block_size)
         return KVCache(self.config, batch_size, n_positions, self.wte.weight.device, self.compute_dtype(), static)
 
     def prefill(self, prompts, cache):
@@ -315,7 +320,8 @@ class GPT(nn.Module):
         `ends = yield from model.generate(...)` tells which of "stop", "max_new_tokens" and "block_size" ended each.
 
         cache: a KVCache for B rows, new or of an earlier call; what the prompts share with that is not read again.
-        compile: steps of one shape (a given cache must be static), in CUDA graphs on a GPU; the first two take long.
+        compile: steps of one shape (a given cache must be static), in CUDA graphs on a GPU; the first two take long, as
+        may those with another cache.
         ValueError for an empty or too long prompt, a cache of another size, and logits that are not numbers.
         """
         block_size, lengths = self.config.block_size, torch.tensor([len(prompt) for prompt in prompts])
@@ -324,8 +330,9 @@ class GPT(nn.Module):
         room = (block_size + 1 - lengths).clamp(max=max_new_tokens)  # ids a row can get: the last one is not read
         n_positions = max(int((lengths + room).max()) - 1, int(lengths.max()))
         cache = self.new_cache(len(prompts), n_positions, static=compile) if cache is None else cache
-        if cache.n_positions < n_positions or len(cache.ids) != len(prompts):
-            raise ValueError(f"the cache must have {len(prompts)} rows of at least {n_positions} positions")
+        if cache.n_positions < n_positions or len(cache.ids) != len(prompts) or cache.static < compile:
+            kind = "be static and " * compile
+            raise ValueError(f"the cache must {kind}have {len(prompts)} rows of at least {n_positions} positions")
         trunk = torch.compile(self.trunk, mode="reduce-overhead", dynamic=False) if compile else self.trunk
         hidden, stopped = self.prefill(prompts, cache), torch.zeros(len(prompts), dtype=torch.bool)
         for step in range(int(room.max())):
@@ -438,7 +445,7 @@ def orthogonalize(G, steps=5):
     X = G.bfloat16() if G.is_cuda or torch.is_autocast_enabled(G.device.type) else G
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X  # so that X @ X.mT is the small product
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    X = X / (X.norm(dim=(-2, -1), keepdim=True).to(X.dtype) + 1e-7)  # autocast makes norms fp32
     for _ in range(steps):
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # bA + cAA
@@ -462,8 +469,9 @@ def orthogonalize_shared(G):
 def normalize_neurons(update, second, beta2):
     """Give the neurons of each orthogonalized matrix equal steps (NorMuon, Li et al. 2025, arXiv:2510.05491).
 
-    update (n, rows, cols); second: running mean of the squared entries of each line along its longer side, changed in
-    place. Each matrix keeps its norm.
+    update (n, rows, cols); second (n, rows, 1) or (n, 1, cols): running mean of the squared entries of each row or
+    column, changed in place. Each matrix keeps its norm. The paper takes rows always, but those of a wide
+    orthogonalized matrix are equal already: there we take the columns.
     """
     norm = update.norm(dim=(-2, -1), keepdim=True)
     second.lerp_(update.square().mean(dim=-1 if second.shape[-1] == 1 else -2, keepdim=True), 1 - beta2)

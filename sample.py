@@ -34,7 +34,7 @@ top_p = 1.0  # sample among the fewest tokens that together have this probabilit
 seed = 1337  # the same seed gives the same text
 speed = False  # print tokens/s at the end, on stderr
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
-dtype = ""  # float32 or bfloat16; empty: bfloat16 on GPUs that have it
+dtype = ""  # float32, bfloat16 or native (bfloat16 where it is fast); empty: float32 on CPUs, else native
 compile = False  # torch.compile: the first answer starts later, then all go faster; for GPUs
 
 

@@ -93,7 +93,7 @@ checkpoint_interval = 500  # steps between writes of ckpt.pt
 max_minutes = 0.0  # save and stop after this time; 0: no limit
 # machine
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
-dtype = ""  # float32, bfloat16 (autocast) or native (bfloat16 where it is fast); empty: native on GPUs
+dtype = ""  # float32, bfloat16 or native (bfloat16 where it is fast); empty: float32 on CPUs, else native
 compile = None  # torch.compile; None: on cuda only
 activation_checkpointing = False  # less memory for a third more compute
 deterministic = False  # bit-identical runs where kernels would differ
@@ -312,6 +312,11 @@ def validation_loss(model, windows, n_windows, batch_size, token_bytes, autocast
     return {"val_loss": nats / n_tokens, "val_bpb": nats / math.log(2) / max(1, n_bytes)}
 
 
+def is_out_of_memory(error):
+    """Whether a RuntimeError says so: that of a CPU and that of cuBLAS are no OutOfMemoryError."""
+    return "memory" in str(error) or "ALLOC_FAILED" in str(error)
+
+
 def fits(model, optimizers, batch_size, autocast):
     """Whether a forward and backward pass of batch_size rows fits, beside the optimizers' states and gradients."""
     try:
@@ -328,7 +333,7 @@ def fits(model, optimizers, batch_size, autocast):
         loss.backward()
         return True
     except RuntimeError as error:
-        if "memory" in str(error) or "ALLOC_FAILED" in str(error):  # of a CPU and of cuBLAS it is no OutOfMemoryError
+        if is_out_of_memory(error):
             return False
         raise
     finally:
@@ -419,6 +424,9 @@ def check_resumable(record, checkpoint, force):
     listed = [f"{name} {old[name]!r} -> {new.get(name)!r}" for name in changed]
     if checkpoint["data"] != record["data"]:
         listed.append("the data is not what it was")
+    groups = [group for opt in checkpoint["optimizers"] for group in opt["param_groups"]]
+    if any("momentum" in group and "beta2" not in group for group in groups):
+        listed.append("its Muon did not normalize neurons yet")
     if listed and not (force and SHAPES.isdisjoint(changed)):
         remedy = "set it back, or --force=True" if SHAPES.isdisjoint(changed) else "set it back"
         raise ValueError(f"resuming would change the run ({', '.join(listed)}): {remedy}")

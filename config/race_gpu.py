@@ -1,5 +1,7 @@
 # The learning race of tools/bench.py at 124M parameters with GPT-2's tokenizer, for a GPU: one epoch of 30M tokens, so
 # that no recipe overfits (with more data raise max_steps). Not yet run: the learning rates are those of gpt2_124m.py.
+tokenizer = "gpt2"
+
 block_size = 1024
 n_layer = 12
 n_head = 12

@@ -28,7 +28,7 @@ host = ""  # address to listen at, 0.0.0.0 for all; empty: 127.0.0.1 (or GRADIO_
 port = 7860  # where the browser finds the page
 queue_size = 20  # requests that may wait; further ones are told to come back later
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
-dtype = ""  # float32 or bfloat16; empty: bfloat16 on GPUs that have it
+dtype = ""  # float32, bfloat16 or native (bfloat16 where it is fast); empty: float32 on CPUs, else native
 assemble = ""  # folder to write for a Space, instead of showing the page
 
 HERE = Path(__file__).resolve().parent

@@ -92,7 +92,7 @@ def show(rows):
 
 def cell(value):
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:,}" if type(value) is int else str(value)
 
 
@@ -106,11 +106,16 @@ def take_turns(repeats, functions):
 
 
 def in_child(function, *arguments, n_results=2):
-    """The numbers that the function returns in a new process, whose peak memory is its own; nan if it fails."""
+    """The numbers that the function returns in a new process, whose peak memory is its own.
+
+    nan when the memory does not suffice, or the process was killed, as the system does because of it.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *arguments).result()
-        except (RuntimeError, BrokenProcessPool) as error:  # out of memory, or killed because of it
+        except (RuntimeError, BrokenProcessPool) as error:
+            if not isinstance(error, BrokenProcessPool) and not train.is_out_of_memory(error):
+                raise
             print(f"{arguments}: {str(error).splitlines()[0]}", file=sys.stderr)
             return (math.nan,) * n_results
 
@@ -147,10 +152,13 @@ def make(config, device):
 
 
 def attention_kernels(step):
-    """Names of the kernels for attention among those that a step runs on a GPU: flash or cuDNN, one hopes."""
+    """Which of PyTorch's attention kernels a step runs on a GPU, by their names; flash or cuDNN are wanted."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
         step()
-    return sorted({event.key for event in record.key_averages() if re.search("flash|fmha|sdpa", event.key, re.I)})
+    names = [event.key for event in record.key_averages() if not event.key.startswith("triton")]
+    kinds = {"flash": "flash_(fwd|bwd)", "cuDNN": "cudnn.*(sdpa|attention)", "memory-efficient": "fmha_cutlass"}
+    found = [kind for kind, name in kinds.items() if any(re.search(name, each) for each in names)]
+    return ", ".join(found) or ("unfused" if names else "unknown, as nothing was recorded")
 
 
 def training_step(config, batch_size, activation_checkpointing, tokens_per_step, compile, device, dtype):
@@ -173,10 +181,11 @@ def training_step(config, batch_size, activation_checkpointing, tokens_per_step,
         seconds = seconds_of(step, device, calls=2)
     peak, speed = train.peak_memory(device), idx.numel() / seconds
     if device.type == "cuda":
-        print(f"{config}: attention by {', '.join(attention_kernels(step)) or 'plain products'}", file=sys.stderr)
+        print(f"{config}: attention is {attention_kernels(step)}", file=sys.stderr)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    optimizing = seconds_of(lambda: [opt.step() for opt in optimizers], device)
+    with autocast():  # as in train_step
+        optimizing = seconds_of(lambda: [opt.step() for opt in optimizers], device)
     return peak, speed, speed * model.flops_per_token(), product_speed(device, autocast), optimizing / seconds
 
 
@@ -381,21 +390,24 @@ def hellaswag_items(configs, n_items, repeats, device, dtype):
 # generation
 
 
-def copy_bandwidth(device, n_bytes=2**28):
+def copy_bandwidth(device):
     """Bytes/s that a copy reads and writes: what limits decoding, which reads all weights for each token."""
+    n_bytes = 2**31 if device.type == "cuda" else 2**28
     source = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * n_bytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(5))
 
 
 def decoding(model, prompts, n_new, compile=False):
-    """(tokens/s after the first token, seconds to the first one) of sampling with sample.py's defaults."""
+    """(tokens/s after the fourth token, seconds to the first one) of sampling with sample.py's defaults."""
     start = time.perf_counter()
     steps = model.generate(prompts, n_new, 0.8, 50, compile=compile)
     next(steps)
     first = time.perf_counter()
+    next(steps), next(steps), next(steps)  # with compile, a new cache is recorded by its first steps
+    fourth = time.perf_counter()
     n = sum(len(ids) for ids in steps)
-    return n / (time.perf_counter() - first), first - start
+    return n / (time.perf_counter() - fourth), first - start
 
 
 @torch.inference_mode()
@@ -457,6 +469,7 @@ def main(what):
     print(machine())
     rows = show(measurements[what]())
     if json:
+        rows = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
         print(dumps({"what": what, "machine": machine(), "command": sys.argv[1:], "rows": rows}))
 
 

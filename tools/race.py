@@ -22,23 +22,35 @@ BASELINE, *CHALLENGERS = ARMS
 
 
 def run(config, arm, out_dir, *more):
-    """The log of one run of train.py, as a list of rows; a run that ended before is not repeated."""
-    log = Path(out_dir) / "log.jsonl"
-    if not (Path(out_dir) / "done").exists():
-        command = [sys.executable, str(ROOT / "train.py"), *ARMS[arm], config, f"--out_dir={out_dir}", *more]
-        print(" ".join(command[1:]), file=sys.stderr, flush=True)
-        if code := subprocess.call([*command, "--overwrite=True"], stdout=subprocess.DEVNULL):
+    """The log of one run of train.py, as a list of rows. A run that ended before, of the same command, is not repeated.
+
+    ValueError when the run fails.
+    """
+    folder, command = Path(out_dir), ["train.py", *ARMS[arm], config, f"--out_dir={out_dir}", *more]
+    done, recipe = folder / "done.txt", f"{' '.join(command)}\n{Path(config).read_text(encoding='utf-8')}"
+    if not done.exists() or done.read_text(encoding="utf-8") != recipe:
+        print(*command, file=sys.stderr, flush=True)
+        done.unlink(missing_ok=True)
+        code = subprocess.call(
+            [sys.executable, ROOT / command[0], *command[1:], "--overwrite=True"], stdout=subprocess.DEVNULL
+        )
+        if code:
             raise ValueError(f"the run in {out_dir} failed (exit code {code})")
-        (Path(out_dir) / "done").touch()
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+        done.write_text(recipe, encoding="utf-8")
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [row for row in rows if "step" in row]
 
 
 def curve(rows):
-    """(tokens, seconds, validation loss) arrays of the validations, in nats per token."""
+    """(tokens, seconds, validation loss) arrays of the validations, in nats per token.
+
+    The seconds are of training, and without what the first step took longer than the second: compilation is done once,
+    and not a matter of tokens.
+    """
     seconds = {row["step"]: row.get("seconds", 0.0) for row in rows}
-    points = [(row["tokens"], seconds[row["step"]], row["val_loss"]) for row in rows if "val_loss" in row]
-    return np.array(points, dtype=float).T
+    first = max(0.0, 2 * seconds[1] - seconds[2])
+    points = [(row["tokens"], seconds[row["step"]] - first, row["val_loss"]) for row in rows if "val_loss" in row]
+    return np.maximum(np.array(points, dtype=float).T, 0.0)
 
 
 def first_reached(curve, loss):
@@ -71,29 +83,36 @@ def race(config, folder, seeds, rates, more=(), n_points=8):
     """Yields rows for tables: the bracket, the losses at fixed token counts, and the shares that (2) and (3) need.
 
     rates: learning rates of the baseline to try, ascending. more: further arguments for train.py. A loss is the mean
-    over the seeds, with the standard deviation; a share is of the mean final loss of the baseline, the median over
-    seeds with its range.
+    over the seeds with its standard deviation (0 of one seed); a share is of the baseline's tokens and seconds to its
+    own final loss (the mean over the seeds): the median over the seeds, and its range.
     """
     best, losses = bracket(config, folder, rates, more)
     for rate, loss in losses.items():
-        yield {"baseline's learning rate": f"{rate:g}", "final loss": f"{loss:.4f}", "taken": "*" * (rate == best)}
+        yield {"baseline's learning rate": rate, "final loss": loss, "taken": "*" * (rate == best)}
     curves = {arm: [] for arm in ARMS}
     for seed in seeds:
         for arm in ARMS:
             rate = [f"--learning_rate={best}"] if arm == BASELINE else []
             out_dir = f"{folder}/{arm.replace(' + ', '_').lower()}_{seed}"
             curves[arm].append(curve(run(config, arm, out_dir, f"--seed={seed}", *rate, *more)))
-    n = len(curves[BASELINE][0][0])
+    curves = {arm: np.array(of_seeds) for arm, of_seeds in curves.items()}  # (seeds, 3, validations)
+    n = curves[BASELINE].shape[2]
     for i in np.unique(np.linspace(0, n - 1, n_points + 1).round().astype(int)[1:]):
-        row = {"tokens": f"{curves[BASELINE][0][0, i]:,.0f}"}
-        for arm in ARMS:
-            values = [c[2, i] for c in curves[arm]]
-            row[arm] = f"{np.mean(values):.4f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.4f}"
+        row = {"tokens": int(curves[BASELINE][0, 0, i])}
+        for arm, (mean, spread) in {arm: mean_and_spread(c[:, 2, i]) for arm, c in curves.items()}.items():
+            row |= {arm: mean, f"± {arm}": spread}
         yield row
-    target = np.mean([c[2, -1] for c in curves[BASELINE]])
-    end = np.median([c[:2, -1] for c in curves[BASELINE]], axis=0)  # tokens, seconds
+    target, end = curves[BASELINE][:, 2, -1].mean(), np.median(curves[BASELINE][:, :2, -1], axis=0)  # tokens, seconds
     for arm in CHALLENGERS:
         shares = np.array([first_reached(c, target) / end for c in curves[arm]])  # (seeds, 2)
-        low, middle, high = shares.min(axis=0), np.median(shares, axis=0), shares.max(axis=0)
-        cells = [f"{m:.3f} ({a:.3f} to {b:.3f})" for a, m, b in zip(low, middle, high, strict=True)]
-        yield {"to reach": f"{target:.4f}", "needs": arm, "share of tokens": cells[0], "share of seconds": cells[1]}
+        row = {"to reach": float(target), "needs": arm}
+        for name, share in zip(("tokens", "seconds"), shares.T.tolist(), strict=True):
+            row |= {
+                f"share of {name}": float(np.median(share)),
+                f"range of {name}": f"{min(share):.3g} to {max(share):.3g}",
+            }
+        yield row | {"runs that ended above their lowest loss": int((curves[arm][:, 2].argmin(axis=1) < n - 1).sum())}
+
+
+def mean_and_spread(values):
+    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
