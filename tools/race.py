@@ -99,20 +99,13 @@ def race(config, folder, seeds, rates, more=(), n_points=8):
     n = curves[BASELINE].shape[2]
     for i in np.unique(np.linspace(0, n - 1, n_points + 1).round().astype(int)[1:]):
         row = {"tokens": int(curves[BASELINE][0, 0, i])}
-        for arm, (mean, spread) in {arm: mean_and_spread(c[:, 2, i]) for arm, c in curves.items()}.items():
-            row |= {arm: mean, f"± {arm}": spread}
+        for arm, c in curves.items():
+            row |= {arm: float(c[:, 2, i].mean()), f"± {arm}": float(c[:, 2, i].std(ddof=1)) if len(c) > 1 else 0.0}
         yield row
     target, end = curves[BASELINE][:, 2, -1].mean(), np.median(curves[BASELINE][:, :2, -1], axis=0)  # tokens, seconds
     for arm in CHALLENGERS:
         shares = np.array([first_reached(c, target) / end for c in curves[arm]])  # (seeds, 2)
         row = {"to reach": float(target), "needs": arm}
         for name, share in zip(("tokens", "seconds"), shares.T.tolist(), strict=True):
-            row |= {
-                f"share of {name}": float(np.median(share)),
-                f"range of {name}": f"{min(share):.3g} to {max(share):.3g}",
-            }
+            row |= {f"share of {name}": float(np.median(share)), f"{name} from": min(share), f"{name} to": max(share)}
         yield row | {"runs that ended above their lowest loss": int((curves[arm][:, 2].argmin(axis=1) < n - 1).sum())}
-
-
-def mean_and_spread(values):
-    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
