@@ -36,6 +36,7 @@ from urllib.parse import unquote
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the models here are too small for more
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers asks nobody
+os.environ.pop("GRADIO_SERVER_NAME", None)  # pages are for this machine
 
 import numpy as np
 import pytest
@@ -4515,7 +4516,7 @@ def test_plot_refuses_what_it_cannot_draw_in_one_line(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # space/app.py: the page in the browser
 
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
 QUIET += ["--disable-component-update", "--disable-sync"]
 MARKUP = "<b>1</b><script>x()</script> &lt;  **a** ![i](http://127.0.0.1:9/i.png) $$x$$ <img src=http://127.0.0.1:9>"
@@ -4529,7 +4530,9 @@ def chromium():
     if not CHROMIUM:
         pytest.skip("no chromium here: apt-get install chromium")
     with playwright.sync_playwright() as p:
-        yield p.chromium.launch(executable_path=CHROMIUM, args=QUIET).new_context()
+        context = p.chromium.launch(executable_path=CHROMIUM, args=QUIET).new_context()
+        context.set_default_timeout(60_000)
+        yield context
 
 
 def free_port():
@@ -4544,19 +4547,21 @@ class Site:
     def __init__(self, chromium, stage, **sizes):
         self.model, self.coder, self.chromium = tiny(**dict(block_size=160) | sizes), Tokenizer("bytes"), chromium
         self.script, self.gate, self.ended = "", threading.Semaphore(0), threading.Event()
-        self.prompts, self.running = [], 0
+        self.prompts, self.controls, self.running = [], [], 0
         self.most_running, self.requests, self.regular, self.guests = 0, [], None, []
-        self.model.generate, self.real_generate = self.generate, self.model.generate
+        self.model.generate = self.generate
         stored = dict(stage=stage, tokenizer="bytes", tokens=12_345, metrics=dict(val_loss=1.23456, hellaswag_acc=0.25))
-        self.page, self.address = space_app.launch(self.model, stored, 1, "", free_port())
+        self.page, self.address = space_app.launch(self.model, self.coder, stored, 1, "", free_port())
 
-    def generate(self, prompts, max_new_tokens, *arguments, stop):
+    def generate(self, prompts, max_new_tokens, temperature, top_k, stop):
+        self.controls.append((max_new_tokens, temperature, top_k))
+        room = min(max_new_tokens, self.model.config.block_size + 1 - len(prompts[0]))
         self.prompts.append(self.coder.decode(prompts[0]))
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
-            for token in [*self.coder.encode(self.script)[:max_new_tokens], stop]:
-                assert self.gate.acquire(timeout=30)
+            for token in [*self.coder.encode(self.script), stop][:room]:
+                assert self.gate.acquire(timeout=60)
                 yield torch.tensor([token])
         finally:
             self.running -= 1
@@ -4565,11 +4570,27 @@ class Site:
     def let(self, tokens):
         self.gate.release(tokens)
 
+    @contextmanager
+    def flow(self):
+        """The model writes on by itself, at most 20 tokens a second."""
+        over = threading.Event()
+
+        def write():
+            while not over.wait(0.05):
+                self.let(1)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            yield
+        finally:
+            over.set()
+            writer.join()
+
     def visit(self):
         """A new visitor's page."""
         page = self.chromium.new_page()
         self.guests.append(page)
-        page.set_default_timeout(15_000)
         page.on("request", lambda request: self.requests.append(request.url))
         page.goto(self.address)
         page.get_by_role("button", name="Stop").wait_for()
@@ -4591,10 +4612,13 @@ class Site:
         """Guests leave, and what is still being generated ends: the next test finds an idle server."""
         while self.guests:
             self.guests.pop().close()
+        give_up = time.monotonic() + 30
         while self.running:
+            assert time.monotonic() < give_up, "it does not end"
             self.let(1)
+            time.sleep(0.01)
         self.gate, self.script, self.most_running = threading.Semaphore(0), "", 0
-        self.prompts.clear(), self.ended.clear()
+        self.prompts.clear(), self.controls.clear(), self.ended.clear()
 
 
 @pytest.fixture(scope="session")
@@ -4650,7 +4674,10 @@ USER, BOT = "[data-testid=user]", "[data-testid=bot]"
 
 def test_a_typed_question_is_answered_as_a_stream_and_the_conversation_goes_on(chat_site):
     page, chat_site.script = chat_site.usual(), "Hé, you"
-    expect(page, "12,345 tokens seen in finetuning · validation loss 1.235 nats per token · HellaSwag acc 25.0%")
+    expect(
+        page,
+        "12,345 answer tokens seen in finetuning · validation loss 1.235 nats per answer token · HellaSwag acc 25.0%",
+    )
     assert page.get_by_text(f"{chat_site.model.n_params():,} parameters").count() == 1
     ask(page, "Who?")
     expect(page, "Who?", USER)
@@ -4671,6 +4698,79 @@ def test_a_typed_question_is_answered_as_a_stream_and_the_conversation_goes_on(c
     ask(page, "New?")
     expect(page, "Hé, you", BOT, 1)
     assert chat_site.prompts[-1] == "<|user|>New?<|assistant|>"
+
+
+def test_clear_while_an_answer_is_written_ends_it_and_forgets_all(chat_site):
+    page, chat_site.script = chat_site.usual(), "c" * 150
+    ask(page, "Old?")
+    with chat_site.flow():
+        page.wait_for_function(f"document.querySelector('{BOT}')?.textContent.length > 3")
+        page.get_by_label("Clear").click()
+        page.locator(USER).wait_for(state="detached")
+        assert chat_site.ended.wait(timeout=30)
+        page.wait_for_timeout(500)
+        assert page.locator(f"{USER}, {BOT}").count() == 0 and len(chat_site.prompts) == 1
+        chat_site.script = "ok"
+        ask(page, "New?")
+        expect(page, "ok", BOT, 1)
+    assert chat_site.prompts[1:] == ["<|user|>New?<|assistant|>"]
+
+
+def test_what_a_cleared_answer_still_writes_reaches_no_new_conversation(monkeypatch):
+    monkeypatch.setattr(space_app, "UPDATE_SECONDS", 0)
+    talk, model = space_app.new_talk(), tiny()
+    answer = space_app.chat(model, Tokenizer("bytes"), "Old?", talk, 8, 0, 0)
+    next(answer), next(answer)
+    talk = space_app.new_talk()  # as Clear does
+    assert list(answer) and talk == space_app.new_talk()
+
+
+def test_what_is_typed_while_an_answer_is_written_stays_in_the_box(chat_site):
+    page, chat_site.script = chat_site.usual(), "abc"
+    ask(page, "One?")
+    chat_site.let(1)
+    expect(page, "a", BOT)
+    page.get_by_placeholder("Your question").fill("Two")
+    chat_site.let(1)
+    expect(page, "ab", BOT)
+    chat_site.let(2)
+    expect(page, "abc", BOT)
+    page.wait_for_timeout(300)
+    assert page.get_by_placeholder("Your question").input_value() == "Two"
+
+
+def test_the_sliders_are_what_the_model_is_told_and_the_notices_say_why_it_ended(chat_site):
+    page, chat_site.script = chat_site.visit(), "s" * 200
+    chat_site.let(200)
+    ask(page, "1")
+    expect(page, "The context is full.", ".notice")  # 160 tokens are asked for, and 158 fit
+    for name, value in (("Length", "7"), ("Temperature", "1.25"), ("Top k", "3")):
+        page.get_by_label(f"number input for {name}").fill(value)
+        page.get_by_label(f"number input for {name}").press("Tab")
+    ask(page, "2")
+    forgot = "The context is full: oldest turns forgotten: 1. "
+    expect(page, forgot + "Cut after 7 tokens, the length that you set.", ".notice")
+    assert page.locator(BOT).last.inner_text() == "s" * 7
+    assert chat_site.controls == [(160, 0.8, 50), (7, 1.25, 3)]
+
+
+def test_a_step_under_way_and_the_next_answer_take_turns(monkeypatch):
+    model, running = tiny(), []
+
+    def step(*_, **__):
+        for _ in range(3):
+            running.append(1)
+            time.sleep(0.05)
+            most.append(len(running))
+            running.pop()
+            yield torch.tensor([65])
+
+    most, model.generate = [], step
+    threads = [
+        threading.Thread(target=lambda: list(space_app.grow(model, Tokenizer("bytes"), [1], 3, 0, 0))) for _ in range(3)
+    ]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert most == [1] * 9
 
 
 def test_stop_ends_an_answer_which_the_conversation_keeps_as_it_is(chat_site):
@@ -4740,7 +4840,7 @@ def test_the_oldest_turns_are_dropped_with_a_notice_when_the_context_is_full(cha
 def test_what_people_and_models_write_is_shown_as_text_and_never_a_control_token(chat_site):
     page, chat_site.script = chat_site.usual(), MARKUP
     chat_site.let(len(MARKUP) + 1)
-    question = "<i>" + MARKUP[:60] + "<|endoftext|>\n  x"
+    question = "<i>" + MARKUP[:17] + "<|endoftext|>\n  x\x85y"
     page.get_by_placeholder("Your question").fill(question)
     page.get_by_role("button", name="Send").click()
     expect(page, MARKUP, BOT)
@@ -4778,18 +4878,21 @@ def bars_of(page):
 
 
 @torch.inference_mode()
-def test_a_base_page_shows_the_ten_likeliest_next_tokens_of_the_text(base_site):
-    page, coder = base_site.usual(), base_site.coder
+def right_bars(site, text):
+    """What bars_of should be."""
+    ids = torch.tensor([[site.coder.eot, *site.coder.encode(text)]])
+    values, tokens = site.model(ids)[0, -1, :259].softmax(dim=-1).topk(10)
+    return [(space_app.readable(site.coder, int(t))[0], f"{p:.1%}") for p, t in zip(values, tokens, strict=True)]
 
-    def right(text):
-        ids = torch.tensor([[coder.eot, *coder.encode(text)]])
-        values, tokens = base_site.model(ids)[0, -1, :259].softmax(dim=-1).topk(10)
-        return [(space_app.readable(coder, int(t))[0], f"{p:.1%}") for p, t in zip(values, tokens, strict=True)]
+
+def test_a_base_page_shows_the_ten_likeliest_next_tokens_of_the_text(base_site):
+    page = base_site.usual()
 
     def expect_bars(text):
-        expect(page, right(text)[0][1], ".bars button:first-of-type span")
-        expect(page, right(text)[9][0], ".bars button:last-of-type code")
-        assert bars_of(page) == right(text) and len(bars_of(page)) == 10
+        right = right_bars(base_site, text)
+        expect(page, right[0][1], ".bars button:first-of-type span")
+        expect(page, right[9][0], ".bars button:last-of-type code")
+        assert bars_of(page) == right and len(right) == 10
 
     expect_bars("")  # how a document begins
     page.get_by_label("Text").fill("A dog ran")
@@ -4805,6 +4908,63 @@ def test_a_base_page_shows_the_ten_likeliest_next_tokens_of_the_text(base_site):
     expect(page, "That is 200 characters; the context holds 160 tokens: shorten the text.", ".bars .prose")
 
 
+def test_a_bar_adds_what_its_token_is_and_one_that_adds_nothing_is_disabled(base_site, monkeypatch):
+    tokens, coder, page = [*b"\"<&'\n\t \r\0", base_site.coder.eot], base_site.coder, base_site.usual()
+    logits = torch.full((1, 259), -9.0)
+    logits[0, tokens] = torch.arange(10, 0, -1.0)
+    monkeypatch.setattr(base_site.model, "logits", lambda hidden: logits)
+    page.get_by_label("Text").fill("x")
+    expect(page, space_app.readable(coder, tokens[0])[0], ".bars button:first-of-type code")
+    names, adds = zip(*(space_app.readable(coder, token) for token in tokens), strict=True)
+    assert adds == (*"\"<&'\n\t ", "", "", "") and page.locator(".bars code").all_inner_texts() == list(names)
+    buttons = page.locator(".bars button").all()
+    assert [bar.get_attribute("data-text") for bar in buttons] == list(adds)
+    assert [bar.is_disabled() for bar in buttons] == [not text for text in adds]
+    for bar, text in zip(buttons, adds, strict=True):
+        bar.click(force=True)  # also where it is disabled
+        page.wait_for_timeout(50)
+        before = "x" + "".join(adds[: adds.index(text)]) if text else "x" + "".join(adds)
+        page.wait_for_function("text => document.querySelector('textarea').value == text", arg=before + text)
+
+
+@pytest.mark.parametrize("how", ["a bar is clicked", "the text is edited"])
+def test_who_changes_the_text_while_the_model_writes_ends_that_first(base_site, how):
+    page, base_site.script = base_site.usual(), "c" * 150
+    page.get_by_label("Text").fill("A dog")
+    expect(page, right_bars(base_site, "A dog")[0][1], ".bars button:first-of-type span")
+    page.get_by_role("button", name="Continue").click()
+    with base_site.flow():
+        page.wait_for_function("document.querySelector('textarea').value.endsWith('ccc')")
+        if how == "a bar is clicked":
+            bar = page.locator(".bars button:enabled").first
+            more = bar.get_attribute("data-text")
+            bar.click()
+        else:
+            more = "Z"
+            page.get_by_label("Text").press_sequentially(more)
+        assert base_site.ended.wait(timeout=30)
+        page.wait_for_timeout(500)
+        text = page.get_by_label("Text").input_value()
+    # an update on its way may still take back what is typed, but nothing is written after a token was appended
+    assert re.search(f"{re.escape(more)}$" if how == "a bar is clicked" else "[cZ]$", text)
+    assert len(text) < 150 and base_site.running == 0
+    expect(page, right_bars(base_site, text)[0][1], ".bars button:first-of-type span")
+
+
+def test_bars_do_not_wait_in_the_queue_of_the_answers(base_site):
+    one, two, three = base_site.usual(), base_site.visit(), base_site.visit()
+    base_site.script = "a" * 150
+    one.get_by_role("button", name="Continue").click()
+    base_site.let(1)
+    one.wait_for_function("document.querySelector('textarea').value == 'a'")
+    two.get_by_role("button", name="Continue").click()
+    expect(two, "queue: 1/1")
+    with base_site.flow():  # bars wait for the step under way
+        three.get_by_label("Text").fill("xyz")
+        expect(three, right_bars(base_site, "xyz")[0][1], ".bars button:first-of-type span")
+        assert len(base_site.prompts) == 1 and three.get_by_text("currently busy").count() == 0
+
+
 def test_a_base_page_continues_the_text_until_it_is_stopped_or_ends(base_site):
     page, base_site.script = base_site.usual(), MARKUP + "c" * 50
     text = page.get_by_label("Text")
@@ -4813,8 +4973,12 @@ def test_a_base_page_continues_the_text_until_it_is_stopped_or_ends(base_site):
     base_site.let(len(MARKUP))
     script = "text => document.querySelector('textarea').value == text"
     page.wait_for_function(script, arg="A dog" + MARKUP)
+    bars_before = bars_of(page)
     stop(page, base_site)
     assert re.fullmatch(re.escape("A dog" + MARKUP) + "c*", text.input_value())
+    first = right_bars(base_site, text.input_value())[0]
+    expect(page, first[1], ".bars button:first-of-type span")
+    assert bars_of(page) == right_bars(base_site, text.input_value()) != bars_before
     base_site.script = ""
     base_site.let(1)
     page.get_by_role("button", name="Continue").click()
@@ -4842,7 +5006,24 @@ def test_a_tokens_name_shows_what_cannot_be_seen():
     assert space_app.readable(coder, ids["é"]) == ("é", "é")
     assert space_app.readable(coder, coder.encode("👩")[0]) == ("F0 9F 91", "")
     assert space_app.readable(coder, coder.eot) == ("<|endoftext|>", "")
-    assert space_app.readable(Tokenizer("bytes"), 7) == ("\\x07", "\x07")
+    assert space_app.readable(Tokenizer("bytes"), 7) == ("\\x07", "")
+    assert space_app.readable(Tokenizer("bytes"), 13) == ("\\r", "")
+
+
+def test_what_is_said_about_a_model_has_the_units_of_its_stage():
+    def about(stage, tokens, **metrics):
+        return space_app.about(tiny(), dict(stage=stage, tokens=tokens, metrics=metrics)).split(" · ")[3:]
+
+    assert about("pretrain", 1234, val_loss=3.2, val_bpb=1.1) == [
+        "1,234 tokens seen", "validation loss 3.200 nats per token", "1.100 bits per byte"
+    ]  # fmt: skip
+    assert about("finetune", 1234, val_loss=1.5, hellaswag_acc=0.25) == [
+        "1,234 answer tokens seen in finetuning", "validation loss 1.500 nats per answer token", "HellaSwag acc 25.0%"
+    ]  # fmt: skip
+    assert about("dpo", 12, val_loss=0.6, val_reward_margin=0.1, val_preference_accuracy=0.75) == [
+        "12 pairs seen in preference tuning", "validation loss 0.600 nats per pair", "preference accuracy 75.0%"
+    ]  # fmt: skip
+    assert about("pretrain", 0) == []  # imported
 
 
 def test_the_page_is_served_to_this_machine_alone_unless_told_otherwise(sites):
@@ -4851,31 +5032,42 @@ def test_the_page_is_served_to_this_machine_alone_unless_told_otherwise(sites):
     with pytest.raises(ConnectionRefusedError):  # 127.0.0.2 is this machine too, and stands for its other addresses
         socket.create_connection(("127.0.0.2", port), timeout=5)
     with pytest.raises(OSError, match="port"):
-        space_app.launch(tiny(), dict(stage="finetune", tokenizer="bytes"), 1, "", port)
+        space_app.launch(tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1, "", port)
+    port = free_port()
+    page, _ = space_app.launch(tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1, "0.0.0.0", port)
+    socket.create_connection(("127.0.0.2", port), timeout=5).close()
+    page.close(verbose=False)
 
 
 def test_an_assembled_space_works_with_its_own_files_alone_and_reports_to_nobody(chromium, tmp_path, capsys):
-    kept = dict(stage="finetune", tokenizer="bytes", step=7, tokens=9, metrics=dict(val_loss=1.5))
-    save_checkpoint(tmp_path / "ckpt.pt", tiny(), **kept, settings=dict(data_dir="/home/me"), optimizers=[{}])
+    kept = dict(stage="finetune", tokenizer="gpt2", step=7, tokens=9, metrics=dict(val_loss=1.5))
+    weights = tiny(n_vocab=50259, vocab_size=50304)
+    save_checkpoint(tmp_path / "ckpt.pt", weights, **kept, settings=dict(data_dir="/home/me"), optimizers=[{}])
     folder = tmp_path / "parts" / "space"
     call(space_app, checkpoint=f"{tmp_path}/ckpt.pt", assemble=str(folder))
-    names = "README.md app.py best.pt configurator.py model.py questions.txt requirements.txt sample.py tokenizer.py"
-    assert sorted(path.name for path in folder.iterdir()) == names.split() and str(folder) in capsys.readouterr().out
+    names = "README.md app.py best.pt configurator.py gpt2_vocabulary model.py questions.txt requirements.txt sample.py"
+    assert sorted(path.name for path in folder.iterdir()) == [*names.split(), "tokenizer.py"]
+    said = capsys.readouterr().out
+    assert str(folder) in said and f"{(folder / 'best.pt').stat().st_size / 1e6:.1f} MB" in said
     model, stored = load_model(folder / "best.pt")
     assert stored.keys() == kept.keys() | {"format_version", "config"}  # no settings: they name folders
-    assert torch.equal(model.wte.weight, tiny().wte.weight)
+    assert torch.equal(model.wte.weight, weights.wte.weight)
     with pytest.raises(FileExistsError, match="not empty"):
         call(space_app, checkpoint=f"{tmp_path}/ckpt.pt", assemble=str(folder))
     with socket.create_server(("127.0.0.1", 0)) as outside:  # whoever wants to reach another machine is sent here
         proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
-        environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
-        environment |= dict(HTTP_PROXY=proxy, HTTPS_PROXY=proxy, NO_PROXY="127.0.0.1,localhost")
-        command = [sys.executable, "app.py", f"--port={free_port()}"]
+        unset = ("PYTHONPATH", "HF_HUB_OFFLINE", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")
+        environment = {k: v for k, v in os.environ.items() if k not in unset} | dict(TMPDIR=str(tmp_path))
+        environment |= dict(HTTP_PROXY=proxy, HTTPS_PROXY=proxy, NO_PROXY="127.0.0.0/8,localhost,0.0.0.0")
+        environment |= dict(GRADIO_SERVER_NAME="0.0.0.0")  # as on the Hub
+        command = [sys.executable, "app.py", f"--port={(port := free_port())}"]
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
         try:
             page = chromium.new_page()
-            page.goto(re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0])
-            expect(page, "9 tokens seen in finetuning · validation loss 1.500 nats per token")
+            assert select.select([process.stdout], [], [], 120)[0], "it says nothing"
+            assert f":{port}" in process.stdout.readline()
+            page.goto(f"http://127.0.0.2:{port}")
+            expect(page, "9 answer tokens seen in finetuning · validation loss 1.500 nats per answer token")
             expect(page, finetune.QUESTIONS[9])
             ask(page, "Hi?")
             page.wait_for_function(f"document.querySelector('{BOT}')?.textContent.length > 3")
@@ -4893,7 +5085,13 @@ def test_the_header_and_requirements_of_a_space_are_those_of_the_project():
     needed = [line for line in (ROOT / "space/requirements.txt").read_text().splitlines() if line[0] not in "#-"]
     project = re.findall('"([^"]+)"', re.search("dependencies = (.*)", text)[1])
     assert set(needed) < set(project)
-    sdk = re.search(r"sdk_version: ([\d.]+)", (ROOT / "space/README.md").read_text(encoding="utf-8"))[1]
+    card = (ROOT / "space/README.md").read_text(encoding="utf-8")
+    header = dict(line.split(": ", 1) for line in card.split("---\n")[1].splitlines())
+    assert header["sdk"] == "gradio" and (ROOT / "space" / header["app_file"]).is_file()
+    python = [header["python_version"].strip('"'), re.search('requires-python = ">=(.*)"', text)[1]]
+    assert [int(part) for part in python[0].split(".")] >= [int(part) for part in python[1].split(".")]
+    assert re.search(r'app = \["(.*)"\]', text)[1] in card  # how to install it elsewhere
+    sdk = header["sdk_version"]
     low, high = re.search(r'app = \["gradio>=([\d.]+),<(\d+)"\]', text).groups()
     numbers = [[int(part) for part in version.split(".")] for version in (low, sdk, high)]
     assert numbers[0] <= numbers[1] < numbers[2]
@@ -4901,9 +5099,10 @@ def test_the_header_and_requirements_of_a_space_are_those_of_the_project():
     assert importlib.metadata.version("gradio").split(".")[:2] >= low.split(".")[:2]
 
 
-def test_the_page_computes_in_the_dtype_asked_for_and_a_space_keeps_the_weights_as_they_are(tmp_path, monkeypatch):
+def test_the_page_computes_in_the_dtype_asked_for_and_so_are_the_weights_of_a_space(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="bytes")
     served, page = [], SimpleNamespace(block_thread=lambda: None)
+    monkeypatch.setattr(space_app, "gradio", lambda: None)
     monkeypatch.setattr(space_app, "launch", lambda model, *more: served.append(model) or (page, "address"))
     for dtype in ("bfloat16", "float32"):
         call(space_app, checkpoint=f"{tmp_path}/a.pt", dtype=dtype)
@@ -4914,11 +5113,19 @@ def test_the_page_computes_in_the_dtype_asked_for_and_a_space_keeps_the_weights_
         step = threading.Thread(target=lambda: next(writing))
         step.start(), step.join()
     assert next(writing)
-    call(space_app, checkpoint=f"{tmp_path}/a.pt", dtype="bfloat16", assemble=f"{tmp_path}/space")
-    assert load_checkpoint(tmp_path / "space/best.pt")["model"]["wte.weight"].dtype == torch.float32
+    sizes = {}
+    for dtype in ("", "bfloat16"):
+        path = tmp_path / f"space{dtype}/best.pt"
+        call(space_app, checkpoint=f"{tmp_path}/a.pt", dtype=dtype, assemble=str(path.parent))
+        assert not (path.parent / "gpt2_vocabulary").exists()
+        sizes[dtype] = sum(p.nbytes for p in load_checkpoint(path)["model"].values())
+    assert sizes["bfloat16"] * 2 == sizes[""] and path.stat().st_size < 1.2 * sizes["bfloat16"] + 20_000
+    model, _ = load_model(path)  # computes in fp32
+    near = torch.allclose(model.wte.weight, tiny().wte.weight, rtol=0.01)
+    assert near and model.wte.weight.dtype == torch.float32 and list(model.generate([[1, 2]], 3))
 
 
-def test_what_the_page_cannot_do_is_one_line(tmp_path):
+def test_what_the_page_cannot_do_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "gradio.py").write_text("raise ImportError")  # as if it were not installed
     save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="bytes")
     without = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -4926,6 +5133,10 @@ def test_what_the_page_cannot_do_is_one_line(tmp_path):
     assert said == "app.py: gradio is not installed: pip install -e '.[app]'\n"
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         call(space_app, checkpoint=f"{tmp_path}/none.pt")
+    monkeypatch.setattr(space_app, "load_model", lambda *_: pytest.fail("the weights are read before that is known"))
+    save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="other")
+    with pytest.raises(ValueError, match="tokenizer must be"):
+        call(space_app, checkpoint=f"{tmp_path}/a.pt")
 
 
 def test_the_settings_of_the_page_are_described_and_the_readme_names_them():
@@ -4941,15 +5152,15 @@ def test_the_settings_of_the_page_are_described_and_the_readme_names_them():
 
 def test_diverged_weights_and_a_question_in_gpt2_tokens_have_a_message_too(monkeypatch):
     model, coder = tiny(n_vocab=50259, vocab_size=50304), Tokenizer("gpt2")
-    answer = space_app.chat(model, coder, "word" + " word" * 89, ([], 0), 4, 0, 0)
-    assert [part[3] for part in answer] == ["That is 92 tokens; with an answer only 28 fit into the context."]
-    answer = space_app.chat(model, coder, "x" * 5000, ([], 0), 4, 0, 0)
-    assert "5,000 characters" in next(answer)[3]
+    answer = space_app.chat(model, coder, "word" + " word" * 89, space_app.new_talk(), 4, 0, 0)
+    assert [part[2] for part in answer] == ["That is 92 tokens; with an answer only 28 fit into the context."]
+    answer = space_app.chat(model, coder, "x" * 5000, space_app.new_talk(), 4, 0, 0)
+    assert "5,000 characters" in next(answer)[2]
     assert "5,000 characters" in space_app.bars(model, coder, "x" * 5000)
     assert space_app.bars(model, coder, "<b>").count("<button") == 10
     model.wte.weight.data.fill_(math.nan)
-    *_, last = space_app.chat(model, coder, "Hi", ([], 0), 4, 0, 0)
-    assert last[3].startswith("The model's logits are not numbers")
+    *_, last = space_app.chat(model, coder, "Hi", space_app.new_talk(), 4, 0, 0)
+    assert last[2].startswith("The model's logits are not numbers")
     *_, last = space_app.complete(model, coder, "Hi", 4, 0, 0)
     assert last == ("Hi", last[1]) and last[1].startswith("The model's logits are not numbers")
 

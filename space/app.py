@@ -3,15 +3,19 @@
     python -m space.app --checkpoint=out/chat/best.pt
     python -m space.app --checkpoint=out/chat/best.pt --assemble=out/space
 
-The page needs no internet and asks nobody for anything; stop it with Ctrl-C. It writes nothing. With --assemble it
-writes instead a folder that is a whole Hugging Face Space, and runs anywhere with `python app.py`.
+The page needs no internet (but for GPT-2's vocabulary, which tiktoken fetches once) and reports to nobody; stop it with
+Ctrl-C. It writes nothing. With --assemble it writes instead a folder that is a whole Hugging Face Space, and runs
+anywhere with `python app.py`.
 """
 
 import os
 import re
 import shutil
+import tempfile
+import threading
 import time
 from functools import partial
+from hashlib import sha1
 from html import escape
 from pathlib import Path
 
@@ -19,23 +23,32 @@ from configurator import configure
 
 import torch
 
-from model import load_model, pick_device, save_checkpoint
+from model import load_checkpoint, load_model, pick_device, save_checkpoint
 from sample import fit_into_context, prompt_ids, stream
 from tokenizer import Tokenizer
 
 checkpoint = ""  # file of train.py, finetune.py or dpo.py; empty: best.pt beside this file, as on a Space
 host = ""  # address to listen at, 0.0.0.0 for all; empty: 127.0.0.1 (or GRADIO_SERVER_NAME, which a Space sets)
 port = 7860  # where the browser finds the page
-queue_size = 20  # requests that may wait; further ones are told to come back later
+queue_size = 20  # answers that may wait; further ones are told to come back later
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
 dtype = ""  # float32, bfloat16 or native (bfloat16 where it is fast); empty: float32 on CPUs, else native
-assemble = ""  # folder to write for a Space, instead of showing the page
+assemble = ""  # folder to write for a Space, instead of showing the page; a dtype of bfloat16 halves its weights
 
 HERE = Path(__file__).resolve().parent
+VOCABULARY = "gpt2_vocabulary"  # folder beside this file, on a Space: GPT-2's vocabulary
 MODULES = ("configurator.py", "model.py", "sample.py", "tokenizer.py")  # what this file needs of the others
 N_BARS = 10
 UPDATE_SECONDS = 0.05  # between updates of the page: one for each token made a small model three times slower
 LONGEST_TOKEN = 128  # characters, of GPT-2's vocabulary: longer texts need not be encoded to be refused
+GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken names its copies by these
+UNITS = {  # of a checkpoint's tokens and of its val_loss
+    "pretrain": ("tokens seen", "token"),
+    "finetune": ("answer tokens seen in finetuning", "answer token"),
+    "dpo": ("pairs seen in preference tuning", "pair"),
+}
+UNCHANGED = {"__type__": "update"}  # gr.skip(): a component stays as it is
+COMPUTING = threading.Lock()  # held for each step of the model: a step under way outlives its cancelled answer
 VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 CSS = """
 .notice {min-height: 1.6em}
@@ -44,6 +57,7 @@ CSS = """
 .bars button {
     display: flex; gap: .8em; align-items: center; width: 100%; padding: .2em 0; border: 0; background: none;
     font-weight: normal; cursor: pointer}
+.bars button:disabled {cursor: default; opacity: .6}
 .bars code {
     flex: 0 0 8em; padding: 0; border: 0; background: none; text-align: left; white-space: pre; overflow: hidden;
     text-overflow: ellipsis}
@@ -55,7 +69,7 @@ CSS = """
 # the event of this name of Gradio's Textbox misses what is pasted or cut, and `change` comes with each streamed token.
 BARS_JS = """
 element.addEventListener('click', event => {
-    const bar = event.target.closest('button');
+    const bar = event.target.closest('button:enabled');
     if (bar) trigger('click', {text: bar.dataset.text});
 });
 document.addEventListener('input', event => {
@@ -89,7 +103,12 @@ def grow(model, tokenizer, ids, max_new_tokens, temperature, top_k):
     seen, text, shown_at = [], "", 0.0
 
     def steps():
-        for token in model.generate([ids], max_new_tokens, temperature, top_k, stop=tokenizer.eot):
+        generated = model.generate([ids], max_new_tokens, temperature, top_k, stop=tokenizer.eot)
+        while True:
+            with COMPUTING:
+                token = next(generated, None)
+            if token is None:
+                return
             seen.append(int(token))
             yield token
 
@@ -106,13 +125,18 @@ def grow(model, tokenizer, ids, max_new_tokens, temperature, top_k):
         yield text, f"Cut after {len(seen):,} tokens, the length that you set."
 
 
-def chat(model, tokenizer, question, talk, max_new_tokens, temperature, top_k):
-    """Answer a question; yields (messages on the page, talk, what stays in the question's box, notice).
+def new_talk():
+    """A conversation: its messages, and the number of the first one that the model still sees."""
+    return {"messages": [], "first": 0}
 
-    talk: (messages so far, number of the first one that the model still sees). The page shows messages as HTML, so
-    `on_page` escapes what people and models write.
+
+def chat(model, tokenizer, question, talk, max_new_tokens, temperature, top_k):
+    """Answer a question; yields (messages on the page, what the question's box gets, notice).
+
+    talk is changed in place: Clear gives the page another one, and what an answer still writes then is seen by nobody.
+    The page shows messages as HTML, so `on_page` escapes what people and models write.
     """
-    messages, first = talk
+    messages, first = talk["messages"], talk["first"]
     try:
         if not question.strip():
             raise ValueError("type a question first")
@@ -121,26 +145,28 @@ def chat(model, tokenizer, question, talk, max_new_tokens, temperature, top_k):
             tokenizer, question, messages[first:], model.config.block_size, int(max_new_tokens)
         )
     except ValueError as error:
-        yield on_page(messages), talk, question, sentence(error)
+        yield on_page(messages), UNCHANGED, sentence(error)
         return
-    dropped, first = (len(messages) - len(kept) - first) // 2, len(messages) - len(kept)
+    dropped, talk["first"] = (len(messages) - len(kept) - first) // 2, len(messages) - len(kept)
     forgot = f"The context is full: oldest turns forgotten: {dropped}. " if dropped else ""
-    asked = [*messages, {"role": "user", "content": question}]
-    messages = [*asked, {"role": "assistant", "content": ""}]
-    yield on_page(messages), (messages, first), "", forgot
+    answer = {"role": "assistant", "content": ""}
+    messages += [{"role": "user", "content": question}, answer]
+    yield on_page(messages), "", forgot
     try:
-        for text, notice in grow(model, tokenizer, ids, int(max_new_tokens), temperature, int(top_k)):
-            messages = [*asked, {"role": "assistant", "content": text}]
-            yield on_page(messages), (messages, first), "", forgot + notice
+        for answer["content"], notice in grow(model, tokenizer, ids, int(max_new_tokens), temperature, int(top_k)):
+            yield on_page(messages), UNCHANGED, forgot + notice
     except ValueError as error:
-        yield on_page(messages), (messages, first), "", sentence(error)
+        yield on_page(messages), UNCHANGED, sentence(error)
 
 
 def on_page(messages):
-    """Messages as HTML that shows exactly their text. White space is spelt out, for Gradio would dedent it."""
+    """Messages as HTML that shows exactly their text. White space is spelt out, for Gradio would dedent it.
+
+    Python's own idea of white space would not do: HTML takes the numbers 128 to 159 for other characters.
+    """
 
     def spell(text):
-        return re.sub(r"\s", lambda space: f"&#{ord(space[0])};", escape(text))
+        return re.sub("[ \t\n\r\f\v]", lambda space: f"&#{ord(space[0])};", escape(text))
 
     return [{**message, "content": spell(message["content"])} for message in messages]
 
@@ -173,25 +199,26 @@ def sentence(error):
 
 @torch.inference_mode()
 def bars(model, tokenizer, text):
-    """HTML of the ten likeliest next tokens: a button each, which carries what the token adds to the text."""
+    """HTML of the ten likeliest next tokens: buttons, which carry what the token adds to the text, if anything."""
     try:
         ids = torch.tensor([text_ids(model, tokenizer, text)], device=model.wte.weight.device)
     except ValueError as error:
         return escape(sentence(error))
-    logits = model.logits(model.hidden(ids)[:, -1])[0].float()
+    with COMPUTING:
+        logits = model.logits(model.hidden(ids)[:, -1])[0].float()
     rows = []
     for p, token in zip(*(values.tolist() for values in logits.softmax(dim=-1).topk(N_BARS)), strict=True):
         name, adds = readable(tokenizer, token)
         share = f"{p:.1%}" if p >= 0.001 else "&lt; 0.1%"
         rows.append(
-            f'<button data-text="{escape(adds)}"><code>{escape(name)}</code>'
+            f'<button data-text="{escape(adds)}"{"" if adds else " disabled"}><code>{escape(name)}</code>'
             f'<i><b style="width: {p:.2%}"></b></i><span>{share}</span></button>'
         )
     return "".join(rows)
 
 
 def readable(tokenizer, token):
-    """(a token's name for the eye, the text it adds): nothing for control tokens and parts of a character."""
+    """(a token's name for the eye, the text it adds): nothing for parts of a character, and for what controls."""
     if token >= tokenizer.eot:
         return tokenizer.decode([token]), ""
     try:
@@ -199,7 +226,8 @@ def readable(tokenizer, token):
     except UnicodeDecodeError:
         return " ".join(f"{byte:02X}" for byte in tokenizer.decode_bytes([token])), ""
     name = text.translate(VISIBLE)
-    return name if name.isprintable() else ascii(name)[1:-1], text
+    controls = re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)  # HTML changes some, and a text box has none
+    return name if name.isprintable() else ascii(name)[1:-1], "" if controls else text
 
 
 def about(model, stored):
@@ -207,8 +235,10 @@ def about(model, stored):
     config, metrics = model.config, stored.get("metrics", {})
     facts = [f"{model.n_params():,} parameters", f"{config.n_layer} layers of width {config.n_embd}"]
     facts += [f"a context of {config.block_size:,} tokens"]
-    facts += [f"{stored.get('tokens', 0):,} tokens seen" + ("" if stored["stage"] == "pretrain" else " in finetuning")]
-    names = {"val_loss": "validation loss {:.3f} nats per token", "val_bpb": "{:.3f} bits per byte"}
+    seen, unit = UNITS[stored["stage"]]
+    facts += [f"{stored['tokens']:,} {seen}"] if stored.get("tokens") else []
+    names = {"val_loss": f"validation loss {{:.3f}} nats per {unit}", "val_bpb": "{:.3f} bits per byte"}
+    names |= {"val_preference_accuracy": "preference accuracy {:.1%}"}
     names |= {"hellaswag_acc": "HellaSwag acc {:.1%}", "hellaswag_acc_norm": "acc_norm {:.1%}"}
     facts += [text.format(metrics[name]) for name, text in names.items() if name in metrics]
     return " · ".join(facts)
@@ -229,9 +259,9 @@ def sampling_controls(gr, block_size):
         ]
 
 
-def chat_page(gr, page, model, tokenizer):
+def chat_page(gr, model, tokenizer):
     """The components and events of the page for a finetuned model."""
-    talk = gr.State(([], 0))
+    talk = gr.State(new_talk())
     shown = gr.Chatbot(
         render_markdown=False, latex_delimiters=[], buttons=[], show_label=False, height="48vh", elem_classes="chat",
         placeholder="Ask a question, or try one of those below",
@@ -247,11 +277,15 @@ def chat_page(gr, page, model, tokenizer):
     controls = sampling_controls(gr, model.config.block_size)
     answering = gr.on(
         [question.submit, send.click], partial(chat, model, tokenizer), [question, talk, *controls],
-        [shown, talk, question, notice], concurrency_id="generate", api_visibility="private", show_progress="minimal",
+        [shown, question, notice], concurrency_id="generate", api_visibility="private", show_progress="minimal",
         show_progress_on=shown,
     )  # fmt: skip
     stop.click(None, cancels=answering)
-    shown.clear(lambda: (([], 0), ""), None, [talk, notice], cancels=answering, queue=False, api_visibility="private")
+    shown.clear(None, cancels=answering)  # first and alone: Gradio would run a function of the same listener before it
+    shown.clear(
+        lambda: ([], new_talk(), ""), None, [shown, talk, notice], queue=False, api_visibility="private",
+        show_progress="hidden",
+    )  # fmt: skip
 
 
 def completion_page(gr, page, model, tokenizer):
@@ -272,7 +306,7 @@ def completion_page(gr, page, model, tokenizer):
 
     show = dict(
         fn=partial(bars, model, tokenizer), inputs=text, outputs=likeliest, show_progress="hidden",
-        trigger_mode="always_last", concurrency_id="bars", api_visibility="private",
+        trigger_mode="always_last", queue=False, api_visibility="private",
     )  # fmt: skip
 
     def append(text, click: gr.EventData):
@@ -282,8 +316,9 @@ def completion_page(gr, page, model, tokenizer):
         partial(complete, model, tokenizer), [text, *controls], [text, notice], show_progress="minimal",
         show_progress_on=text, concurrency_id="generate", api_visibility="private",
     )  # fmt: skip
-    writing.then(**show)
-    stop.click(**show, cancels=writing)
+    writing.then(**show)  # when it was cancelled, too
+    for ends in (stop.click, likeliest.input, likeliest.click):  # the text has one writer at a time
+        ends(None, cancels=writing)
     likeliest.input(**show)
     likeliest.click(append, text, text, queue=False, api_visibility="private").then(**show)
     page.load(**show)
@@ -298,24 +333,33 @@ def questions():
     return QUESTIONS
 
 
-def launch(model, stored, queue_size, host, port):
+def launch(model, tokenizer, stored, queue_size, host, port):
     """Start to serve the page of a checkpoint; returns (page, its address)."""
-    gr, tokenizer, is_chat = gradio(), Tokenizer(stored["tokenizer"]), stored["stage"] != "pretrain"
+    gr, is_chat = gradio(), stored["stage"] != "pretrain"
     with gr.Blocks(title="fgpt", analytics_enabled=False) as page:
         gr.Markdown(f"# fgpt: {'chat' if is_chat else 'continue a text'}\n{about(model, stored)}")
-        (chat_page if is_chat else completion_page)(gr, page, model, tokenizer)
+        if is_chat:
+            chat_page(gr, model, tokenizer)
+        else:
+            completion_page(gr, page, model, tokenizer)
     page.queue(max_size=queue_size, default_concurrency_limit=1)
     # fonts of the reader's machine; no history in the browser, no statistics, no uploads
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    options = dict(theme=theme, css=CSS, run_history=False, enable_monitoring=False, max_file_size=1, footer_links=[])
     _, address, _ = page.launch(
         server_name=host or None, server_port=port, share=False, ssr_mode=False, quiet=True, prevent_thread_lock=True,
-        **options,
+        theme=theme, css=CSS, run_history=False, enable_monitoring=False, max_file_size=1, footer_links=[],
     )  # fmt: skip
     return page, address
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def vocabulary_files():
+    """Where tiktoken keeps GPT-2's two files, once it has fetched them."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    folder = Path(tempfile.gettempdir(), "data-gym-cache") if folder is None else Path(folder)
+    return [folder / sha1((GPT2_FILES + name).encode()).hexdigest() for name in ("vocab.bpe", "encoder.json")]
 
 
 def write_space(model, stored, folder):
@@ -328,6 +372,10 @@ def write_space(model, stored, folder):
     for name in ("app.py", "README.md", "requirements.txt"):
         shutil.copy(HERE / name, folder)
     (folder / "questions.txt").write_text("\n".join(questions()) + "\n", encoding="utf-8")
+    if stored["tokenizer"] == "gpt2" and all(path.exists() for path in vocabulary_files()):
+        (folder / VOCABULARY).mkdir()
+        for path in vocabulary_files():
+            shutil.copy(path, folder / VOCABULARY)
     # neither the optimizer's state nor the settings, which name folders of this machine
     public = {name: stored[name] for name in ("stage", "tokenizer", "step", "tokens", "metrics") if name in stored}
     save_checkpoint(folder / "best.pt", model, **public)
@@ -336,14 +384,20 @@ def write_space(model, stored, folder):
 def main():
     compute, autocast = pick_device(device, dtype)
     path = Path(checkpoint or HERE / "best.pt")
+    if (HERE / VOCABULARY).exists():
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(HERE / VOCABULARY)
+    tokenizer = Tokenizer(load_checkpoint(path, "meta")["tokenizer"])  # what is missing is told before weights are read
+    if not assemble:
+        gradio()
     model, stored = load_model(path, compute)
     if assemble:
-        write_space(model, stored, Path(assemble))
-        print(f"{assemble}: a Space, {model.n_params():,} parameters; python app.py there shows the page")
+        write_space(model.bfloat16() if dtype == "bfloat16" else model, stored, Path(assemble))
+        size = Path(assemble, "best.pt").stat().st_size
+        print(f"{assemble}: a Space, best.pt has {size / 1e6:,.1f} MB; python app.py there shows the page")
         return
     with autocast():  # the weights take its dtype: it belongs to a thread, and Gradio goes on in any
         model.for_decoding()
-    page, address = launch(model, stored, queue_size, host, port)
+    page, address = launch(model, tokenizer, stored, queue_size, host, port)
     print(f"{path}: open {address} in a browser, Ctrl-C ends it", flush=True)
     page.block_thread()
 
