@@ -1,6 +1,7 @@
 # runs/quickstart.sh: a model of 0.9M parameters that learns the built-in world in minutes on two CPU cores.
 data_dir = "out/quickstart/tokens"
 out_dir = "out/quickstart/base"
+tokenizer = "bytes"
 
 family = "modern"
 block_size = 128

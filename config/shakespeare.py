@@ -1,6 +1,7 @@
 # Tiny Shakespeare as bytes, on a laptop CPU in about a minute. README.md says how to get and split the file.
 data_dir = "data/shakespeare"
 out_dir = "out/shakespeare"
+tokenizer = "bytes"
 
 family = "modern"
 block_size = 64

@@ -2,6 +2,7 @@
 # and AdamW with cosine), to compare config/shakespeare.py with. The code is ours: with biases, bytes for characters.
 data_dir = "data/shakespeare"
 out_dir = "out/shakespeare_nanogpt"
+tokenizer = "bytes"
 
 family = "gpt2"
 block_size = 64
