@@ -3131,19 +3131,20 @@ class Terminal:
         os.write(self.end, text.encode())
 
     def wait_for(self, text, keys=""):
-        """Everything that was printed until then. keys: pressed, and again where nothing follows.
+        """Everything that was printed until then. keys: pressed, and again every two seconds, as a person would.
 
         (A signal that comes just before a process waits for a key is seen after the next key only.)
         """
         self.type(keys)
-        for _ in range(1000):
-            if text in self.shown:
-                break
-            if select.select([self.end], [], [], 1 if keys else 60)[0]:
+        began = pressed = time.monotonic()
+        while text not in self.shown:
+            if select.select([self.end], [], [], 1)[0]:
                 self.shown += os.read(self.end, 1000).decode(errors="replace")
-            else:
-                assert keys, self.shown
+            now = time.monotonic()
+            assert now < began + 60, self.shown[-1000:]
+            if keys and now > pressed + 2:
                 self.type(keys)
+                pressed = now
         before, self.shown = self.shown.split(text, 1)
         return before
 
