@@ -3122,10 +3122,14 @@ class Terminal:
         self.end, theirs = os.openpty()
         self.process = subprocess.Popen(
             [sys.executable, *arguments], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            env=os.environ | {"TERM": "dumb"}, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            env=os.environ | {"TERM": "dumb"}, preexec_fn=self.take_terminal,
         )  # fmt: skip
         os.close(theirs)
         self.shown = ""
+
+    def take_terminal(self):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in what a shell started with &, and inherited
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     def type(self, text):
         os.write(self.end, text.encode())
