@@ -134,7 +134,8 @@ def request(url, start=0, method="GET", **options):
         response = requests.request(method, url, headers=headers, timeout=(10, STALL_SECONDS), **options)
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
         stalled = isinstance(error, requests.ReadTimeout)  # there is a server
-        message = f"{url}: no answer ({type(error).__name__}): check the network and HF_ENDPOINT"
+        setting = " and HF_ENDPOINT" * url.startswith(hub_endpoint())
+        message = f"{url}: no answer ({type(error).__name__}): check the network{setting}"
         raise Later(message, 0 if stalled else None) from None
     except requests.RequestException as error:  # whose text may hold the token
         raise OSError(f"{url}: {type(error).__name__}: check HF_ENDPOINT and HF_TOKEN") from None

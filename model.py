@@ -631,4 +631,6 @@ def load_model(path, device="cpu"):
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: its weights and config make no model of this version ({reason:.200})") from None
     content.pop("optimizers", None)
+    if content.get("stage") == "pretrain" and content.get("step") == 0 and "data" in content:  # of a run, not imported
+        print(f"warning: {path} is of step 0, NOT TRAINED; ckpt.pt beside it may be", file=sys.stderr)
     return model.to(device).eval(), content

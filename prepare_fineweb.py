@@ -307,7 +307,8 @@ def check_space(sources, records, folder, tokenizer, max_tokens, keep_downloads)
             f"{folder}: about {needed} are needed, {tqdm.format_sizeof(free, 'B')} are free: free some, choose another "
             "--out_dir, or take less with --subset, --part or --max_tokens"
         )
-    print(f"files to do: {n_files:,}, about {needed} needed, {tqdm.format_sizeof(free, 'B')} free")
+    kind = "about" if records else "(by FineWeb-Edu's measure) about"
+    print(f"files to do: {n_files:,}, {kind} {needed} needed, {tqdm.format_sizeof(free, 'B')} free")
     return n_bytes
 
 

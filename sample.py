@@ -146,15 +146,23 @@ def converse(answer, tokenizer, block_size, room):
 
 def check():
     """The text of the prompt. ValueError for settings that cannot be used, OSError for a missing file."""
-    if chat not in (None, True, False) or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError("chat is None, True or False, temperature and top_k at least 0, top_p above 0 and at most 1")
-    if max_new_tokens < 1 or num_samples < 1 or (prompt and prompt_file):
-        raise ValueError("max_new_tokens and num_samples are at least 1, and prompt or prompt_file is given, not both")
+    problems = {
+        "chat must be None, True or False": chat not in (None, True, False),
+        "temperature must be at least 0": temperature < 0,
+        "top_k must be at least 0": top_k < 0,
+        "top_p must be above 0 and at most 1": not 0 < top_p <= 1,
+        "max_new_tokens must be at least 1": max_new_tokens < 1,
+        "num_samples must be at least 1": num_samples < 1,
+        "prompt and prompt_file exclude one another": prompt and prompt_file,
+        "num_samples needs a prompt": num_samples > 1 and not (prompt or prompt_file),
+    }
+    if any(problems.values()):
+        raise ValueError("; ".join(problem for problem, is_there in problems.items() if is_there))
+    if prompt_file and (not Path(prompt_file).exists() or Path(prompt_file).is_dir()):
+        raise FileNotFoundError(f"--prompt_file={prompt_file}: no such file")
     text = prompt or (prompt_file and Path(prompt_file).read_text(encoding="utf-8", errors="replace"))
-    if prompt_file and not text.strip():
-        raise ValueError(f"{prompt_file} is empty")
-    if not text and num_samples > 1:
-        raise ValueError("num_samples needs a prompt")
+    if prompt_file and (not text.strip() or "\0" in text):
+        raise ValueError(f"--prompt_file={prompt_file} {'is not a text' if text.strip() else 'is empty'}")
     return text.removesuffix("\n") if prompt_file else text
 
 

@@ -650,7 +650,7 @@ def test_muon_gives_all_neurons_equal_steps_on_average_and_each_matrix_its_norm(
     assert (moved - update).abs().max() > 0.01  # which Muon alone does not give
 
 
-def test_muon_multiplies_in_bfloat16_under_autocast_and_on_gpus_only():
+def test_on_a_cpu_muon_multiplies_in_bfloat16_only_under_autocast():
     G = torch.randn(3, 16, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model_py.orthogonalize(G).dtype == torch.bfloat16
@@ -2245,7 +2245,7 @@ def test_the_contamination_command_says_how_many_contexts_stand_in_a_folder_or_o
 def test_the_training_benchmark_measures_a_step_of_train_py_and_the_ceiling_in_a_process_of_its_own(tmp_path):
     sizes = "n_layer = n_head = 1\nn_embd = 16\nblock_size = 32\ntokenizer = 'bytes'\ntokens_per_step = 128\n"
     (tmp_path / "tiny.py").write_text(sizes)
-    [row] = bench.training(f"{tmp_path}/tiny.py", "2", 1, "cpu", "float32", True, 0, None)
+    [row] = bench.training(f"{tmp_path}/tiny.py", [2], 1, "cpu", "float32", True, 0, None)
     assert 0.05 < row["peak GB"] < 5 and row["tokens/s"] > 0 and 0 < row["optimizers' share of the time"] < 1
     assert row["share of that"] == pytest.approx(row["TFLOP/s"] / row["a large product's"]) and "MFU" not in row
     assert np.isnan(bench.in_child(os._exit, 1)).all()  # as the system ends what takes too much memory
@@ -2255,7 +2255,7 @@ def test_the_training_benchmark_measures_a_step_of_train_py_and_the_ceiling_in_a
 
 def test_the_decode_benchmark_tells_speed_first_token_share_of_the_limit_and_gain_over_recomputing(tmp_path):
     (tmp_path / "small.py").write_text('tokenizer = "bytes"\nblock_size, n_layer, n_head, n_embd = 64, 1, 2, 32\n')
-    rows = list(bench.decode(f"{tmp_path}/small.py", "1,3", 99, 1, "cpu", ""))
+    rows = list(bench.decode(f"{tmp_path}/small.py", [1, 3], 99, 1, "cpu", ""))
     assert [(row["batch"], row["way"]) for row in rows] == [(1, "eager"), (3, "eager")]
     for row in rows:
         assert row["tokens/s"] > 0 and row["first token, ms"] > 0 and 0 <= row["of the limit"] < 1
@@ -2618,18 +2618,29 @@ def test_several_samples_are_made_together_and_the_speed_is_told_when_asked(trai
 @pytest.mark.parametrize(
     "change, said",
     [
-        (dict(top_p=0.0), "top_p above 0"),
-        (dict(temperature=-1.0), "temperature and top_k at least 0"),
-        (dict(max_new_tokens=0), "at least 1"),
-        (dict(prompt="a", prompt_file="b"), "not both"),
+        (dict(top_p=0.0), "^top_p must be above 0 and at most 1$"),
+        (dict(temperature=-1.0, num_samples=0), "^temperature must be at least 0; num_samples must be at least 1$"),
+        (dict(top_k=-3), "^top_k must be at least 0$"),
+        (dict(max_new_tokens=0), "^max_new_tokens must be at least 1$"),
+        (dict(prompt="a", prompt_file="b"), "exclude one another"),
         (dict(num_samples=2), "num_samples needs a prompt"),
-        (dict(prompt_file="nowhere.txt"), "No such file"),
+        (dict(prompt_file="nowhere.txt"), "prompt_file=nowhere.txt: no such file"),
+        (dict(prompt_file=sys.executable), "is not a text"),
         (dict(prompt_file=os.devnull), "is empty"),
     ],
 )
 def test_settings_that_sampling_cannot_use_are_refused(change, said):
     with pytest.raises((ValueError, OSError), match=said):
         call(sample, **change)
+
+
+def test_an_untrained_checkpoint_of_a_run_is_warned_of_and_an_imported_one_is_not(tmp_path, capsys):
+    warned = []
+    for number, entries in enumerate((dict(step=0, data=[]), dict(step=0), dict(step=5, data=[]))):
+        save_checkpoint(tmp_path / f"{number}.pt", tiny(), stage="pretrain", tokenizer="bytes", **entries)
+        load_model(tmp_path / f"{number}.pt")
+        warned.append("NOT TRAINED" in capsys.readouterr().err)
+    assert warned == [True, False, False]
 
 
 @families
@@ -4357,6 +4368,23 @@ def made_log(losses, steps=100, seconds=1.0, compiling=0.0):
     return rows
 
 
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("train --configs=config/none.py", "config/none.py: no such config file"),
+        ("train --batch_sizes=0", "batch_sizes must be above 0"),
+        ("train --batch_sizes=a", "batch_sizes must be above 0 .*, not 'a'"),
+        ("decode --repeats=0", "repeats must be above 0"),
+        ("decode --decode_batches=", "decode_batches must be above 0"),
+        ("decode --configs=config/shakespeare.py --new_tokens=4", "4 tokens after a prompt of 16 are too few"),
+        ("decod", "WHAT one of train, .*: 'decod' is none of them"),
+        ("", "python -m tools.bench WHAT"),
+    ],
+)
+def test_the_benchmarks_refuse_a_wrong_setting_in_one_line(line, said):
+    assert re.search(said, run("-m", "tools.bench", *line.split(), code=1))
+
+
 @pytest.mark.parametrize("compiling", [0.0, 70.0])
 def test_the_race_finds_where_a_curve_first_reaches_a_loss_whatever_compilation_took(compiling):
     curve = race.curve(made_log([4.0, 3.0, 3.5, 2.0], seconds=0.5, compiling=compiling))
@@ -5036,7 +5064,7 @@ def test_the_page_is_served_to_this_machine_alone_unless_told_otherwise(sites):
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
     with pytest.raises(ConnectionRefusedError):  # 127.0.0.2 is this machine too, and stands for its other addresses
         socket.create_connection(("127.0.0.2", port), timeout=5)
-    with pytest.raises(OSError, match="port"):
+    with pytest.raises(OSError, match="name another --port="):
         space_app.launch(tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1, "", port)
     port = free_port()
     page, _ = space_app.launch(tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1, "0.0.0.0", port)
@@ -5138,6 +5166,8 @@ def test_what_the_page_cannot_do_is_one_line(tmp_path, monkeypatch):
     assert said == "app.py: gradio is not installed: pip install -e '.[app]'\n"
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         call(space_app, checkpoint=f"{tmp_path}/none.pt")
+    with pytest.raises(ValueError, match="port must be 1 to 65535, not 80000"):
+        call(space_app, checkpoint=f"{tmp_path}/a.pt", port=80000)
     monkeypatch.setattr(space_app, "load_model", lambda *_: pytest.fail("the weights are read before that is known"))
     save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="other")
     with pytest.raises(ValueError, match="tokenizer must be"):

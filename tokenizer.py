@@ -93,7 +93,7 @@ def load_gpt2():
     except Exception as error:  # tiktoken lets whatever its download raised through
         raise ValueError(
             "tiktoken cannot get GPT-2's vocabulary: connect to the network once, or point TIKTOKEN_CACHE_DIR at a "
-            f"folder that holds it, or use --tokenizer=bytes ({type(error).__name__})"
+            f"folder that holds it, or begin with --tokenizer=bytes at prepare_fineweb.py ({type(error).__name__})"
         ) from None
     specials = {text: base.n_vocab - 1 + i for i, text in enumerate(SPECIALS)}
     return tiktoken.Encoding(

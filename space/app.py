@@ -345,10 +345,16 @@ def launch(model, tokenizer, stored, queue_size, host, port):
     page.queue(max_size=queue_size, default_concurrency_limit=1)
     # fonts of the reader's machine; no history in the browser, no statistics, no uploads
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    _, address, _ = page.launch(
-        server_name=host or None, server_port=port, share=False, ssr_mode=False, quiet=True, prevent_thread_lock=True,
-        theme=theme, css=CSS, run_history=False, enable_monitoring=False, max_file_size=1, footer_links=[],
-    )  # fmt: skip
+    try:
+        _, address, _ = page.launch(
+            server_name=host or None, server_port=port, share=False, ssr_mode=False, quiet=True,
+            prevent_thread_lock=True, theme=theme, css=CSS, run_history=False, enable_monitoring=False,
+            max_file_size=1, footer_links=[],
+        )  # fmt: skip
+    except OSError:  # whose text names settings of Gradio
+        raise OSError(
+            f"cannot listen at {host or 'this machine'}, port {port}: name another --port= or --host="
+        ) from None
     return page, address
 
 
@@ -384,6 +390,8 @@ def write_space(model, stored, folder):
 def main():
     compute, autocast = pick_device(device, dtype)
     path = Path(checkpoint or HERE / "best.pt")
+    if not 0 < port < 65536:
+        raise ValueError(f"port must be 1 to 65535, not {port}")
     if (HERE / VOCABULARY).exists():
         os.environ["TIKTOKEN_CACHE_DIR"] = str(HERE / VOCABULARY)
     tokenizer = Tokenizer(load_checkpoint(path, "meta")["tokenizer"])  # what is missing is told before weights are read

@@ -142,10 +142,16 @@ def product_speed(device, autocast):
 # training
 
 
-def make(config, device):
-    """(model, optimizers, settings) of one of train.py's configs."""
+def read_config(config):
+    """The settings of one of train.py's configs. ValueError when it is missing or wrong."""
     settings = dict(train.DEFAULTS)
     apply_file(config, settings, train.DEFAULTS)
+    return settings
+
+
+def make(config, device):
+    """(model, optimizers, settings) of one of train.py's configs."""
+    settings = read_config(config)
     n_vocab = 259 if settings["tokenizer"] == "bytes" else 50259
     model = train.make_model(settings, SimpleNamespace(n_vocab=n_vocab)).to(device)
     return model, model_py.make_optimizers(model, settings["optimizer"]), settings
@@ -191,14 +197,15 @@ def training_step(config, batch_size, activation_checkpointing, tokens_per_step,
 
 def training(configs, batch_sizes, repeats, device, dtype, *options):
     """options: activation_checkpointing, tokens_per_step and compile of training_step."""
-    peak = train.peak_flops(model_py.pick_device(device)[0])
+    peak = train.peak_flops(model_py.pick_device(device, dtype)[0])
     for config in configs.split(","):
+        read_config(config)  # what is wrong with it is told here, not by a process of its own
         ways = {
-            size: partial(in_child, training_step, config, int(size), *options, device, dtype, n_results=5)
-            for size in batch_sizes.split(",")
+            size: partial(in_child, training_step, config, size, *options, device, dtype, n_results=5)
+            for size in batch_sizes
         }
         for size, (gigabytes, speed, flops, ceiling, optimizing) in take_turns(repeats, ways).items():
-            row = {"config": config, "micro-batch": int(size), "peak GB": gigabytes, "tokens/s": speed}
+            row = {"config": config, "micro-batch": size, "peak GB": gigabytes, "tokens/s": speed}
             row |= {"TFLOP/s": flops / 1e12, "a large product's": ceiling / 1e12, "share of that": flops / ceiling}
             row |= {"MFU": flops / peak} if peak else {}
             yield row | {"optimizers' share of the time": optimizing}
@@ -431,9 +438,11 @@ def decode(configs, batches, new_tokens, repeats, device, dtype, n_prompt=16):
         with autocast():
             model.for_decoding()
         c, n_new = model.config, min(new_tokens, model.config.block_size - n_prompt)
+        if n_new < 5:
+            raise ValueError(f"{config}: {n_new} tokens after a prompt of {n_prompt} are too few to time: at least 5")
         size = model.wte.weight.element_size()
         row_bytes = 2 * c.n_layer * c.n_head * c.head_dim * (n_prompt + n_new / 2) * size
-        for n_rows in map(int, batches.split(",")):
+        for n_rows in batches:
             prompts = np.random.default_rng(0).integers(0, c.n_vocab, (n_rows, n_prompt)).tolist()
             ways = {"eager": partial(decoding, model, prompts, n_new)}
             if device.type == "cuda":
@@ -450,27 +459,41 @@ def decode(configs, batches, new_tokens, repeats, device, dtype, n_prompt=16):
                 yield row | {"of the limit": share, "recomputing": slow, "ratio": speed / slow}
 
 
+def numbers(name, kind=int):
+    """The numbers of a setting like "1,4", or of one that is a number. ValueError unless each is above 0."""
+    value = globals()[name]
+    try:
+        found = [kind(part) for part in str(value).split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) <= 0:
+        raise ValueError(f"{name} must be above 0 (several with commas where the default has them), not {value!r}")
+    return found
+
+
 def main(what):
     options = activation_checkpointing, tokens_per_step, compile
-    rates = sorted(float(rate) for rate in learning_rates.split(","))
+    for name in ("repeats", "n_items", "new_tokens"):
+        numbers(name)
     runs = [f"--data_dir={data_dir}"] + [f"--device={device}"] * bool(device) + [f"--dtype={dtype}"] * bool(dtype)
     measurements = {
-        "train": lambda: training(configs, batch_sizes, repeats, device, dtype, *options),
-        "race": lambda: race(race_config, out_dir, [int(seed) for seed in seeds.split(",")], rates, runs),
+        "train": lambda: training(configs, numbers("batch_sizes"), repeats, device, dtype, *options),
+        "race": lambda: race(race_config, out_dir, numbers("seeds"), sorted(numbers("learning_rates", float)), runs),
         "loss": lambda: loss(repeats, device),
         "loader": lambda: loader(repeats),
         "tokenize": lambda: tokenize(source, workers, repeats),
         "hellaswag": lambda: hellaswag_items(configs, n_items, repeats, device, dtype),
         "checkpoint": lambda: checkpoint(configs, repeats, device),
-        "decode": lambda: decode(configs, decode_batches, new_tokens, repeats, device, dtype),
+        "decode": lambda: decode(configs, numbers("decode_batches"), new_tokens, repeats, device, dtype),
     }
     if what not in measurements:
-        raise ValueError(f"python -m tools.bench WHAT, one of {', '.join(measurements)}: not {what!r}")
+        asked = f": {what!r} is none of them" * bool(what)
+        raise ValueError(f"python -m tools.bench WHAT [--help], WHAT one of {', '.join(measurements)}{asked}")
     print(machine())
-    rows = show(measurements[what]())
+    results = show(measurements[what]())
     if json:
-        rows = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
-        print(dumps({"what": what, "machine": machine(), "command": sys.argv[1:], "rows": rows}))
+        results = [{k: None if v != v else v for k, v in row.items()} for row in results]  # nan is no JSON
+        print(dumps({"what": what, "machine": machine(), "command": sys.argv[1:], "rows": results}))
 
 
 if __name__ == "__main__":
