@@ -622,7 +622,10 @@ def load_checkpoint(path, device="cpu"):
 
 
 def load_model(path, device="cpu"):
-    """(model in eval mode on `device`, the checkpoint's dict without tensors). ValueError if its parts do not fit."""
+    """(model in eval mode on `device`, the checkpoint's dict without tensors). ValueError if its parts do not fit.
+
+    Warns on stderr of the weights that a training run began with.
+    """
     content = load_checkpoint(path)
     try:
         model = GPT(GPTConfig(**content["config"]))
