@@ -1384,6 +1384,8 @@ def test_what_waiting_does_not_mend_is_one_line_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(hub_py, "FIRST_CONTACT", 0)
     with pytest.raises(OSError, match="no answer .*: check the network and HF_ENDPOINT"):
         prepare(source="me/data", out_dir=tmp_path)
+    with pytest.raises(hub_py.Later, match="check the network$"):  # that setting is of the Hub alone
+        hub_py.request("http://localhost:1/file")
     monkeypatch.setenv("HF_ENDPOINT", "nonsense")
     with pytest.raises(OSError, match="nonsense/api.*: check HF_ENDPOINT"):
         prepare(source="me/data", out_dir=tmp_path)
@@ -2992,6 +2994,18 @@ def test_resuming_on_other_data_is_refused(story, tmp_path):
         path.write_bytes(path.read_bytes()[:-2] + b"\1\0")
     with pytest.raises(ValueError, match="the data is not what it was"):
         pretrain(story, tmp_path / "run", **changes | dict(max_steps=5))
+
+
+def test_a_run_of_the_muon_before_normalized_neurons_is_not_resumed_silently(story, tmp_path):
+    pretrain(story, tmp_path, max_steps=4)
+    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    for group in checkpoint["optimizers"][1]["param_groups"]:
+        del group["beta2"]
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="its Muon did not normalize neurons yet.*--force=True"):
+        pretrain(story, tmp_path, max_steps=8, init_from="resume")
+    pretrain(story, tmp_path, max_steps=8, init_from="resume", force=True)
+    assert log_rows(tmp_path)[-1]["step"] == 8
 
 
 def test_a_lost_log_begins_anew_with_its_units(story, tmp_path):
