@@ -1,14 +1,17 @@
-"""Preference tuning (DPO): a finetuned checkpoint and pairs of answers, of which people prefer one.
+"""Preference tuning (DPO): a finetuned model learns which answers are preferred.
 
-    python prepare_instruct.py --source=preferences.json --out_dir=data/preferences
-    python dpo.py --checkpoint=out/finetune/best.pt --data_dir=data/preferences --out_dir=out/dpo
+    python prepare_instruct.py --source=pairs.json --out_dir=data/preferences
+    python dpo.py --checkpoint=out/finetune/best.pt --data_dir=data/preferences
 
-Direct Preference Optimization (Rafailov et al. 2023): an answer's reward is beta times by how much more likely the
-model finds it than the checkpoint it began with, the reference; the loss is -log sigmoid(reward of the chosen answer -
-reward of the rejected one). The reference's log-probabilities are computed once and kept in out_dir/reference.npz.
-Writes into out_dir what finetune.py writes. The log's loss is a mean over pairs, its "tokens" are pairs; a validation
-tells the margin of the rewards and the preference accuracy, the share of pairs whose chosen answer has the higher
-reward. Before the first step all rewards are 0, a tie, which counts half.
+Direct Preference Optimization (Rafailov et al. 2023): an answer's reward is
+beta times by how much more likely the model finds it than the checkpoint it
+began with, the reference; the loss is -log sigmoid(reward of the chosen answer
+- reward of the rejected one). The reference's log-probabilities are computed
+once and kept in out_dir/reference.npz. Writes into out_dir what finetune.py
+writes. The log's loss is a mean over pairs, its "tokens" are pairs; a
+validation tells the margin of the rewards and the preference accuracy, the
+share of pairs whose chosen answer has the higher reward. Before the first step
+all rewards are 0, a tie, which counts half.
 """
 
 import json

@@ -1,12 +1,15 @@
-"""Supervised finetuning: a checkpoint of train.py and the rows of prepare_instruct.py make an assistant.
+"""Supervised finetuning: a checkpoint of train.py and the rows of
+prepare_instruct.py make an assistant.
 
-    python finetune.py --checkpoint=out/fgpt_712m/best.pt --data_dir=data/instruct --out_dir=out/finetune
-    python finetune.py --checkpoint=out/mine/best.pt --epochs=2 --init_from=resume
+    python finetune.py --checkpoint=out/mine/best.pt --out_dir=out/chat
+    python finetune.py --checkpoint=out/mine/best.pt --init_from=resume
 
-The loss counts the answers and their end tokens alone. Each validation also scores the likeliest answers to a fixed
-sample of validation questions, and HellaSwag with --hellaswag_items: finetuning must not ruin the base. Writes into
-out_dir what train.py writes (log.jsonl, ckpt.pt, best.pt: talk to it with sample.py) and samples.md: ten questions
-answered, and these scores, before and after (by best.pt).
+The loss counts the answers and their end tokens alone. Each validation also
+scores the likeliest answers to a fixed sample of validation questions, and
+HellaSwag with --hellaswag_items: finetuning must not ruin the base. Writes into
+out_dir what train.py writes (log.jsonl, ckpt.pt, best.pt: talk to it with
+sample.py) and samples.md: ten questions answered, and these scores, before and
+after (by best.pt).
 """
 
 import functools

@@ -1,25 +1,32 @@
-"""HellaSwag: how often does a model prefer the right one of four endings of a text?
+"""HellaSwag: how often does a model prefer the right one of four endings of a
+text?
 
     python hellaswag.py --checkpoint=out/best.pt
-    python hellaswag.py --checkpoint=out/best.pt --source=my_items.jsonl --limit=1000
+    python hellaswag.py --checkpoint=out/best.pt --source=mine.jsonl --limit=99
 
-Every ending is scored by its log-likelihood after the context, without <|endoftext|> before it. The two accuracies
-are printed with their standard errors, and appended as one JSON line to hellaswag.jsonl next to the checkpoint.
-Published numbers follow one of two conventions that must not be compared with each other:
+Every ending is scored by its log-likelihood after the context, without
+<|endoftext|> before it. The two accuracies are printed with their standard
+errors, and appended as one JSON line to hellaswag.jsonl next to the checkpoint.
+Published numbers follow one of two conventions that must not be compared with
+each other:
 
-                            completion (this default)      --style=harness
-    text                    ctx + " " + ending             activity_label: ctx_a Ctx_b + " " + ending, cleaned up
-    acc       highest       sum of log-likelihoods         sum of log-likelihoods
-    acc_norm  highest       mean per token                 sum / characters of the ending
-    GPT-2 124M              acc 0.2859, acc_norm 0.2955    acc 0.2892, acc_norm 0.3114
-    GPT-2 XL                acc 0.3842, acc_norm 0.4893    acc 0.4004, acc_norm 0.5089
+                       completion (the default)      --style=harness
+    text               ctx + " " + ending            activity_label: ctx_a Ctx_b
+                                                     + " " + ending, cleaned up
+    acc: highest       sum of log-likelihoods        the same
+    acc_norm: highest  mean per token                sum / ending's characters
+    GPT-2 124M         acc 0.2859, acc_norm 0.2955   0.2892, 0.3114
+    GPT-2 XL           acc 0.3842, acc_norm 0.4893   0.4004, 0.5089
 
-Completion style is that of Karpathy's build-nanogpt and llm.c, harness that of EleutherAI's lm-evaluation-harness.
-The items are the 10,042 of the validation split; the labels of the test split are not public.
+Completion style is that of Karpathy's build-nanogpt and llm.c, harness that of
+EleutherAI's lm-evaluation-harness. The items are the 10,042 of the validation
+split; the labels of the test split are not public.
 
---chat=True shows a finetuned model the context as a user's turn and scores the endings as answers; no published
-numbers belong to it. Under torchrun the processes share the work and the numbers are the same. tools/contamination.py
-counts how many of the items' contexts stand word for word in a folder of token shards.
+--chat=True shows a finetuned model the context as a user's turn and scores the
+endings as answers; no published numbers belong to it. Under torchrun the
+processes share the work and the numbers are the same. tools/contamination.py
+counts how many of the items' contexts stand word for word in a folder of token
+shards.
 """
 
 import json

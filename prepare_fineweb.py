@@ -1,19 +1,28 @@
-"""Text to token shards: FineWeb-Edu or another dataset of the Hugging Face Hub, or files of your own.
+"""Text to token shards: FineWeb-Edu, another Hub dataset, or files of your own.
 
     python prepare_fineweb.py --subset=sample/10BT --out_dir=data/fineweb
-    python prepare_fineweb.py --source=train.txt --val_source=val.txt --tokenizer=bytes --out_dir=data/mine
+    python prepare_fineweb.py --source=train.txt --val_source=val.txt \\
+        --tokenizer=bytes --out_dir=data/mine
 
-A source is a Hub dataset (owner/name), or a local file, folder or glob; several are separated by commas. Formats:
-.parquet, .jsonl and .jsonl.gz (one document a row, in `text_field`) and .txt (one document a file); or token shards by
-others, .bin with train or val in the name, which are checked and taken as they are. Text wins where both are.
+A source is a Hub dataset (owner/name), or a local file, folder or glob; several
+are separated by commas. Formats: .parquet, .jsonl and .jsonl.gz (one document a
+row, in `text_field`) and .txt (one document a file); or token shards by others,
+.bin with train or val in the name, which are checked and taken as they are.
+Text wins where both are.
 
-Writes into out_dir, for each source file (NAME is its name and the first 8 digits of its checksum):
-    train_NAME.bin, val_NAME.bin   shards: a header of 256 int32, then uint16 tokens; none without documents
-    source_NAME.json               what went into them; written last, so a file that has one is finished
-    meta.json                      tokenizer, split and totals, derived from all source_*.json
-Stopped at any point, even by kill -9, the same command goes on: with the first source file that is not finished, and
-in the middle of a download. The next file downloads (into out_dir/downloads) while one is tokenized. A file is known
-by its content: copies of it are taken once. HF_ENDPOINT and HF_TOKEN name another Hub and a token for it.
+Writes into out_dir, for each source file (NAME is its name and the first 8
+digits of its checksum):
+    train_NAME.bin, val_NAME.bin   shards: a header of 256 int32, then uint16
+                                   tokens; none without documents
+    source_NAME.json               what went into them; written last, so a file
+                                   that has one is finished
+    meta.json                      tokenizer, split and totals, derived from all
+                                   source_*.json
+Stopped at any point, even by kill -9, the same command goes on: with the first
+source file that is not finished, and in the middle of a download. The next file
+downloads (into out_dir/downloads) while one is tokenized. A file is known by
+its content: copies of it are taken once. HF_ENDPOINT and HF_TOKEN name another
+Hub and a token for it.
 """
 
 import errno

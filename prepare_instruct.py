@@ -1,24 +1,33 @@
-"""Conversations, or preferences, to token rows with loss masks (the stage between train.py and finetune.py or dpo.py).
+"""Conversations, or preferences, to token rows with loss masks.
 
-    python prepare_instruct.py --source=raschka,alpaca:20000,mine.json --max_tokens=1024 --show=3
-    python prepare_instruct.py --source=preferences.json --out_dir=data/preferences
+    python prepare_instruct.py --source=raschka,alpaca:20000,mine.json --show=3
+    python prepare_instruct.py --source=pairs.json --out_dir=data/preferences
 
-A source is a name (below), or a .json, .jsonl or .parquet file or glob; several are separated by commas, and name:5000
-takes 5,000 records, the first of a fixed shuffle:
+The stage between train.py and finetune.py or dpo.py.
 
-    raschka     1,300 short instructions of rasbt/LLMs-from-scratch, chapter 7 (GitHub)
-    alpaca      yahma/alpaca-cleaned (Hub), those whose prompt and answer have at most 1,000 characters each
-    smoltalk    HuggingFaceTB/smol-smoltalk (Hub), 460,000 conversations of several turns
+A source is a name (below), or a .json, .jsonl or .parquet file or glob; several
+are separated by commas, and name:5000 takes 5,000 records, the first of a fixed
+shuffle:
 
-Records are in Alpaca form (instruction, input, output), chat form (messages with role and content) or preference form
-(chosen and rejected: two answers to instruction and input, or to prompt, or two lists of messages). A conversation is
-rendered as `<|user|>question<|assistant|>answer<|endoftext|>`; the mask is 1 on each answer and its end token, which
-alone are learned; of a preference, on the last answer. Same question, same side: a hash of the first question splits
-train from validation, for preferences too, so that finetuning has not learned what dpo.py is validated on.
+    raschka   GitHub: 1,300 instructions, rasbt/LLMs-from-scratch, chapter 7
+    alpaca    Hub: yahma/alpaca-cleaned, those whose prompt and answer have at
+              most 1,000 characters each
+    smoltalk  Hub: HuggingFaceTB/smol-smoltalk, 460,000 talks of several turns
 
-Writes into out_dir, replacing what an earlier run wrote: {train,val}_tokens.npy (uint16), {train,val}_mask.npy
-(uint8), {train,val}_offsets.npy (int64, one more than rows) and meta.json with the counts. A row is a conversation;
-of preferences, row 2i is the chosen and 2i + 1 the rejected one. Downloads are kept in data/instruct_sources.
+Records are in Alpaca form (instruction, input, output), chat form (messages
+with role and content) or preference form (chosen and rejected: two answers to
+instruction and input, or to prompt, or two lists of messages). A conversation
+is rendered as `<|user|>question<|assistant|>answer<|endoftext|>`; the mask is 1
+on each answer and its end token, which alone are learned; of a preference, on
+the last answer. Same question, same side: a hash of the first question splits
+train from validation, for preferences too, so that finetuning has not learned
+what dpo.py is validated on.
+
+Writes into out_dir, replacing what an earlier run wrote: {train,val}_tokens.npy
+(uint16), {train,val}_mask.npy (uint8), {train,val}_offsets.npy (int64, one more
+than rows) and meta.json with the counts. A row is a conversation; of
+preferences, row 2i is the chosen and 2i + 1 the rejected one. Downloads are
+kept in data/instruct_sources.
 """
 
 import glob

@@ -1,11 +1,12 @@
-"""Talk to a checkpoint: a base model continues text, a finetuned one chats in one or more turns (the last stage).
+"""Talk to a checkpoint: a base model continues text, a finetuned one chats.
 
-    python sample.py --checkpoint=out/shakespeare/best.pt --prompt="ROMEO:" --num_samples=2
+    python sample.py --checkpoint=out/shakespeare/best.pt --prompt="ROMEO:"
     python sample.py --checkpoint=out/finetune/best.pt
 
-With --prompt or --prompt_file it answers that and ends. Without, it reads lines: from the keyboard, or from a pipe to
-its end. In a chat, /reset forgets the conversation, and /system TEXT begins a new one that stands under TEXT. At the
-keyboard, Ctrl-C stops an answer and Ctrl-D leaves. It writes nothing.
+With --prompt or --prompt_file it answers that and ends. Without, it reads
+lines: from the keyboard, or from a pipe to its end. In a chat, /reset forgets
+the conversation, and /system TEXT begins a new one that stands under TEXT. At
+the keyboard, Ctrl-C stops an answer and Ctrl-D leaves. It writes nothing.
 """
 
 import codecs

@@ -6,6 +6,7 @@ import fcntl
 import functools
 import gzip
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -87,6 +88,7 @@ from tokenizer import Tokenizer  # noqa: E402
 from tools import bench, contamination, convert_hf, race, summary, toyworld  # noqa: E402
 
 STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "dpo.py", "sample.py"]
+TOOLS = [path for path in (ROOT / "tools").glob("*.py") if "configure(" in path.read_text(encoding="utf-8")]
 TEXT = "naïve café, 日本語のテキスト, 👩‍👩‍👧 emoji, def f(x):\n\treturn x  # <|endoftext|> <|user|>\n"
 
 
@@ -167,6 +169,12 @@ def test_settings_apply_in_order_and_the_last_wins(stage, tmp_path):
     assert stage("--name=line", "c.py")["name"] == "file"
 
 
+def test_help_is_printed_and_nothing_is_run(stage):
+    output = stage("--size=5", "--help")
+    assert output.startswith("A stage.") and "  --size=3                        width, tokens\n" in output
+    assert "{" not in output  # the script would have printed its settings
+
+
 def test_a_string_setting_takes_the_value_verbatim_and_an_int_is_fine_for_a_float(stage):
     got = stage("--name=12", "--rate=2", "--free=words", "--fast=True")
     assert got == {"size": 3, "rate": 2.0, "name": "12", "fast": True, "free": "words"}
@@ -200,10 +208,11 @@ def test_a_wrong_setting_in_a_file_is_one_line_that_names_the_file(stage, tmp_pa
     assert said in message and "c.py" in message
 
 
-@pytest.mark.parametrize("stage_file", STAGES)
-def test_help_prints_each_setting_with_its_comment_in_80_columns(stage_file):
-    text = run(stage_file, "--help")
-    source = (ROOT / stage_file).read_text(encoding="utf-8")
+@pytest.mark.parametrize("script", [*STAGES, "space/app.py", *sorted(f"tools/{path.name}" for path in TOOLS)])
+def test_help_prints_each_setting_with_its_comment_in_80_columns(script):
+    module = vars(importlib.import_module(script.removesuffix(".py").replace("/", ".")))
+    text = configurator.help_text(module, configurator.settings_of(module))
+    source = (ROOT / script).read_text(encoding="utf-8")
     tree = ast.parse(source)
     names = [n.targets[0].id for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
     names = [name for name in names if name.islower()]
@@ -213,7 +222,7 @@ def test_help_prints_each_setting_with_its_comment_in_80_columns(stage_file):
         assert f"--{name}=" in described
         comment = source.split(f"\n{name} = ")[1].splitlines()[0].split("  # ")[1]
         assert comment.split()[0] in described
-    assert max(map(len, described.splitlines())) <= 80
+    assert max(map(len, text.splitlines())) <= 80
     assert text.startswith(ast.get_docstring(tree).splitlines()[0])
 
 

@@ -1,12 +1,15 @@
-"""Pretrain a GPT on token shards (stage 3: prepare_fineweb.py wrote them, hellaswag.py may measure it on the way).
+"""Pretrain a GPT on token shards (stage 3: prepare_fineweb.py wrote them,
+hellaswag.py may measure it on the way).
 
     python train.py config/shakespeare.py
     torchrun --nproc_per_node=8 train.py config/fgpt_712m.py --batch_size=0
 
-Writes into out_dir: log.jsonl (a line of units, then a line a step), ckpt.pt (everything needed to go on) and best.pt
-(the weights with the lowest validation loss). Stopped by Ctrl-C, SIGTERM or --max_minutes, it saves first. Killed at
-any moment, the same command with --init_from=resume goes on from ckpt.pt as if nothing had happened. Under torchrun
-every process takes its share of the same global batches, and the first one writes; several nodes need one out_dir.
+Writes into out_dir: log.jsonl (a line of units, then a line a step), ckpt.pt
+(everything needed to go on) and best.pt (the weights with the lowest validation
+loss). Stopped by Ctrl-C, SIGTERM or --max_minutes, it saves first. Killed at
+any moment, the same command with --init_from=resume goes on from ckpt.pt as if
+nothing had happened. Under torchrun every process takes its share of the same
+global batches, and the first one writes; several nodes need one out_dir.
 """
 
 import json

@@ -1,11 +1,13 @@
-"""A page in the browser for a checkpoint: a finetuned model chats, a base model continues text and shows its bars.
+"""A page in the browser for a checkpoint: a finetuned model chats, a base model
+continues text and shows its bars.
 
     python -m space.app --checkpoint=out/chat/best.pt
     python -m space.app --checkpoint=out/chat/best.pt --assemble=out/space
 
-The page needs no internet (but for GPT-2's vocabulary, which tiktoken fetches once) and reports to nobody; stop it with
-Ctrl-C. It writes nothing. With --assemble it writes instead a folder that is a whole Hugging Face Space, and runs
-anywhere with `python app.py`.
+The page needs no internet (but for GPT-2's vocabulary, which tiktoken fetches
+once) and reports to nobody; stop it with Ctrl-C. It writes nothing. With
+--assemble it writes instead a folder that is a whole Hugging Face Space, and
+runs anywhere with `python app.py`.
 """
 
 import os

@@ -1,16 +1,19 @@
-"""Measurements, each a table with the machine it was made on; docs/benchmarks.md keeps them.
+"""Measurements: each a table, below the machine it was made on.
 
-    python -m tools.bench train --configs=config/fgpt_712m.py     a training step: tokens/s, share of a ceiling, memory
-    python -m tools.bench race --data_dir=data/mine               tokens and seconds that three recipes need to a loss
-    python -m tools.bench loss                                    memory and time of three ways to compute the loss
-    python -m tools.bench loader                                  tokens/s of the data loader
-    python -m tools.bench checkpoint --configs=config/small.py    seconds to write and to load a checkpoint
-    python -m tools.bench tokenize --source='texts/*.parquet'     prepare_fineweb.py against tiktoken alone
-    python -m tools.bench hellaswag --configs=config/small.py     items/s, and those of one item at a time
-    python -m tools.bench decode --configs=config/gpt2_124m.py    tokens/s of sampling
+    python -m tools.bench train --configs=config/gpt2_124m.py
 
-Things that are compared take turns, `repeats` times, and medians are printed: machines are noisy. What is measured for
-its memory runs in a process of its own; nan: it did not fit. --json=True prints a line to keep as well.
+    train       a training step: tokens/s, share of a ceiling, memory
+    race        tokens and seconds that three recipes need to a loss
+    loss        memory and time of three ways to compute the loss
+    loader      tokens/s of the data loader
+    checkpoint  seconds to write and to load a checkpoint
+    tokenize    prepare_fineweb.py against tiktoken alone
+    hellaswag   items/s, and those of one item at a time
+    decode      tokens/s of sampling
+
+Things that are compared take turns, `repeats` times, and medians are printed:
+machines are noisy. What is measured for its memory runs in a process of its
+own; nan: it did not fit. --json=True prints a line to keep as well.
 """
 
 import datetime

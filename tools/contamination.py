@@ -1,9 +1,11 @@
-"""Contamination: how many of HellaSwag's contexts stand word for word in token shards that a model is trained on?
+"""Contamination: how many of HellaSwag's contexts stand word for word in token
+shards that a model is trained on?
 
     python -m tools.contamination --data_dir=data/fineweb
-    python -m tools.contamination --data_dir=data/fineweb/train_000.bin --source=my_items.jsonl
+    python -m tools.contamination --data_dir=data/a.bin --source=mine.jsonl
 
-Word for word: the same ASCII letters and digits in the same order; case, punctuation and WikiHow's marks do not count.
+Word for word: the same ASCII letters and digits in the same order; case,
+punctuation and WikiHow's marks do not count.
 """
 
 import re

@@ -1,11 +1,13 @@
-"""Hugging Face in and out: transformers loads what export writes, without custom code; fgpt loads what import writes.
+"""Hugging Face models, out and in, without custom code on either side.
 
-    python -m tools.convert_hf export --checkpoint=out/chat/best.pt --out=hf_model
-    python -m tools.convert_hf import --model=openai-community/gpt2 --out=out/gpt2/ckpt.pt
+    python -m tools.convert_hf export --checkpoint=out/chat/best.pt --out=hf
+    python -m tools.convert_hf import --model=openai-community/gpt2 --out=g.pt
 
-Family gpt2 is GPT2LMHeadModel there, modern is Qwen3ForCausalLM. Export writes a folder: weights, config, tokenizer
-with chat template, and a model card to complete before you publish. Import takes such a folder, or a model of the Hub
-(fetched into data/models, verified), whose weights are .safetensors files, and writes one checkpoint.
+Family gpt2 is GPT2LMHeadModel there, modern is Qwen3ForCausalLM. Export writes
+a folder: weights, config, tokenizer with chat template, and a model card to
+complete before you publish. Import takes such a folder, or a model of the Hub
+(fetched into data/models, verified), whose weights are .safetensors files, and
+writes one checkpoint.
 """
 
 import re

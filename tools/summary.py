@@ -1,11 +1,13 @@
-"""What a quick start has reached: a table, and the same as JSON (the last step of runs/quickstart.sh).
+"""What a quick start has reached: a table, and the same as JSON.
 
     python -m tools.summary --dir=out/quickstart
 
-Reads the logs and checkpoints below `dir`, asks the base, the finetuned and the preference-tuned model every held-out
-question, and writes dir/summary.json: val_loss_before, val_loss_after (nats per byte), shares between 0 and 1
-(hellaswag_before, hellaswag_after, hellaswag_finetuned, heldout_base, heldout_finetuned, heldout_dpo,
-preference_before, preference_after) and seconds (a dict, by stage).
+Reads the logs and checkpoints below `dir`, asks the base, the finetuned and the
+preference-tuned model every held-out question, and writes dir/summary.json:
+val_loss_before, val_loss_after (nats per byte), shares between 0 and 1
+(hellaswag_before, hellaswag_after, hellaswag_finetuned, heldout_base,
+heldout_finetuned, heldout_dpo, preference_before, preference_after) and seconds
+(a dict, by stage).
 """
 
 import json

@@ -1,14 +1,19 @@
-"""The built-in data: a small world of facts, written in the real file formats, so that no stage has a special case.
+"""The built-in data: a small world of facts, written in the real file formats.
 
     python -m tools.toyworld --out_dir=data/toyworld
     python -m tools.toyworld --seed=7 --repeats=10 --out_dir=data/small
 
 Writes into out_dir:
-    docs.parquet         short texts and stories that tell every fact, and ask nothing (FineWeb-Edu's columns)
-    instruct.json        questions and answers about four fifths of the facts, and a few general ones (Alpaca's fields)
-    preferences.json     a question on each of these facts; the answers chosen are brief, the others wordy or rude
-    hellaswag_val.jsonl  beginnings of statements, each with one right ending in four (HellaSwag's fields)
-    questions.json       questions about the last fifth, the held-out facts, which no other file asks; with answers
+    docs.parquet         short texts and stories that tell every fact, and ask
+                         nothing (FineWeb-Edu's columns)
+    instruct.json        questions and answers about four fifths of the facts,
+                         and a few general ones (Alpaca's fields)
+    preferences.json     a question on each of these facts; the answers chosen
+                         are brief, the others wordy or rude
+    hellaswag_val.jsonl  beginnings of statements, each with one right ending in
+                         four (HellaSwag's fields)
+    questions.json       questions about the last fifth, the held-out facts,
+                         which no other file asks; with answers
 
 The same seed and repeats write the same bytes (with the same pyarrow).
 """
