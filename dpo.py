@@ -26,28 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from finetune import QUESTIONS, answers, conversation_batch, load_base, load_conversations, write_samples
-from hub import checksum
-from model import (
-    IGNORE,
-    cross_entropy_sum,
-    leave_processes,
-    make_optimizers,
-    rank_and_world,
-    sum_over_ranks,
-)
-from train import (
-    UNITS,
-    begin,
-    check_settings,
-    claim_out_dir,
-    closing_line,
-    due,
-    fit,
-    found_settings,
-    lr_scale,
-    stop_request,
-)
+from finetune import QUESTIONS, answers, conversation_batch, fingerprint, finish, load_base, load_conversations
+from model import IGNORE, cross_entropy_sum, make_optimizers, rank_and_world, sum_over_ranks
+from train import UNITS, begin, claim_out_dir, due, fit, found_settings, lr_scale, stop_request
 
 # files
 checkpoint = "out/finetune/best.pt"  # the model to begin with, and the reference
@@ -67,7 +48,7 @@ epochs = 1  # passes over the pairs
 learning_rate = 1e-5  # peak of AdamW
 muon_learning_rate = 0.0002  # peak of Muon
 weight_decay = 0.0  # decoupled, on matrices and embeddings
-beta2 = 0.95  # AdamW's second momentum
+beta2 = 0.95  # decay of AdamW's second moment (Muon's is 0.95)
 grad_clip = 1.0  # largest gradient norm; 0: no clipping
 warmup_steps = 10  # linear from 0 to the peak; then a linear decay to 0
 seed = 1337  # of the order of the pairs
@@ -105,7 +86,8 @@ class Pairs:
     def batch(self, numbers):
         """(codes, numbers): (P, 2, T) int64 codes of chosen and rejected, padded with 0, and (P,) numbers of the pairs.
 
-        A token's code is 2 * id, and 1 more where it is part of the answer.
+        A token's code is 2 * id, and 1 more where it is part of the answer: train_step knows a batch as (idx, targets),
+        so ids and mask share one tensor, and a pair's number stands where a target would.
         """
         codes, rows = torch.zeros(len(numbers), 2, int(self.lengths[numbers].max()), dtype=torch.long), self.rows
         for pair, number in enumerate(numbers):
@@ -201,29 +183,22 @@ def preference_metrics(objective, pairs, batch_size, autocast):
 
 def main():
     settings = settings_of(globals())
-    check_settings(settings)
-    if eval_interval == 0 or batch_size == 0:
-        raise ValueError("eval_interval (validation chooses best.pt) and batch_size must be at least 1")
     if beta <= 0:
         raise ValueError(f"beta must be above 0, not {beta}: with 0 nothing is learned")
-    model, coder, compute, autocast = load_base(checkpoint, out_dir, device, dtype, deterministic)
+    model, coder, compute, autocast = load_base(settings)
     settings |= found_settings(compute, autocast)
-    model.checkpoint_activations = activation_checkpointing
     train, val = map(Pairs, load_conversations(data_dir, coder, model.config.block_size, preferences=True))
     max_steps = epochs * -(-len(train) // pairs_per_step)
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
     lr_at = partial(lr_scale, max_steps=max_steps, warmup_steps=warmup_steps, decay_fraction=1.0)
     before = answers(model, coder, QUESTIONS, answer_tokens, autocast)
-    belongs_to = [checksum(Path(checkpoint)), *map(checksum, sorted(Path(data_dir).glob("*.npy")))]
+    data = fingerprint(checkpoint, data_dir)
     checkpoint_of_run = claim_out_dir(out_dir, init_from, overwrite)
-    key = [
-        *belongs_to,
-        batch_size,
-        settings["dtype"],
-    ]  # in the same batches, so that before the first step all rewards are 0
-    reference = load_reference(model, (train, val), batch_size, autocast, f"{out_dir}/reference.npz", key)
+    # of the same batches, so that before the first step all rewards are 0
+    belongs_to = [*data, batch_size, settings["dtype"]]
+    reference = load_reference(model, (train, val), batch_size, autocast, f"{out_dir}/reference.npz", belongs_to)
     objective, held_out = (PreferenceLoss(model, r, beta, label_smoothing, length_normalized) for r in reference)
-    record = {"stage": "dpo", "tokenizer": coder.name, "settings": settings, "data": belongs_to}
+    record = {"stage": "dpo", "tokenizer": coder.name, "settings": settings, "data": data}
     state = begin(model, optimizers, record, checkpoint_of_run, force, out_dir)
     print(f"{len(train):,} pairs, {max_steps:,} steps of {pairs_per_step}; {len(val):,} for validation")
 
@@ -236,10 +211,7 @@ def main():
         should_stop=stop_request(max_minutes), log_interval=log_interval, checkpoint_interval=checkpoint_interval,
         objective=objective, units=DPO_UNITS,
     )  # fmt: skip
-    if rank_and_world()[0] == 0:
-        write_samples(out_dir, before, coder, compute, autocast, answer_tokens)
-    print(f"{closing_line(state, out_dir)}; samples.md")
-    leave_processes()
+    finish(state, out_dir, before, coder, compute, autocast, answer_tokens)
 
 
 if __name__ == "__main__":

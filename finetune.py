@@ -14,7 +14,6 @@ after (by best.pt).
 
 import functools
 import json
-import os
 import re
 from collections import Counter
 from functools import partial
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 
 import hellaswag
+from hub import checksum
 from model import (
     IGNORE,
     join_processes,
@@ -55,7 +55,7 @@ epochs = 3  # passes over the conversations
 learning_rate = 3e-4  # peak of AdamW; a model of a few million parameters wants 1e-3
 muon_learning_rate = 0.002  # peak of Muon
 weight_decay = 0.0  # decoupled, on matrices and embeddings
-beta2 = 0.95  # AdamW's second momentum
+beta2 = 0.95  # decay of AdamW's second moment (Muon's is 0.95)
 grad_clip = 1.0  # largest gradient norm; 0: no clipping
 warmup_steps = 10  # linear from 0 to the peak; then a linear decay to 0
 seed = 1337  # of the order of the conversations
@@ -123,12 +123,12 @@ class Conversations:
 @functools.lru_cache(maxsize=2)
 def epoch_order(conversations, rows, seed, epoch):
     """A random order of all conversations, as batches of `rows` of similar length, so that little is padding."""
-    random = np.random.default_rng((seed, epoch))
-    order = random.permutation(len(conversations))
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(conversations))
     groups = [order[i : i + 32 * rows] for i in range(0, len(order), 32 * rows)]
     order = np.concatenate([group[np.argsort(conversations.lengths[group], kind="stable")] for group in groups])
     batches = [order[i : i + rows] for i in range(0, len(order), rows)]
-    return [batches[i] for i in random.permutation(len(batches))]
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def conversation_batch(conversations, rows, seed, step):
@@ -238,36 +238,51 @@ def load_conversations(folder, tokenizer, block_size, preferences=False):
     return sides
 
 
-def load_base(checkpoint, out_dir, device, dtype, deterministic):
-    """(model, tokenizer, device, autocast) to begin with. ValueError if out_dir would overwrite the checkpoint."""
-    if Path(checkpoint).resolve().parent == Path(out_dir).resolve():
+def load_base(settings):
+    """(model, tokenizer, device, autocast) to begin with, by the settings of finetune.py or dpo.py.
+
+    ValueError for settings out of range, and if out_dir would overwrite the checkpoint.
+    """
+    check_settings(settings)
+    if settings["eval_interval"] == 0 or settings["batch_size"] == 0:
+        raise ValueError("eval_interval (validation chooses best.pt) and batch_size must be at least 1")
+    path, out_dir = Path(settings["checkpoint"]), settings["out_dir"]
+    if path.resolve().parent == Path(out_dir).resolve():
         raise ValueError(f"out_dir {out_dir} is where the checkpoint lies, which would be overwritten: name another")
-    join_processes(device)
-    compute, autocast = pick_device(device, dtype)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic needs of cuBLAS
-    torch.use_deterministic_algorithms(deterministic)
-    model, base = load_model(checkpoint, compute)
+    join_processes(settings["device"])
+    compute, autocast = pick_device(settings["device"], settings["dtype"], settings["deterministic"])
+    model, base = load_model(path, compute)
     coder = Tokenizer(base["tokenizer"])
     model.config.n_vocab = coder.n_vocab  # an imported GPT-2 has rows for the chat tokens that it does not use yet
+    model.checkpoint_activations = settings["activation_checkpointing"]
     return model, coder, compute, autocast
+
+
+def fingerprint(checkpoint, data_dir):
+    """Checksums of the checkpoint and of the arrays of data_dir: by these a resumed run knows them again."""
+    return [checksum(path) for path in (Path(checkpoint), *sorted(Path(data_dir).glob("*.npy")))]
+
+
+def finish(state, out_dir, before, tokenizer, device, autocast, answer_tokens):
+    """Write samples.md, and say where the weights lie."""
+    if rank_and_world()[0] == 0:
+        write_samples(out_dir, before, tokenizer, device, autocast, answer_tokens)
+    print(f"{closing_line(state, out_dir)}; samples.md")
+    leave_processes()
 
 
 def main():
     settings = settings_of(globals())
-    check_settings(settings)
-    if eval_interval == 0 or batch_size == 0:
-        raise ValueError("eval_interval (validation chooses best.pt) and batch_size must be at least 1")
-    model, coder, compute, autocast = load_base(checkpoint, out_dir, device, dtype, deterministic)
+    model, coder, compute, autocast = load_base(settings)
     settings |= found_settings(compute, autocast)
-    model.checkpoint_activations = activation_checkpointing
     train, val = load_conversations(data_dir, coder, model.config.block_size)
     items = hellaswag.load_items(hellaswag_source, hellaswag_items) if hellaswag_items else []
     max_steps = epochs * -(-len(train) // rows_per_step)
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
     lr_at = partial(lr_scale, max_steps=max_steps, warmup_steps=warmup_steps, decay_fraction=1.0)
     before = answers(model, coder, QUESTIONS, answer_tokens, autocast)
-    sizes = [len(train), len(train.tokens), int(train.mask.sum())]
-    record = {"stage": "finetune", "tokenizer": coder.name, "settings": settings, "data": sizes}
+    data = fingerprint(checkpoint, data_dir)
+    record = {"stage": "finetune", "tokenizer": coder.name, "settings": settings, "data": data}
     checkpoint_of_run = claim_out_dir(out_dir, init_from, overwrite)
     state = begin(model, optimizers, record, checkpoint_of_run, force, out_dir)
     print(f"{len(train):,} conversations, {max_steps:,} steps of {rows_per_step}; {len(val):,} for validation")
@@ -285,10 +300,7 @@ def main():
         out_dir=out_dir, max_steps=max_steps, batch_size=batch_size, grad_clip=grad_clip, autocast=autocast,
         should_stop=stop_request(max_minutes), log_interval=log_interval, checkpoint_interval=checkpoint_interval,
     )  # fmt: skip
-    if rank_and_world()[0] == 0:
-        write_samples(out_dir, before, coder, compute, autocast, answer_tokens)
-    print(f"{closing_line(state, out_dir)}; samples.md")
-    leave_processes()
+    finish(state, out_dir, before, coder, compute, autocast, answer_tokens)
 
 
 if __name__ == "__main__":

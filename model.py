@@ -39,7 +39,7 @@ class GPTConfig:
     mlp_dim: int = 0  # 0: 4 n_embd, with swiglu 8/3 n_embd rounded up to a multiple of 64
     rmsnorm: bool = False  # else LayerNorm
     rotary: bool = False  # else learned positions
-    rope_theta: float = 10000.0  # longest wavelength of rotary positions, in units of 2 pi positions
+    rope_theta: float = 10000.0  # base of the wavelengths of rotary positions
     qk_norm: bool = False
     swiglu: bool = False  # else GELU
     bias: bool = True
@@ -48,6 +48,8 @@ class GPTConfig:
     def __post_init__(self):
         if min(self.block_size, self.n_layer, self.n_head, self.n_embd, self.n_vocab) < 1:
             raise ValueError("block_size, n_layer, n_head, n_embd and n_vocab must be at least 1")
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta must be above 0, not {self.rope_theta}")
         if self.n_vocab > self.vocab_size:
             raise ValueError(f"n_vocab {self.n_vocab} does not fit into vocab_size {self.vocab_size}")
         if not self.head_dim and self.n_embd % self.n_head:
@@ -86,6 +88,11 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
+    """Causal self-attention: (B, T, C) -> (B, T, C).
+
+    rope: (cos, sin) of the positions, see `rotate`. cache: keeps earlier keys and values and says who sees what.
+    """
+
     def __init__(self, config, layer):
         super().__init__()
         self.n_head, self.head_dim, self.layer = config.n_head, config.head_dim, layer
@@ -108,7 +115,7 @@ class Attention(nn.Module):
             q = F.pad(q, (0, k.shape[-1] - self.head_dim))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.head_dim**-0.5)
             y = y[..., : self.head_dim]
-        elif x.device.type == "cpu":  # in fp32 also under autocast: the backward pass of bf16 takes twice as long there
+        elif x.device.type == "cpu":  # in fp32 also under autocast: bf16 took 1.7 times as long there
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).to(v.dtype)
         else:
@@ -148,6 +155,8 @@ class KVCache:
     Preallocated, (B, H, S, D) a layer, D rounded up to a multiple of 8 with zeros: fused kernels want that. `lengths`
     (B,) counts the filled positions of each sequence, `ids` lists the tokens that stand there; `end` is an upper bound
     of the lengths that the host knows without asking the device.
+    Its life: `rewind` to what new prompts share with it; `begin` says how many positions come next, `extend` takes
+    their keys and values layer by layer; before each further token `make_room`, and again `begin` and `extend`.
     Attention reads up to `end`, and with `static` all S positions: each step has the same shapes, for torch.compile.
     """
 
@@ -197,6 +206,8 @@ class KVCache:
 
 
 class GPT(nn.Module):
+    """The network, with new weights: ids (B, T) in; logits, a loss, or generated ids out."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -226,7 +237,10 @@ class GPT(nn.Module):
                 p.zero_()
 
     def hidden(self, idx, cache=None):
-        """(B, T) ids -> (B, T, C) after the final norm. With a cache, idx continues what the cache holds."""
+        """(B, T) ids -> (B, T, C) after the final norm. With a cache, idx continues what the cache holds.
+
+        cache: a KVCache, or another object with its `begin` and `extend`, as hellaswag.py has. ValueError for too long.
+        """
         B, T = idx.shape
         if cache is None and T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}")
@@ -234,6 +248,7 @@ class GPT(nn.Module):
         return self.trunk(idx, positions, cache)
 
     def trunk(self, idx, positions, cache):
+        """`hidden` without the cache's bookkeeping, which `generate` does not compile."""
         x, rope = self.wte(idx), None  # (B, T, C)
         if self.config.rotary:
             rope = self.cos[positions][:, None], self.sin[positions][:, None]  # (1 or B, 1, T, D/2)
@@ -265,7 +280,11 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Training FLOPs per token: 6 per parameter that multiplies, plus causal attention (PaLM, appendix B)."""
+        """Training FLOPs per token: 6 per parameter that multiplies, and those of attention.
+
+        Attention's are half of 12 x layers x heads x head size x context (PaLM, Chowdhery et al. 2022, appendix B), as
+        it is causal.
+        """
         c = self.config
         n_multiplied = self.n_params() - (0 if c.rotary else self.wpe.weight.numel())
         return 6 * n_multiplied + 6 * c.n_layer * c.n_head * c.head_dim * c.block_size
@@ -388,7 +407,33 @@ def cross_entropy_sum(x, weight, targets):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# one process or many
+# the machine: its device, one process or many
+
+
+def pick_device(device="", dtype="", deterministic=False):
+    """(torch.device, maker of its autocast context) for two settings that may be empty. ValueError for unusable ones.
+
+    Empty is cuda where there is one, and bfloat16 on GPUs that have it, else float32. The dtype "native" is bfloat16
+    on CPUs too, where they multiply it themselves: elsewhere it would be emulated, and slower than float32.
+    deterministic: from here on, only kernels that give the same bits each time.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError):  # torch raises the latter where it was built without CUDA
+        raise ValueError(f"device {device!r} cannot be used here: try --device=cpu") from None
+    if dtype in ("", "native"):
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cpu" and dtype == "native":  # PyTorch has no public name for it
+            native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        dtype = "bfloat16" if native else "float32"
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or native, not {dtype!r}")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what stays in fp32 may use TF32
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic needs of cuBLAS
+    torch.use_deterministic_algorithms(deterministic)
+    return device, partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def join_processes(device=""):
@@ -466,16 +511,16 @@ def orthogonalize_shared(G):
     return torch.cat(shares)[: len(G)]
 
 
-def normalize_neurons(update, second, beta2):
+def normalize_neurons(update, second_moment, beta2):
     """Give the neurons of each orthogonalized matrix equal steps (NorMuon, Li et al. 2025, arXiv:2510.05491).
 
-    update (n, rows, cols); second (n, rows, 1) or (n, 1, cols): running mean of the squared entries of each row or
-    column, changed in place. Each matrix keeps its norm. The paper takes rows always, but those of a wide
+    update (n, rows, cols); second_moment (n, rows, 1) or (n, 1, cols): running mean of the squared entries of each row
+    or column, changed in place. Each matrix keeps its norm. The paper takes rows always, but those of a wide
     orthogonalized matrix are equal already: there we take the columns.
     """
     norm = update.norm(dim=(-2, -1), keepdim=True)
-    second.lerp_(update.square().mean(dim=-1 if second.shape[-1] == 1 else -2, keepdim=True), 1 - beta2)
-    update = update / (second.sqrt() + 1e-10)
+    second_moment.lerp_(update.square().mean(dim=-1 if second_moment.shape[-1] == 1 else -2, keepdim=True), 1 - beta2)
+    update = update / (second_moment.sqrt() + 1e-10)
     return update * (norm / (update.norm(dim=(-2, -1), keepdim=True) + 1e-10))
 
 
@@ -483,7 +528,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024), for matrices inside the network; not for embeddings.
 
     The step is lr * sqrt(max(1, rows / cols)) (Jordan's rule) times the orthogonalized Nesterov momentum, its neurons
-    normalized with a second momentum of beta2 (0: not); weight decay is decoupled. A parameter group's `n_split` says
+    normalized by a second moment of decay beta2 (0: not); weight decay is decoupled. A parameter group's `n_split` says
     into how many matrices its parameters are cut first, by rows: a fused QKV matrix is three. Matrices of one shape are
     orthogonalized together. Under torchrun every process keeps the momentum and orthogonalizes its share of the
     matrices; gradients must be the same on all.
@@ -512,10 +557,10 @@ class Muon(torch.optim.Optimizer):
                 for (p, _), update in zip(pairs, updates, strict=True):
                     update = update.to(p.dtype)
                     if group["beta2"]:
-                        if "second" not in self.state[p]:
+                        if "second_moment" not in self.state[p]:
                             lines = (rows, 1) if rows >= cols else (1, cols)
-                            self.state[p]["second"] = update.new_zeros(n, *lines)
-                        update = normalize_neurons(update, self.state[p]["second"], group["beta2"])
+                            self.state[p]["second_moment"] = update.new_zeros(n, *lines)
+                        update = normalize_neurons(update, self.state[p]["second_moment"], group["beta2"])
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.reshape(shape), alpha=-step_size)
 
 
@@ -551,29 +596,6 @@ def make_optimizers(model, optimizer="muon", learning_rate=3e-3, muon_learning_r
     for group in (group for opt in optimizers for group in opt.param_groups):
         group["initial_lr"] = group["lr"]  # the schedule multiplies this
     return optimizers
-
-
-def pick_device(device="", dtype=""):
-    """(torch.device, maker of its autocast context) for two settings that may be empty. ValueError for unusable ones.
-
-    Empty is cuda where there is one, and bfloat16 on GPUs that have it, else float32. The dtype "native" is bfloat16
-    on CPUs too, where they multiply it themselves: elsewhere it would be emulated, and slower than float32.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError):  # torch raises the latter where it was built without CUDA
-        raise ValueError(f"device {device!r} cannot be used here: try --device=cpu") from None
-    if dtype in ("", "native"):
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        if device.type == "cpu" and dtype == "native":  # PyTorch has no public name for it
-            native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        dtype = "bfloat16" if native else "float32"
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be float32, bfloat16 or native, not {dtype!r}")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # what stays in fp32 may use TF32
-    return device, partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

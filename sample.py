@@ -91,7 +91,7 @@ def prompt_ids(tokenizer, text, is_chat, history=()):
 def fit_into_context(tokenizer, text, history, block_size, room):
     """(ids, history) with the oldest whole turns dropped until `room` tokens are left for the answer.
 
-    A system message stays. ValueError if the question is too long without any turns.
+    A quarter of the context is room enough. A system message stays. ValueError if the question is too long even alone.
     """
     room, n_system = min(room, block_size // 4), sum(message["role"] == "system" for message in history)
     system, turns = history[:n_system], history[n_system:]
@@ -145,7 +145,22 @@ def converse(answer, tokenizer, block_size, room):
             history = [*kept, {"role": "user", "content": line}, {"role": "assistant", "content": answer(ids)}]
 
 
-def check():
+def answer_once(text, n, generate, tokenizer, block_size, is_chat, log):
+    """Print n answers to a prompt, each under a line of its own if there are several. ValueError if it is too long."""
+    ids = prompt_ids(tokenizer, text, is_chat)
+    if len(ids) > block_size:
+        raise ValueError(f"the prompt has {len(ids)} tokens, into the context fit {block_size}")
+    generated = timed(generate([ids] * n), log)
+    # the pieces of one answer come as they are made, several answers when all are there
+    rows = [generated] if n == 1 else [row[row >= 0, None] for row in torch.stack([*generated], dim=1)]
+    for number, row in enumerate(rows, 1):
+        if n > 1:
+            print(f"--- {number} of {n}")
+        print("" if is_chat else text, end="", flush=True)
+        say(stream(tokenizer, row, block_size - len(ids) + 1))
+
+
+def read_prompt():
     """The text of the prompt. ValueError for settings that cannot be used, OSError for a missing file."""
     problems = {
         "chat must be None, True or False": chat not in (None, True, False),
@@ -168,7 +183,7 @@ def check():
 
 
 def main():
-    text, log = check(), []
+    text, log = read_prompt(), []
     for file in (sys.stdin, sys.stdout):
         if hasattr(file, "reconfigure"):  # whatever bytes come in or can go out, it is not the end
             file.reconfigure(errors="replace")
@@ -177,7 +192,8 @@ def main():
     with autocast():
         model.for_decoding()
     tokenizer = Tokenizer(stored["tokenizer"])
-    is_chat, block_size = stored["stage"] != "pretrain" if chat is None else chat, model.config.block_size
+    is_chat = stored["stage"] != "pretrain" if chat is None else chat
+    block_size = model.config.block_size
     # one cache for all that is typed: what a question has in common with the one before, its conversation, stays
     cache = None if text else model.new_cache(1, block_size, static=compile)
     generate = partial(
@@ -189,15 +205,7 @@ def main():
         return say(stream(tokenizer, timed(generate([ids]), log), block_size - len(ids) + 1))
 
     if text:
-        ids = prompt_ids(tokenizer, text, is_chat)
-        if len(ids) > block_size:
-            raise ValueError(f"the prompt has {len(ids)} tokens, into the context fit {block_size}")
-        generated = timed(generate([ids] * num_samples), log)
-        # the pieces of one answer come as they are made, several answers when all are there
-        rows = [generated] if num_samples == 1 else [row[row >= 0, None] for row in torch.stack([*generated], dim=1)]
-        for row in rows:
-            print("" if is_chat else text, end="", flush=True)
-            say(stream(tokenizer, row, block_size - len(ids) + 1))
+        answer_once(text, num_samples, generate, tokenizer, block_size, is_chat, log)
     elif is_chat:
         converse(answer, tokenizer, block_size, max_new_tokens)
     else:

@@ -2511,6 +2511,7 @@ def test_the_schedule_warms_up_holds_and_decays_to_its_floor():
     assert round(scale(80, final_lr_fraction=0.2), 6) == 0.6
     assert scale(10, schedule="cosine") == 1.0 and round(scale(55, schedule="cosine"), 6) == 0.5
     assert 0 < scale(99, schedule="cosine") < 0.01
+    assert [scale(s, decay_fraction=1.0) for s in (9, 10, 55)] == [1.0, 1.0, 0.5]  # the decay begins after the warm-up
 
 
 def test_validation_loss_is_the_mean_over_fixed_windows_in_nats_and_bits(tmp_path):
@@ -2612,7 +2613,8 @@ def test_several_samples_are_made_together_and_the_speed_is_told_when_asked(trai
     ask = dict(checkpoint=f"{trained}/best.pt", max_new_tokens=6, device="cpu")
     call(sample, prompt="The ", num_samples=3, speed=True, **ask)
     told = capsys.readouterr()
-    assert batches == [3] and told.out.count("The ") >= 3 and len({*told.out.split("The ")}) > 2
+    answers = re.split(r"--- \d of 3\n", told.out)[1:]
+    assert batches == [3] and len(set(answers)) == 3 and all(answer.startswith("The ") for answer in answers)
     assert re.fullmatch(r"18 tokens in \d+\.\d\d s: \d+\.\d tokens/s\n", told.err)
     (tmp_path / "a.txt").write_text("The \n")
     call(sample, prompt_file=str(tmp_path / "a.txt"), num_samples=3, **ask)
@@ -3005,18 +3007,6 @@ def test_resuming_on_other_data_is_refused(story, tmp_path):
         pretrain(story, tmp_path / "run", **changes | dict(max_steps=5))
 
 
-def test_a_run_of_the_muon_before_normalized_neurons_is_not_resumed_silently(story, tmp_path):
-    pretrain(story, tmp_path, max_steps=4)
-    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    for group in checkpoint["optimizers"][1]["param_groups"]:
-        del group["beta2"]
-    torch.save(checkpoint, tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match="its Muon did not normalize neurons yet.*--force=True"):
-        pretrain(story, tmp_path, max_steps=8, init_from="resume")
-    pretrain(story, tmp_path, max_steps=8, init_from="resume", force=True)
-    assert log_rows(tmp_path)[-1]["step"] == 8
-
-
 def test_a_lost_log_begins_anew_with_its_units(story, tmp_path):
     pretrain(story, tmp_path, max_steps=2)
     (tmp_path / "log.jsonl").unlink()
@@ -3040,10 +3030,11 @@ def test_resuming_another_run_is_refused_by_naming_the_settings(story, tmp_path)
     "change, said",
     [
         (dict(data_dir="nowhere"), "prepare_fineweb.py"),
-        (dict(log_interval=0, learning_rate=-1.0), "log_interval is 0, at least 1.*learning_rate is -1.0, at least 0"),
+        (dict(log_interval=0, learning_rate=-1.0), "learning_rate is -1.0, at least 0.*log_interval is 0, at least 1"),
         (dict(block_size=0), "block_size is 0"),
         (dict(beta2=1.5), "beta2 must be below 1"),
         (dict(head_dim=-8), "head_dim is -8"),
+        (dict(family="modern", rope_theta=0.0), "rope_theta must be above 0"),
         (dict(compile="false"), "compile must be None, True or False"),
         (dict(block_size=100000), "multiple of block_size"),
         (dict(tokens_per_step=100), "multiple of block_size x batch_size"),
@@ -3575,6 +3566,25 @@ def test_conversations_that_do_not_fit_the_model_are_refused(trained, chat_rows,
     (broken / "train_tokens.npy").write_bytes(tokens[: len(tokens) // 2])
     with pytest.raises(ValueError, match="broken: damaged.*prepare_instruct.py again"):
         tune(trained, str(broken), tmp_path / "new")
+
+
+def test_finetuning_on_other_conversations_or_another_base_is_not_resumed(trained, chat_rows, tmp_path):
+    base, rows = tmp_path / "base.pt", tmp_path / "rows"
+    shutil.copy(trained / "best.pt", base)
+    shutil.copytree(chat_rows, rows)
+    tune(tmp_path, str(rows), tmp_path / "run", checkpoint=str(base), max_minutes=1e-9)
+    tokens = np.load(rows / "train_tokens.npy")
+    tokens[1] += 1  # as many as before
+    np.save(rows / "train_tokens.npy", tokens)
+    with pytest.raises(ValueError, match="the data is not what it was"):
+        tune(tmp_path, str(rows), tmp_path / "run", checkpoint=str(base), init_from="resume")
+    tokens[1] -= 1
+    np.save(rows / "train_tokens.npy", tokens)
+    content = torch.load(base, weights_only=True)
+    content["model"]["wte.weight"][0] += 1
+    torch.save(content, base)
+    with pytest.raises(ValueError, match="the data is not what it was"):
+        tune(tmp_path, str(rows), tmp_path / "run", checkpoint=str(base), init_from="resume")
 
 
 def test_finetuning_into_the_folder_of_its_checkpoint_is_refused(trained, chat_rows):

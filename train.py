@@ -15,6 +15,7 @@ global batches, and the first one writes; several nodes need one out_dir.
 import json
 import math
 import os
+import resource
 import signal
 import statistics
 import sys
@@ -70,13 +71,13 @@ rope_theta = 10000.0  # base of rotary positions (modern)
 # optimization
 optimizer = "muon"  # muon (AdamW for embeddings and norms) or adamw
 tokens_per_step = 524288  # global batch, tokens
-batch_size = 16  # micro-batch, sequences, the rest is accumulated; 0: the largest that fits into the GPU
+batch_size = 16  # micro-batch, sequences, the rest is accumulated; 0: the largest that fits into memory
 max_steps = 19073  # length of the run, optimizer steps
 max_tokens = 0  # length of the run, tokens (then max_steps does not count); 0: max_steps
 learning_rate = 3e-3  # peak of AdamW
 muon_learning_rate = 0.02  # peak of Muon
 weight_decay = 0.1  # decoupled, on matrices and embeddings
-beta2 = 0.95  # AdamW's second momentum
+beta2 = 0.95  # decay of AdamW's second moment (Muon's is 0.95)
 grad_clip = 1.0  # largest gradient norm; 0: no clipping
 warmup_steps = 200  # linear from 0 to the peak
 schedule = "constant"  # after warm-up: constant or cosine
@@ -135,13 +136,10 @@ MAY_CHANGE = {"out_dir", "data_dir", "init_from", "overwrite", "force", "max_ste
 # settings that --force cannot change: weights and optimizer states would not fit
 SHAPES = {"family", "block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "optimizer", "tokenizer"}
 CPU_TOKENS = 8192  # largest micro-batch that --batch_size=0 finds on a CPU
-LEAST = {  # smallest sensible value of every number
-    1: "block_size n_layer n_head n_embd tokens_per_step max_steps eval_tokens log_interval rows_per_step "
-    "checkpoint_interval epochs answer_tokens pairs_per_step",
-    0: "batch_size max_tokens head_dim mlp_dim learning_rate muon_learning_rate weight_decay beta2 grad_clip "
-    "warmup_steps decay_fraction final_lr_fraction seed eval_interval hellaswag_interval hellaswag_limit "
-    "sample_interval max_minutes scored_answers hellaswag_items beta label_smoothing",
-}
+AT_LEAST_1 = {  # all other numbers must be at least 0
+    "block_size", "n_layer", "n_head", "n_embd", "tokens_per_step", "rows_per_step", "pairs_per_step", "max_steps",
+    "epochs", "eval_tokens", "answer_tokens", "log_interval", "checkpoint_interval",
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -254,7 +252,10 @@ def next_token_batch(windows, n_rows, step):
 
 
 def lr_scale(step, max_steps, warmup_steps, schedule="constant", decay_fraction=0.7, final_lr_fraction=0.0):
-    """Share of the peak learning rate that step 0 <= step < max_steps uses."""
+    """Share of the peak learning rate that step 0 <= step < max_steps uses.
+
+    "constant" decays linearly at the end, over decay_fraction of the run, but begins not before the warm-up is done.
+    """
     if schedule not in ("constant", "cosine"):
         raise ValueError(f"schedule must be constant or cosine, not {schedule!r}")
     if step < warmup_steps:
@@ -263,7 +264,8 @@ def lr_scale(step, max_steps, warmup_steps, schedule="constant", decay_fraction=
         done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
         share = 0.5 * (1 + math.cos(math.pi * done))
     else:
-        share = min(1.0, (max_steps - step) / max(1.0, decay_fraction * max_steps))
+        n_decay = min(decay_fraction * max_steps, max_steps - warmup_steps)
+        share = min(1.0, (max_steps - step) / max(1.0, n_decay))
     return final_lr_fraction + (1 - final_lr_fraction) * share
 
 
@@ -302,7 +304,10 @@ def train_step(model, optimizers, batch, batch_size, grad_clip, autocast):
 
 @torch.inference_mode()
 def validation_loss(model, windows, n_windows, batch_size, token_bytes, autocast):
-    """Mean loss over the first n_windows of `windows`: {"val_loss": nats/token, "val_bpb": bits/byte}."""
+    """Mean loss over the first n_windows of `windows`: {"val_loss": nats/token, "val_bpb": bits/byte}.
+
+    token_bytes: (n_vocab,) bytes of text that each token stands for.
+    """
     device, (rank, world) = next(model.parameters()).device, rank_and_world()
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
     for first in range(rank * batch_size, n_windows, world * batch_size):
@@ -316,7 +321,7 @@ def validation_loss(model, windows, n_windows, batch_size, token_bytes, autocast
 
 
 def is_out_of_memory(error):
-    """Whether a RuntimeError says so: that of a CPU and that of cuBLAS are no OutOfMemoryError."""
+    """Whether a RuntimeError says so: those of CPUs and of cuBLAS have no class of their own."""
     return "memory" in str(error) or "ALLOC_FAILED" in str(error)
 
 
@@ -403,10 +408,9 @@ def claim_out_dir(out_dir, init_from, overwrite):
 def check_settings(settings):
     """ValueError that names every setting out of its range."""
     problems = [
-        f"{name} is {settings[name]}, at least {least} is needed"
-        for least, names in LEAST.items()
-        for name in names.split()
-        if settings.get(name, least) < least
+        f"{name} is {value}, at least {int(name in AT_LEAST_1)} is needed"
+        for name, value in settings.items()
+        if isinstance(value, int | float) and value < (name in AT_LEAST_1)
     ]
     problems += ["label_smoothing must be below 0.5"] if settings.get("label_smoothing", 0) >= 0.5 else []
     problems += ["beta2 must be below 1"] if settings["beta2"] >= 1 else []
@@ -427,9 +431,6 @@ def check_resumable(record, checkpoint, force):
     listed = [f"{name} {old[name]!r} -> {new.get(name)!r}" for name in changed]
     if checkpoint["data"] != record["data"]:
         listed.append("the data is not what it was")
-    groups = [group for opt in checkpoint["optimizers"] for group in opt["param_groups"]]
-    if any("momentum" in group and "beta2" not in group for group in groups):
-        listed.append("its Muon did not normalize neurons yet")
     if listed and not (force and SHAPES.isdisjoint(changed)):
         remedy = "set it back, or --force=True" if SHAPES.isdisjoint(changed) else "set it back"
         raise ValueError(f"resuming would change the run ({', '.join(listed)}): {remedy}")
@@ -493,13 +494,9 @@ def peak_flops(device):
 
 
 def peak_memory(device):
-    """Largest memory of this process so far, GB: allocated on the GPU, else resident; None where nothing tells."""
+    """Largest memory of this process so far, GB: allocated on the GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "win32":
-        return None
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
@@ -513,8 +510,7 @@ def step_row(state, loss, norm, optimizers, tokens_per_second, flops_over_peak, 
         row["muon_learning_rate"] = optimizers[1].param_groups[0]["lr"]
     row |= {"seconds": round(state["seconds"], 3), "tokens_per_second": round(tokens_per_second)}
     row |= {"mfu": round(flops_over_peak * tokens_per_second, 4)} if flops_over_peak else {}
-    memory = peak_memory(device)
-    return row | ({"peak_memory": round(memory, 3)} if memory else {})
+    return row | {"peak_memory": round(peak_memory(device), 3)}
 
 
 def say(line):
@@ -595,7 +591,7 @@ def fit(model, optimizers, batch_at, metrics_at, lr_at, record, state, *, out_di
             say(line_of(row, max_steps))
         stop, second, recent = state["step"] >= max_steps, state["step"] + 2, deque(maxlen=20)
         if stop:
-            say(f"step {state['step']} of {max_steps}: nothing is left to do (raise --max_steps to go on)")
+            say(f"step {state['step']} of {max_steps}: nothing is left to do (to go on, raise what ends it)")
         while not stop:
             start = time.perf_counter()
             batch, coming = coming.result(), ahead.submit(fetch, state["step"] + 1)
@@ -783,10 +779,8 @@ def main():
     check_settings(settings)
     rank, world = join_processes(device)
     n_rows = check_batch(tokens_per_step, block_size, batch_size, world)
-    n_steps = -(-max_tokens // tokens_per_step) or max_steps
-    compute, autocast = pick_device(device, dtype)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic needs of cuBLAS
-    torch.use_deterministic_algorithms(deterministic)
+    n_steps = math.ceil(max_tokens / tokens_per_step) or max_steps
+    compute, autocast = pick_device(device, dtype, deterministic)
     coder, train, val = load_data(data_dir, tokenizer, block_size, seed)
     items = hellaswag.load_items(hellaswag_source, hellaswag_limit) if hellaswag_interval else []
     token_bytes, n_val = coder.token_bytes(), min(len(val), max(1, eval_tokens // block_size))
