@@ -85,7 +85,7 @@ from model import (  # noqa: E402
 from prepare_fineweb import write_shard  # noqa: E402
 from space import app as space_app  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from tools import bench, contamination, convert_hf, race, summary, toyworld  # noqa: E402
+from tools import bench, contamination, convert_hf, memory, race, summary, toyworld  # noqa: E402
 
 STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "dpo.py", "sample.py"]
 TOOLS = [path for path in (ROOT / "tools").glob("*.py") if "configure(" in path.read_text(encoding="utf-8")]
@@ -790,14 +790,6 @@ def test_a_saved_model_comes_back_bit_for_bit(family, tmp_path):
     again, content = load_model(tmp_path / "a.pt")
     assert again.config == model.config and content["tokenizer"] == "bytes"
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-
-
-def test_model_py_works_alone_in_an_empty_folder(tmp_path):
-    (tmp_path / "model.py").write_text((ROOT / "model.py").read_text(encoding="utf-8"), encoding="utf-8")
-    code = (
-        "import torch, model as m; g = m.GPT(m.GPTConfig(8, 64, 60, 1, 1, 8)); print(len(list(g.generate([[1]], 3))))"
-    )
-    assert run("-c", code, cwd=tmp_path) == "3\n"
 
 
 @pytest.mark.parametrize(
@@ -3957,6 +3949,42 @@ def test_the_quick_start_does_not_clear_a_folder_that_holds_something_else(tmp_p
     assert done.returncode == 1 and "holds something else" in done.stderr and (tmp_path / "mine.txt").exists()
 
 
+def test_the_real_run_makes_what_is_missing_resumes_what_was_begun_and_uses_all_gpus(tmp_path):
+    shutil.copytree(ROOT / "runs", tmp_path / "runs")
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "torchrun"):  # write down what they are asked to do
+        (tmp_path / f"bin/{name}").write_text(f'#!/bin/sh\necho "{name} $*" >> "{tmp_path}/asked"\n')
+        (tmp_path / f"bin/{name}").chmod(0o755)
+
+    def asked(*arguments, **variables):
+        (tmp_path / "asked").unlink(missing_ok=True)
+        environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"} | variables
+        subprocess.run(["bash", "runs/fgpt_712m.sh", *arguments], cwd=tmp_path, env=environment, check=True)
+        commands = (tmp_path / "asked").read_text().splitlines()
+        for command in commands:  # of settings that exist
+            words = command.split("torchrun --standalone --nproc_per_node=8 ")[-1].removeprefix("python ").split()
+            if words[0] in settings_by_script():
+                read_settings(words)
+        return commands
+
+    first = asked("--max_tokens=1024")
+    scripts = [command.split()[1] for command in first]
+    assert scripts[:2] == ["prepare_fineweb.py", "prepare_instruct.py"] and scripts[5] == "finetune.py"
+    assert scripts[2:5] == ["train.py", "hellaswag.py", "hellaswag.py"] and first[4].endswith("--style=harness")
+    assert "config/fgpt_712m.py" in first[2] and first[2].endswith(" --max_tokens=1024") and "resume" not in first[2]
+    for name in ("data/fineweb", "data/instruct"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "meta.json").write_text("{}")
+    for name in ("fgpt_712m", "fgpt_712m_chat"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    again = asked(GPUS="8")
+    runs = [command for command in again if "--nproc_per_node=8" in command]
+    assert [command.split()[3] for command in runs] == ["train.py", "hellaswag.py", "hellaswag.py", "finetune.py"]
+    assert again[0] == runs[0] and "--init_from=resume" in runs[0] and "--init_from=resume" in runs[3]
+    other = asked(NAME="mine", CONFIG="config/fgpt_modern.py")
+    assert "config/fgpt_modern.py" in other[0] and "out/mine/best.pt" in other[3] and "resume" not in other[0]
+
+
 def test_held_out_accuracy_counts_right_answers_whatever_their_case(monkeypatch, tmp_path):
     model_py.save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
     monkeypatch.setattr(summary, "answers", lambda model, coder, asked, *_: [f" {q.upper()} " for q in asked])
@@ -3967,13 +3995,121 @@ def test_held_out_accuracy_counts_right_answers_whatever_their_case(monkeypatch,
 # ----------------------------------------------------------------------------------------------------------------------
 # README.md and config/
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LOCAL_AND_SMALL = {  # command of the README: the settings that make it small, and local
+    "train.py": "--max_steps=2 --n_layer=1 --eval_tokens=512 --device=cpu",
+    "hellaswag.py": "--limit=4 --source=items.jsonl",
+    "prepare_fineweb.py": "",
+    "prepare_instruct.py": "",
+    "finetune.py": "--epochs=1 --scored_answers=2 --answer_tokens=2 --device=cpu",
+    "dpo.py": "--answer_tokens=2 --device=cpu",
+    "sample.py": "--max_new_tokens=4 --device=cpu",
+    "space.app": "",
+    "tools.plot": "",
+    "tools.convert_hf": "",
+    "tools.contamination": "--source=items.jsonl",
+    "tools.memory": "--config=tiny.py --batch_sizes=1",
+    "tools.bench race": "--race_config=tiny.py --seeds=1 --learning_rates=1e-3 --device=cpu",
+    "tools.bench decode": "--configs=tiny.py --decode_batches=1 --new_tokens=8 --repeats=1 --device=cpu",
+    "tools.bench hellaswag": "--configs=tiny.py --n_items=2 --repeats=1 --device=cpu",
+    "tools.bench tokenize": "--repeats=1",
+}
+NOT_RUN = {  # beginning of a command: why
+    "pip install": ".ci/run",
+    "python test_all.py": "this file",
+    "bash runs/quickstart.sh": "a test above",
+    "python sample.py --checkpoint=out/quickstart/dpo/best.pt": "the quick start's test",
+    "bash runs/fgpt_712m.sh": "GPU, Hub; a test above sees what it asks for",
+    "GPUS=8 bash runs/fgpt_712m.sh": "GPUs",
+    "torchrun --nproc_per_node=8": "GPUs; tests above run two and three processes",
+    "python -m tools.convert_hf import": "Hub; a test above has one",
+    "python prepare_fineweb.py --source=kjj0": "Hub; a test above has one",
+    "python prepare_fineweb.py --out_dir=data/fineweb": "Hub; a test above has one",
+    "python -m space.app --checkpoint=out/chat/best.pt --assemble": "a test above assembles a Space",
+    "python -m space.app --checkpoint=out/chat/best.pt": "tests above look at the page",
+    "python app.py": "a test above runs it",
+    "python -m tools.bench train": "a test above runs it",
+    "hf ": "Hub",
+}
+TINY_CONFIG = """
+tokenizer, block_size, n_layer, n_head, n_embd = "bytes", 32, 1, 1, 16
+tokens_per_step, batch_size, max_steps, eval_interval, eval_tokens = 64, 2, 3, 1, 64
+"""
+
 
 def readme_commands():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
-    lines = [line.split("  #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    inline = re.findall(r"`((?:python|bash) [^`]+)`", text)
-    return [part.strip() for line in lines + inline for part in line.split("&&")]
+    """(command, its comment) of the README's blocks, then of its text."""
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S)).replace("\\\n", " ")
+    lines = [re.split(r"  +# ?", line) for line in blocks.splitlines()]
+    inline = re.findall(r"`((?:python|bash|pip|torchrun|hf) [^`]+)`", re.sub(r"```.*?```", "", README, flags=re.S))
+    return [(line[0].strip(), line[-1] if len(line) > 1 else "") for line in lines] + [(text, "") for text in inline]
+
+
+def why_not_run(command):
+    return next((why for start, why in NOT_RUN.items() if command.startswith(start)), "")
+
+
+def in_this_process(monkeypatch, words):
+    """`python` with these words, without a new interpreter that imports torch."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "excepthook", sys.excepthook)  # configure() sets it
+        patch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+        script, *arguments = [words[1].replace(".", "/") + ".py", *words[2:]] if words[0] == "-m" else words
+        patch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def write_what_the_readme_takes_for_granted(folder):
+    rng, words = random.Random(0), "the a cat dog sat ran on in mat log big red old new it was and so but then".split()
+    texts = [" ".join(rng.choices(words, k=80)) for _ in range(3000)]
+    (folder / "texts").mkdir()
+    write_parquet(folder / "texts/a.parquet", texts)
+    (folder / "input.txt").write_text(("\n\n".join(texts) * 2)[:1_115_394])
+    asked = [dict(instruction=f"What is {i} + 1?", output=f"{i + 1}.") for i in range(60)]
+    (folder / "mine.json").write_text(json.dumps(asked))
+    pairs = [dict(prompt=f"What is {i} + 2?", chosen=f"{i + 2}.", rejected="Who knows?") for i in range(60)]
+    (folder / "preferences.json").write_text(json.dumps(pairs))
+    items = [dict(ctx=text[:60], endings=["a cat", "a dog", "ran", "it was"], label=0) for text in texts[:8]]
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (folder / "tiny.py").write_text(TINY_CONFIG)
+    (folder / "config").symlink_to(ROOT / "config")
+    (folder / "my_config.py").write_text(readme_python("# my_config.py"))
+
+
+def readme_python(start):
+    return next(code for code in re.findall(r"```python\n(.*?)```", README, flags=re.S) if code.startswith(start))
+
+
+def test_every_command_of_the_readme_works_one_after_the_other(tmp_path, monkeypatch):
+    write_what_the_readme_takes_for_granted(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    commands = list(dict.fromkeys(command for command, _ in readme_commands()))
+    used = {start for start in NOT_RUN for command in commands if command.startswith(start)}
+    assert used == NOT_RUN.keys(), "NOT_RUN has what the README has not"
+    for command in commands:
+        if why_not_run(command):
+            continue
+        piped, _, last = command.rpartition(" | ")
+        words = shlex.split(last)
+        if words[0] != "python":
+            subprocess.run(["bash", "-euc", command], env=environment, check=True)
+            continue
+        names = [" ".join(words[1 + (words[1] == "-m") :][:n]) for n in (2, 1)]
+        small = next(
+            LOCAL_AND_SMALL[name] for name in names if name in LOCAL_AND_SMALL
+        )  # KeyError: give the new command small settings
+        print("README:", command, flush=True)
+        in_this_process(monkeypatch, [*words[1:], *small.split()])
+
+
+def test_a_command_of_the_readme_that_was_not_run_here_says_what_it_needs():
+    for command, comment in readme_commands():
+        if re.search("GPU|Hub", why_not_run(command)) and f"`{command}`" not in README:
+            assert re.match("GPU|Hub", comment), command
 
 
 def settings_by_script():
@@ -3981,21 +4117,99 @@ def settings_by_script():
     return {f"{module.__name__}.py": train.settings_of(vars(module)) for module in modules}
 
 
-def test_the_commands_of_the_readme_name_files_and_settings_that_exist():
-    known, seen = settings_by_script(), set()
-    for command in readme_commands():
-        words = shlex.split(command)
-        if words[0] == "bash":
-            assert (ROOT / words[1]).is_file(), command
-        if words[0] != "python" or words[1] == "-m":
-            continue
-        seen.add(words[1])
-        for word in words[2:] if words[1] in known else []:
-            if word.startswith("--"):
-                assert word[2:].split("=")[0] in known[words[1]], command
-            else:
-                configurator.apply_file(str(ROOT / word), dict(known[words[1]]), known[words[1]])
-    assert seen >= {"prepare_fineweb.py", "train.py", "prepare_instruct.py", "finetune.py", "sample.py", "test_all.py"}
+def read_settings(words):
+    """The settings that a stage's command line, without `python`, leads to; ValueError for one that does not exist."""
+    defaults = settings_by_script()[words[0]]
+    settings = dict(defaults)
+    for word in words[1:]:
+        configurator.apply_argument(str(ROOT / word) if word.startswith("config/") else word, settings, defaults)
+    return settings
+
+
+def test_the_commands_of_the_readme_that_are_not_run_name_settings_that_exist():
+    commands = [shlex.split(command) for command, _ in readme_commands() if why_not_run(command)]
+    commands = [words[1:] for words in commands if words[0] == "python" and words[1] in settings_by_script()]
+    for words in commands:
+        read_settings(words)
+    assert ["prepare_fineweb.py", "--source=kjj0/finewebedu10B-gpt2"] in commands
+
+
+def test_the_readmes_own_config_trains(tmp_path, monkeypatch):
+    write_what_the_readme_takes_for_granted(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    prepare(source=tmp_path / "texts/a.parquet", out_dir=tmp_path / "data/mine")
+    in_this_process(monkeypatch, ["train.py", "my_config.py", "--max_steps=1", "--eval_tokens=512", "--device=cpu"])
+    assert (tmp_path / "out/my_config/best.pt").exists()
+
+
+def test_model_py_and_its_muon_work_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(ROOT / "model.py", tmp_path)
+    code = readme_python("import torch\nfrom model import")
+    code += "import model; print(len(ids), model.__file__)"
+    assert run("-c", code, cwd=tmp_path) == f"8 {tmp_path}/model.py\n"
+
+
+def test_the_records_that_the_readme_shows_are_read_as_it_says():
+    records = [record for block in re.findall(r"```json\n(.*?)```", README, flags=re.S) for record in json.loads(block)]
+    rows = [prepare_instruct.to_conversations(record, "README") for record in records]
+    assert [len(sides) for sides in rows] == [1, 1, 2]
+    assert rows[0][0] == [
+        dict(role="user", content="What is the capital of France?"),
+        dict(role="assistant", content="Paris."),
+    ]
+
+
+def table(heading):
+    """Rows of the README's table whose first header is `heading`, as lists of cells."""
+    lines = README[README.index(f"\n| {heading} |") + 1 :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_tour_names_every_file_with_about_as_many_lines_as_it_has():
+    rows = {row[0].strip("`"): int(row[1]) for row in table("file")}
+    for name, lines in rows.items():
+        assert lines == pytest.approx(len((ROOT / name).read_text(encoding="utf-8").splitlines()), rel=0.05), name
+    assert rows.keys() == {path.name for path in ROOT.glob("*.py")} | {"space/app.py"}
+    for path in TOOLS + list((ROOT / "tools").glob("race.py")):
+        assert path.stem in README
+
+
+def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
+    measured = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    figures = [figure for row in table("what") for cell in row[1:3] for figure in re.findall(r"\d+\.\d+", cell)]
+    assert len(figures) > 10 and [figure for figure in figures if figure not in measured] == []
+    transcript = README.split("```")[3]
+    for figure in re.findall(r"\d+\.\d%", transcript):
+        assert figure in measured, figure
+
+
+def test_what_the_readme_computes_of_the_712m_model_follows_from_its_sizes():
+    settings = read_settings(["train.py", "config/fgpt_712m.py"])
+    with torch.device("meta"):
+        model = train.make_model(settings, SimpleNamespace(n_vocab=50259))
+    assert f"{model.flops_per_token() / 1e9:.2f} GFLOPs a token" in README and "(165, 362, 989 TFLOP/s)" in README
+    assert f"{4 * model.n_params() / 1e9:.2f} GB ({model.n_params():,} x 4 bytes" in README
+    peaks = {"RTX 4090": 165e12, "L40S": 362e12, "H100": 989e12, "H200": 989e12}
+    rows = table("GPU")
+    assert len(rows) == len(peaks)
+    for (gpu, micro_batch, _, speed, *hours), (name, peak) in zip(rows, peaks.items(), strict=True):
+        per_second = 0.4 * peak / model.flops_per_token()
+        assert name in gpu and settings["tokens_per_step"] // settings["block_size"] % int(micro_batch) == 0
+        assert int(speed.replace(",", "")) == pytest.approx(per_second, rel=0.03)
+        assert [int(h) for h in hours] == [round(n / per_second / 3600) for n in (10e9, 30e9)]
+
+
+def test_the_quick_starts_model_and_data_are_as_the_readme_says(world):
+    sizes = {}
+    for name in ("quickstart", "shakespeare", "shakespeare_nanogpt", "small"):
+        settings = read_settings(["train.py", f"config/{name}.py"])
+        with torch.device("meta"):
+            coder = Tokenizer(settings["tokenizer"] or "gpt2")
+            sizes[name] = round(train.make_model(settings, coder).n_params() / 1e6, 1), settings["block_size"]
+    assert sizes["quickstart"] == (0.9, 128) and sizes["shakespeare"][0] == sizes["shakespeare_nanogpt"][0] == 0.8
+    assert sizes["small"] == (7.3, 256)  # hence --max_tokens=257
+    asked = [record["instruction"] for record in world["instruct"]]
+    assert sum(question in asked for question in finetune.QUESTIONS) == 8
 
 
 def test_every_config_file_sets_only_settings_of_its_stage_and_fits_together():
@@ -4471,6 +4685,19 @@ def test_the_recipes_of_the_race_have_equal_sizes_and_a_finished_run_is_not_run_
     assert race.run(str(ROOT / "config/race.py"), "modern + Muon", tmp_path / "run", *options) == first
     with pytest.raises(ValueError, match="failed"):  # other settings are another run
         race.run(str(ROOT / "config/race.py"), "modern + Muon", tmp_path / "run", *options, "--seed=2")
+
+
+def test_the_memory_of_a_step_is_reckoned_without_a_gpu():
+    sizes = train.DEFAULTS | dict(block_size=64, n_head=2, n_embd=64)
+    peaks = {
+        (n_layer, rows): 1e9 * memory.peak_memory(sizes | dict(n_layer=n_layer), rows, False)
+        for n_layer in (2, 4)
+        for rows in (32, 64)
+    }
+    two_layers = [peaks[4, rows] - peaks[2, rows] for rows in (32, 64)]
+    # what GPT-2's blocks keep for the backward pass: 38 bytes for each entry of a token's vector, counted by hand
+    assert (two_layers[1] - two_layers[0]) / (32 * 64 * 2 * 64) == pytest.approx(38, rel=0.1)
+    assert memory.peak_memory(sizes | dict(n_layer=4), 64, True) < peaks[4, 64] / 1e9
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# The real run, end to end: FineWeb-Edu, the 712M model, HellaSwag, an assistant. Needs a GPU, the Hub and GitHub, about
+# 60 GB of disk, and days. Not yet run to the end.
+#
+#   bash runs/fgpt_712m.sh                              one GPU, 10 billion tokens
+#   GPUS=8 bash runs/fgpt_712m.sh                       eight GPUs
+#   bash runs/fgpt_712m.sh --max_tokens=30000000000     three times over the same 10 billion
+#   CONFIG=config/fgpt_modern.py NAME=fgpt_modern bash runs/fgpt_712m.sh
+#
+# Whatever stopped it, the same command goes on from there. What comes from the network comes first, so that it fails
+# before the GPU has worked for hours. Arguments go to train.py: --activation_checkpointing=True for small GPUs, or
+# --max_minutes=600, with which it trains ten hours at most and then scores and finetunes what there is.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+name=${NAME:-fgpt_712m} config=${CONFIG:-config/fgpt_712m.py} gpus=${GPUS:-1}
+trap 'echo "fgpt_712m.sh: stopped, the same command goes on from here" >&2; exit 130' INT TERM
+
+stage() { # print the command, and run it
+    printf '\n\033[1m$ %s\033[0m\n' "$*"
+    "$@"
+}
+
+run() { # a stage on all GPUs
+    if [ "$gpus" = 1 ]; then stage python "$@"; else stage torchrun --standalone --nproc_per_node="$gpus" "$@"; fi
+}
+
+again() { # the argument with which a run that has been begun goes on
+    if [ -d "$1" ]; then echo --init_from=resume; fi
+}
+
+if [ ! -e data/fineweb/meta.json ]; then # written at the end
+    stage python prepare_fineweb.py --out_dir=data/fineweb
+fi
+if [ ! -e data/instruct/meta.json ]; then
+    stage python prepare_instruct.py --source=raschka,alpaca,smoltalk:50000 --max_tokens=1025 --out_dir=data/instruct
+fi
+run train.py "$config" --batch_size=0 --out_dir="out/$name" $(again "out/$name") "$@"
+run hellaswag.py --checkpoint="out/$name/best.pt"
+run hellaswag.py --checkpoint="out/$name/best.pt" --style=harness
+run finetune.py --checkpoint="out/$name/best.pt" --batch_size=2 --hellaswag_items=1000 --out_dir="out/${name}_chat" \
+    $(again "out/${name}_chat")
+if python -c "import matplotlib" 2>/dev/null; then
+    stage python -m tools.plot --runs="out/$name" --out="out/$name/loss.png"
+fi
+printf '\nThe GPU can be given back: out/%s and out/%s_chat hold all that is worth keeping.\n' "$name" "$name"
+echo "Talk to it: python sample.py --checkpoint=out/${name}_chat/best.pt"
