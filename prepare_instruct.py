@@ -259,7 +259,8 @@ def main():
     if not 0 < val_fraction < 1 or max_tokens < 1:
         raise ValueError("val_fraction must be between 0 and 1, and max_tokens at least 1")
     coder, folder = Tokenizer(tokenizer), Path(out_dir)
-    kept, counts = collect(open_sources(source), coder, max_tokens, val_fraction)
+    sources = open_sources(source)
+    kept, counts = collect(sources, coder, max_tokens, val_fraction)
     for split in SPLITS:
         if not kept[split]:
             raise ValueError(
@@ -271,7 +272,7 @@ def main():
     (folder / "meta.json").unlink(missing_ok=True)  # written last: a folder that has one is whole
     preferences = len(kept["train"][0]) == 2
     totals = {split: write_rows(folder, split, [row for rows in kept[split] for row in rows]) for split in SPLITS}
-    about = dict(tokenizer=tokenizer, source=source, val_fraction=val_fraction, preferences=preferences)
+    about = dict(tokenizer=tokenizer, sources=sorted(sources), val_fraction=val_fraction, preferences=preferences)
     write_json(folder / "meta.json", dict(**about, counts=counts, **totals))
     print("\n".join(f"{counts[what]:9,} {what}" for what in sorted(counts, reverse=True)))
     for split in SPLITS:

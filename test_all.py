@@ -4329,11 +4329,20 @@ def test_a_model_in_several_files_is_fetched_from_the_hub_and_verified(tmp_path,
         convert_hf.import_model("", tmp_path / "d.pt", overwrite=False)
 
 
-def test_the_model_card_tells_stages_results_and_the_licences_of_the_data(tmp_path):
-    for stage, sources in (("base", [f"HuggingFaceFW/fineweb-edu/sample/10BT/{i}.parquet" for i in range(9)]),
-                           ("chat", ["alpaca-cleaned.json", "mine.json"])):  # fmt: skip
-        (tmp_path / stage).mkdir()
-        (tmp_path / stage / "meta.json").write_text(json.dumps({"sources": sources}))
+def test_the_model_card_tells_stages_results_and_the_licences_of_the_data(tmp_path, monkeypatch):
+    texts = {f"sample/10BT/{i}.jsonl": write_jsonl(tmp_path / "f", make_texts(9, i)).read_bytes() for i in range(4)}
+    with hub(texts, monkeypatch):
+        prepare(source="HuggingFaceFW/fineweb-edu", out_dir=tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    for name in ("alpaca", "raschka", "smoltalk"):  # as if they had been fetched before
+        folder = prepare_instruct.DOWNLOADS / name
+        folder.mkdir(parents=True)
+        (folder / "a.json").write_text(json.dumps([{"instruction": f"{name} {i}?", "output": "a"} for i in range(30)]))
+        file = {"url": "http://localhost:1/a.json", "checksum": hub_py.checksum(folder / "a.json")}
+        (folder / "files.json").write_text(json.dumps([file]))
+    (tmp_path / "my_alpaca.json").write_text('[{"instruction": "a?", "output": "b"}]')
+    sources = "smoltalk:5,my_alpaca.json,alpaca:20,raschka"
+    call(prepare_instruct, source=sources, tokenizer="bytes", out_dir=f"{tmp_path}/chat")
     settings = dict(data_dir=f"{tmp_path}/base", learning_rate=0.004)
     metrics = dict(val_loss=3.21, hellaswag_acc=0.3)
     save_checkpoint(
@@ -4342,8 +4351,9 @@ def test_the_model_card_tells_stages_results_and_the_licences_of_the_data(tmp_pa
     settings = dict(data_dir=f"{tmp_path}/chat", checkpoint=f"{tmp_path}/base.pt", epochs=2)
     export(tiny(), tmp_path / "hf", settings=settings)
     card = (tmp_path / "hf/README.md").read_text(encoding="utf-8")
-    assert "data: alpaca-cleaned.json (CC BY-NC 4.0, not for commercial use)" in card and "`epochs=2`" in card
-    assert "data: mine.json (licence not known here: look it up)" in card
+    assert "data: alpaca (CC BY-NC 4.0, not for commercial use" in card and "`epochs=2`" in card
+    assert "data: raschka (Apache 2.0)" in card and "data: smoltalk (Apache 2.0)" in card
+    assert "data: my_alpaca.json (licence not known here: look it up)" in card and card.count("- data: ") == 5
     assert (
         "## Stage pretrain, step 1,234" in card and "hellaswag_acc: 0.3000" in card and "`learning_rate=0.004`" in card
     )
@@ -4351,6 +4361,8 @@ def test_the_model_card_tells_stages_results_and_the_licences_of_the_data(tmp_pa
     (tmp_path / "base.pt").unlink()
     export(tiny(), tmp_path / "hf2", settings=settings)
     assert "base.pt, which is not on this machine" in (tmp_path / "hf2/README.md").read_text(encoding="utf-8")
+    (tmp_path / "chat/meta.json").write_text('{"source": "alpaca"}')  # as prepare_instruct.py wrote it before
+    assert convert_hf.sources_of(tmp_path / "chat") == [str(tmp_path / "chat")]
 
 
 def test_export_and_import_work_as_commands_and_overwrite_nothing_unasked(trained, tmp_path, monkeypatch, capsys):
