@@ -7,6 +7,7 @@ What breaks off is resumed, also by a later run; what the server cannot do now i
 line with the URL and what to do. HF_ENDPOINT and HF_TOKEN name another Hub and a token for it.
 """
 
+import fcntl
 import hashlib
 import os
 import re
@@ -17,11 +18,6 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote, urlsplit
-
-try:
-    import fcntl
-except ImportError:  # Windows: no locks
-    fcntl = None
 
 import requests
 from tqdm import tqdm
@@ -181,8 +177,7 @@ def open_alone(path, keep=False):
     """The file open to write, empty or (keep) at its end. OSError while another process has it open so."""
     file = open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
     except BlockingIOError:
         file.close()
         raise OSError(
