@@ -27,6 +27,12 @@ from urllib3.util import Retry
 STALL_SECONDS = 60  # a connection that is silent for so long is given up
 FIRST_CONTACT, PATIENCE = 30, 600  # seconds without any progress: see `patiently`
 FIRST_WAIT, LONGEST_WAIT = 1, 60  # seconds between tries: doubled each time
+ADVICE = {  # what to do after an HTTP code of the Hub
+    401: "no such dataset or model, or it asks for a token: check its name, set HF_TOKEN",
+    403: "no access: accept the terms on its page, and set HF_TOKEN to a token of the account that did",
+    404: "not there: check its name (a local path has to exist), folder and revision",
+    451: "withheld for legal reasons: choose another source",
+}
 
 
 class Later(OSError):
@@ -41,6 +47,15 @@ def hub_endpoint():
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
+def is_hub(url):
+    return urlsplit(url).netloc == urlsplit(hub_endpoint()).netloc
+
+
+def is_repo(name):
+    """Whether a name has the form of a dataset or model of the Hub, owner/name."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
 def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="datasets"):
     """Files of a Hub dataset (or kind="models"): those in a folder of it whose path is `wanted`, sorted; a dict each.
 
@@ -53,7 +68,7 @@ def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="d
     files, endings = [], set()
     while url:  # the listing comes in pages
         response = fetch(url)
-        for entry in entries_of(response):
+        for entry in json_of(response):
             path = entry["path"]
             endings.add(Path(path).suffix)
             if entry["type"] == "file" and wanted(path):
@@ -64,7 +79,7 @@ def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="d
     if not files:
         raise ValueError(
             f"{repo}: no file that can be used in {subset or 'it'} (it has {', '.join(sorted(endings)) or 'none'}): "
-            "name another folder (--subset) or repository"
+            "name another folder or repository"
         )
     if not is_commit(revision):
         commit = fetch(files[0]["url"], method="HEAD", allow_redirects=False).headers.get("X-Repo-Commit", "")
@@ -73,11 +88,13 @@ def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="d
     return sorted(files, key=lambda file: file["name"])
 
 
-def entries_of(response):
+def json_of(response):
+    """What a listing holds. OSError where it is not JSON."""
     try:
         return response.json()
     except ValueError:
-        raise OSError(f"{response.url}: no listing came: is there a proxy in between? check HF_ENDPOINT") from None
+        setting = ", check HF_ENDPOINT" * is_hub(response.url)
+        raise OSError(f"{response.url}: no listing came: is there a proxy in between?{setting}") from None
 
 
 def is_commit(revision):
@@ -115,14 +132,8 @@ def request(url, start=0, method="GET", **options):
     The token goes to the Hub alone: requests drops it when a redirect leads to another host. Raises Later where it
     makes sense to try again, else OSError, one line with the URL and what to do.
     """
-    advice = {
-        401: "no such dataset or model, or it asks for a token: check its name, set HF_TOKEN",
-        403: "the token in HF_TOKEN has no access: accept the terms on its page",
-        404: "not there: check the name (a local path has to exist), --subset and --revision",
-        451: "withheld for legal reasons: choose another source",
-    }
     token, headers = os.environ.get("HF_TOKEN", "").strip(), {"Accept-Encoding": "identity"}
-    if token and urlsplit(url).netloc == urlsplit(hub_endpoint()).netloc:
+    if token and is_hub(url):
         headers["Authorization"] = f"Bearer {token}"
     if start:
         headers["Range"] = f"bytes={start}-"
@@ -130,11 +141,12 @@ def request(url, start=0, method="GET", **options):
         response = requests.request(method, url, headers=headers, timeout=(10, STALL_SECONDS), **options)
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
         stalled = isinstance(error, requests.ReadTimeout)  # there is a server
-        setting = " and HF_ENDPOINT" * url.startswith(hub_endpoint())
+        setting = " and HF_ENDPOINT" * is_hub(url)
         message = f"{url}: no answer ({type(error).__name__}): check the network{setting}"
         raise Later(message, 0 if stalled else None) from None
     except requests.RequestException as error:  # whose text may hold the token
-        raise OSError(f"{url}: {type(error).__name__}: check HF_ENDPOINT and HF_TOKEN") from None
+        what = "HF_ENDPOINT and HF_TOKEN" if is_hub(url) else "the network"
+        raise OSError(f"{url}: {type(error).__name__}: check {what}") from None
     code, after = response.status_code, response.headers.get("Retry-After")
     if code in (408, 429) or code >= 500:
         try:
@@ -143,7 +155,9 @@ def request(url, start=0, method="GET", **options):
             seconds = 0
         raise Later(f"{url}: HTTP {code}", seconds)
     if code >= 400 and not (code == 416 and start):
-        raise OSError(f"{url}: HTTP {code}: {advice.get(code, 'check the name, --subset and --revision')}")
+        elsewhere = "refused, perhaps because too many requests came: try again later"
+        advice = ADVICE.get(code, "check the name, folder and revision") if is_hub(url) else elsewhere
+        raise OSError(f"{url}: HTTP {code}: {advice}")
     if "text/html" in response.headers.get("Content-Type", ""):
         raise OSError(f"{url}: a web page came instead of data: is there a proxy or sign-in page in between?")
     return response
@@ -180,9 +194,7 @@ def open_alone(path, keep=False):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
     except BlockingIOError:
         file.close()
-        raise OSError(
-            f"{path}: another process is writing it: wait until it is done, or give each its --part"
-        ) from None
+        raise OSError(f"{path}: another process is writing it: wait until it is done") from None
     if file.seek(0, os.SEEK_END) and not keep:
         file.seek(0)
         file.truncate()

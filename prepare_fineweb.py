@@ -48,7 +48,7 @@ from configurator import configure
 import numpy as np
 from tqdm import tqdm
 
-from hub import checksum, fetch_ahead, list_hub, open_alone, place, size_of
+from hub import checksum, fetch_ahead, is_repo, list_hub, open_alone, place, size_of
 from tokenizer import Tokenizer
 
 source = "HuggingFaceFW/fineweb-edu"  # Hub dataset, or local file, folder or glob; several separated by commas
@@ -263,7 +263,7 @@ def find_files(item, list_dataset):
         paths = [path]
     elif any(character in item for character in "*?["):
         paths = [p for p in map(Path, glob.glob(item, recursive=True)) if p.is_file()]
-    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", item) and not item.endswith(FORMATS):
+    elif is_repo(item) and not item.endswith(FORMATS):
         return list_dataset(item)
     else:
         raise FileNotFoundError(f"{item}: no such file or folder (a dataset of the Hub is owner/name)")

@@ -43,7 +43,7 @@ from configurator import configure
 import numpy as np
 
 from hellaswag import read_jsonl, read_parquet
-from hub import download, fetch, list_hub
+from hub import download, fetch, json_of, list_hub
 from prepare_fineweb import SPLITS, is_validation, read_json, write_json
 from tokenizer import Tokenizer
 
@@ -70,7 +70,7 @@ LONGEST_TEXT = {"alpaca": 1000}  # source: most characters that a prompt or answ
 
 def list_github(repo, path, commit):
     """One file of a GitHub repository at a commit, as a dict for hub.download: url, checksum (git blob hash), size."""
-    entry = fetch(f"{GITHUB_API}/repos/{repo}/contents/{path}?ref={commit}").json()
+    entry = json_of(fetch(f"{GITHUB_API}/repos/{repo}/contents/{path}?ref={commit}"))
     return {"url": entry["download_url"], "checksum": entry["sha"], "size": entry["size"]}
 
 

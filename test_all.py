@@ -1284,7 +1284,7 @@ def test_a_folder_goes_on_with_the_commit_it_was_begun_with(tmp_path, monkeypatc
         with pytest.raises(ValueError, match="x/1.parquet has changed since"):
             prepare(**run | {"revision": "b" * 40})
         assert f"files are of {'b' * 40} now, finished ones of {'a' * 40}" in capsys.readouterr().out
-        with pytest.raises(OSError, match="404.*--revision"):
+        with pytest.raises(OSError, match="404.*revision"):
             prepare(**run | {"revision": "v9", "out_dir": tmp_path / "new"})
     assert {record["revision"] for record in prepare_fineweb.read_records(out)} == {"a" * 40}
 
@@ -1377,7 +1377,7 @@ def test_a_file_that_stays_wrong_is_fetched_three_times_and_named_with_both_chec
 
 def test_what_waiting_does_not_mend_is_one_line_at_once(tmp_path, monkeypatch):
     said = {
-        (401, ""): "HTTP 401: .*HF_TOKEN", (403, ""): "HTTP 403: .*terms", (404, ""): "HTTP 404: .*--subset",
+        (401, ""): "HTTP 401: .*HF_TOKEN", (403, ""): "HTTP 403: .*terms", (404, ""): "HTTP 404: .*folder and revision",
         (410, ""): "HTTP 410: check", (451, ""): "HTTP 451: .*another source", "html": "web page .*proxy",
     }  # fmt: skip
     with hub({"blob.bin": BLOB}, monkeypatch) as server:
@@ -1388,8 +1388,12 @@ def test_what_waiting_does_not_mend_is_one_line_at_once(tmp_path, monkeypatch):
             assert "\n" not in str(caught.value) and not isinstance(caught.value, hub_py.Later)
         assert len(server.log) == 2 * len(said)
         url = f"http://localhost:{server.port}/datasets/me/data/resolve/main/blob.bin"
-        with pytest.raises(OSError, match="HTTP 401"):  # the token is for the Hub, not for any other host
+        with pytest.raises(OSError, match="HTTP 401: refused"):  # the token is for the Hub, not for any other host
             hub_py.download(blob(server, url=url), tmp_path)
+        server.faults["blob.bin"] = [(403, "")]
+        with pytest.raises(OSError, match="HTTP 403: refused, perhaps because too many .*later$"):  # nor is its advice
+            hub_py.request(f"http://localhost:{server.port}/cdn/me/data/resolve/{'a' * 40}/blob.bin")
+    assert not any("--" in advice for advice in hub_py.ADVICE.values())  # of flags, which each caller has others of
     monkeypatch.setattr(hub_py, "FIRST_CONTACT", 0)
     with pytest.raises(OSError, match="no answer .*: check the network and HF_ENDPOINT"):
         prepare(source="me/data", out_dir=tmp_path)
@@ -1540,8 +1544,13 @@ def test_a_token_is_never_printed_and_a_page_is_no_listing(tmp_path, monkeypatch
         assert "cret" not in str(error.value)
         monkeypatch.setenv("HF_TOKEN", "secret")
         monkeypatch.setattr(requests.Response, "json", lambda response: json.loads("<html>"))
-        with pytest.raises(OSError, match="http://.*/tree/main/x.*: no listing came"):
+        with pytest.raises(OSError, match="http://.*/tree/main/x.*: no listing came: .*HF_ENDPOINT$"):
             hub_py.list_hub("me/data", "x")
+    page = requests.Response()
+    page.url = "https://api.github.com/repos/a"
+    monkeypatch.setattr(prepare_instruct, "fetch", lambda url: page)
+    with pytest.raises(OSError, match=r"^https://api.github.com/repos/a: no listing came: is there a proxy.*\?$"):
+        prepare_instruct.list_github("a", "b.json", "c" * 40)
 
 
 def test_a_file_that_another_process_writes_is_left_to_it(tmp_path):

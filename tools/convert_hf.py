@@ -18,7 +18,7 @@ from configurator import configure
 
 import torch
 
-from hub import download, list_hub
+from hub import download, is_repo, list_hub
 from model import FAMILIES, GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
 from prepare_fineweb import read_json, write_json
 from tokenizer import SPECIALS, Tokenizer
@@ -415,7 +415,7 @@ def import_model(model, path, overwrite):
         raise FileExistsError(f"{path} is there: choose another --out, or --overwrite=True")
     folder = Path(model)
     if not model or not folder.is_dir():
-        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+        if not is_repo(model):
             raise FileNotFoundError(f"--model={model}: no such folder (a model of the Hub is owner/name)")
         folder = fetch_model(model)
     if not (folder / "config.json").exists():
