@@ -135,10 +135,11 @@ def find_shards(folder, split):
 
 
 def read_json(path):
+    """What a JSON file holds. ValueError that names the file, and the place, when it is damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path}: not JSON, it is damaged: make it again") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}): mend it or make it again") from None
 
 
 def write_json(path, value):

@@ -3316,7 +3316,7 @@ def test_a_question_without_an_answer_is_cut_off_and_a_system_message_is_kept():
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("a.json", '[{"instruction": "a"', "not JSON"),
+        ("a.json", '[{"instruction": "a"', r"a.json: not JSON \(.*line 1"),
         ("a.json", '{"instruction": "a"}', "list of records"),
         ("a.json", '[{"question": "a"}]', "record 1: neither instruction and output nor messages .*, but question"),
         ("a.json", '[{"chosen": "a", "rejected": "b"}]', "record 1: neither .*, but chosen, rejected"),
@@ -3412,6 +3412,7 @@ def test_of_a_preference_both_last_answers_are_learned_and_it_is_on_the_side_of_
     meta = json.loads((tmp_path / "pairs/meta.json").read_text())
     counts = {name: n for name, n in meta["counts"].items() if name.startswith("dropped")}
     assert meta["preferences"] and meta["counts"]["kept"] == 61 and set(counts.values()) == {1} and len(counts) == 5
+    assert meta["train"]["pairs"] + meta["val"]["pairs"] == 61 and "conversations" not in meta["train"]
     sides = conversations(tmp_path / "pairs", "bytes")
     answers = {(a[1], b[1]) for side in sides.values() for a, b in zip(side[::2], side[1::2], strict=True)}
     end = "<|endoftext|>"
