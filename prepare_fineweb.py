@@ -162,6 +162,11 @@ def read_records(folder):
     return records
 
 
+def total(record, what):
+    """Documents, tokens or bytes of a source file, of both sides."""
+    return sum(record[split][what] for split in SPLITS)
+
+
 def read_meta(folder):
     """What a folder of shards holds: tokenizer, split rule, totals of train and val; {} where nothing says so.
 
@@ -247,7 +252,7 @@ def is_source(name):
 
 
 def take_part(files, part):
-    """Every n-th file, for part "i/n" the i-th such; all for "". Raises ValueError for what is no part."""
+    """For part "i/n" the files i, i + n, i + 2n, ..., counted from 1; all for "". ValueError for what is no part."""
     match = re.fullmatch(r"(\d+)/(\d+)", part or "1/1")
     i, n = map(int, match.groups()) if match else (0, 0)
     if not 1 <= i <= n:
@@ -317,7 +322,7 @@ def check_space(sources, records, folder, tokenizer, max_tokens, keep_downloads)
             f"{folder}: about {needed} are needed, {tqdm.format_sizeof(free, 'B')} are free: free some, choose another "
             "--out_dir, or take less with --subset, --part or --max_tokens"
         )
-    kind = "about" if records else "(by FineWeb-Edu's measure) about"
+    kind = "about" if records else "a guess of"
     print(f"files to do: {n_files:,}, {kind} {needed} needed, {tqdm.format_sizeof(free, 'B')} free")
     return n_bytes
 
@@ -327,8 +332,7 @@ def growth(name, records, tokenizer):
     ending = next(ending for ending in FORMATS if name.endswith(ending))
     same = [record for record in records if record["source"].endswith(ending)]
     if same:
-        n_tokens = sum(record[split]["tokens"] for record in same for split in SPLITS)
-        return 2 * n_tokens / sum(record["size"] for record in same)
+        return 2 * sum(total(record, "tokens") for record in same) / sum(record["size"] for record in same)
     return GROWTH[ending] * (4 if tokenizer == "bytes" and ending != ".bin" else 1)
 
 
@@ -342,11 +346,11 @@ def read_documents(path, text_field, split_blank_lines):
     Raises ValueError naming the file.
     """
     if path.name.endswith(".parquet"):
-        documents = read_parquet(path, text_field)
+        documents = parquet_documents(path, text_field)
     elif path.name.endswith(".txt"):
-        documents = read_txt(path, split_blank_lines)
+        documents = txt_documents(path, split_blank_lines)
     else:
-        documents = read_jsonl(path, text_field)
+        documents = jsonl_documents(path, text_field)
     try:
         for share, text in documents:
             if text and len(text) > MAX_DOCUMENT:
@@ -360,7 +364,7 @@ def too_long(path):
     return ValueError(f"{path}: a document has more than {MAX_DOCUMENT:,} characters: cut it into several documents")
 
 
-def read_parquet(path, text_field):
+def parquet_documents(path, text_field):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -384,7 +388,7 @@ def read_parquet(path, text_field):
         raise ValueError(f"{path}: not a sound parquet file ({reason}): get it again, or leave it out") from None
 
 
-def read_txt(path, split_blank_lines):
+def txt_documents(path, split_blank_lines):
     size = path.stat().st_size
     with open(path, encoding="utf-8", newline="") as file:  # newline="": line ends stay as they are
         if not split_blank_lines:
@@ -403,7 +407,7 @@ def read_txt(path, split_blank_lines):
         yield 1, "".join(lines).rstrip("\r\n")
 
 
-def read_jsonl(path, text_field):
+def jsonl_documents(path, text_field):
     number, size = 0, path.stat().st_size
     try:
         with open(path, "rb") as raw, gzip.open(raw) if path.name.endswith(".gz") else raw as file:
@@ -593,13 +597,12 @@ def prepare(sources, records, folder, rules, tokenizer, n_threads, max_tokens, k
                 path = next(paths)
                 advance = partial(show_progress, bar, totals, bar.n, file["size"])
                 record = tokenize_file(file, path, folder, rules, tokenizer, n_threads, advance)
-                if record["train"]["tokens"] + record["val"]["tokens"]:
+                if total(record, "tokens"):
                     write_json(folder / f"source_{file['stem']}.json", record)
                 if "url" in file and not keep_downloads:
                     path.unlink()
-                n_documents = record["train"]["documents"] + record["val"]["documents"]
-                tqdm.write(f"{file['name']}: {n_documents:,} documents")
-            if record["train"]["tokens"] + record["val"]["tokens"]:
+                tqdm.write(f"{file['name']}: {total(record, 'documents'):,} documents")
+            if total(record, "tokens"):
                 done.append(record)
                 n_train += record["train"]["tokens"]
     if not keep_downloads:  # of a run that was killed, and with max_tokens, the next one
@@ -615,7 +618,7 @@ def prepare(sources, records, folder, rules, tokenizer, n_threads, max_tokens, k
 def summary(done, folder, seconds):
     """The closing table, with a warning for a side of the split that is empty."""
     n_train, n_val = (sum(record[split]["tokens"] for record in done) for split in SPLITS)
-    documents = np.array([record["train"]["documents"] + record["val"]["documents"] for record in done])
+    documents = np.array([total(record, "documents") for record in done])
     medians, longest = np.array([list(record["tokens_per_document"].values()) for record in done]).T
     n_blank = sum(record["documents_without_text"] for record in done)
     order = np.argsort(medians)  # the files' medians weighted by documents: exact for one file

@@ -1639,7 +1639,7 @@ def test_token_shards_beside_text_are_left_out(tmp_path, capsys):
     assert len(documents(out, "train") + documents(out, "val")) == 50
 
 
-def test_what_does_not_fit_on_the_disk_is_refused_before_it_starts(tmp_path, monkeypatch):
+def test_what_does_not_fit_on_the_disk_is_refused_before_it_starts(tmp_path, monkeypatch, capsys):
     run = {"source": "me/data", "subset": "x", "out_dir": tmp_path / "out"}
     files = hub_files(tmp_path)
     sizes = sorted(map(len, files.values()))
@@ -1652,8 +1652,10 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_it_starts(tmp_path, mon
         assert not any(path.startswith("/cdn") for _, path, _ in server.log)
         free[:] = [4 * sizes[-1]]
         prepare(**run, max_tokens=1)  # one file fits
+        assert "a guess of" in capsys.readouterr().out  # nothing of this kind has been measured yet
         free[:] = [0]
         prepare(**run, max_tokens=1)  # what is finished needs nothing
+        assert "about 0.00B needed" in capsys.readouterr().out
         files = prepare_fineweb.list_sources("me/data", "", 0.2, lambda repo: hub_py.list_hub(repo, "x"))
     records = prepare_fineweb.read_records(tmp_path / "out")
     n_tokens = records[0]["train"]["tokens"] + records[0]["val"]["tokens"]
