@@ -1864,6 +1864,12 @@ def test_hellaswag_computes_what_endings_share_once_and_scores_each_as_if_it_sto
     assert -alone[:4] == pytest.approx([value.item() for value in plain], abs=1e-4)
 
 
+def test_the_example_of_endings_packed_into_one_row_is_what_comes_out():
+    packed = hellaswag.pack([(["c1", "c2", "a1", "a2"], 2), (["c1", "c2", "b1", "b2"], 2)])
+    for name, values in zip(("idx", "position", "branch", "where", "targets"), packed, strict=True):
+        assert re.search(rf"{name} +{' +'.join(map(str, values))}\s", hellaswag.pack.__doc__), name
+
+
 def test_hellaswag_agrees_with_log_likelihoods_computed_by_hand():
     tokenizer, model = Tokenizer("bytes"), unigram_model()
     item = dict(ctx="anything", endings=["a", "aaa", "b", "ba"], label=0)
