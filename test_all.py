@@ -4531,22 +4531,37 @@ def test_plot_draws_two_runs_into_one_png_and_prints_a_line_for_each(tmp_path):
     assert done.returncode == 0, done.stderr
     assert min(png_size(out)) > 900
     first, second, _ = done.stdout.splitlines()
-    assert first == "a: train loss 3.5000, best validation loss 3.6000 at step 20, 1,280 tokens, 2.0 hours"
+    best = "best validation loss 3.6000 at step 20, 2.000 bits/byte"
+    assert first == f"a: train loss 3.5000, {best}, 1,280 trained tokens, 2.0 hours"
     assert second.startswith("b: train loss 4.5000, best validation loss 4.6000 at step 10")
+    assert "HellaSwag acc_norm 27.0%" in second
 
 
 def test_plot_has_a_panel_for_hellaswag_only_where_a_run_measured_it(tmp_path):
     pytest.importorskip("matplotlib")
-    from tools.plot import draw, find_logs, read_log
+    from tools.plot import draw, find_logs, read_table
 
     write_log(tmp_path / "without"), write_log(tmp_path / "with", hellaswag=True)
 
     def panels(pattern):
-        tables = {name: read_log(path, "tokens") for name, path in find_logs([str(tmp_path / pattern)]).items()}
+        tables = {name: read_table(path, "tokens") for name, path in find_logs([str(tmp_path / pattern)]).items()}
         return [ax.get_title(loc="left") for ax in draw(tables, "tokens").axes]
 
     assert panels("without") == ["Loss", "Gradient norm", "Learning rate", "Speed"]
     assert panels("with*") == ["Loss", "HellaSwag", "Gradient norm", "Learning rate", "Speed"]
+
+
+def test_plot_names_the_units_of_every_run(tmp_path):
+    pytest.importorskip("matplotlib")
+    from tools.plot import draw, read_table, summary
+
+    base, pairs = write_log(tmp_path / "base") / "log.jsonl", write_log(tmp_path / "dpo") / "log.jsonl"
+    header = {"format": "fgpt log 1", "units": {"loss": "nats/pair", "tokens": "trained pairs"}}
+    pairs.write_text("\n".join([json.dumps(header), *pairs.read_text().splitlines()[1:]]) + "\n")
+    tables = {path.parent.name: read_table(path, "tokens") for path in (base, base, pairs)}
+    axes = draw(tables, "tokens").axes[0]
+    assert axes.get_ylabel() == "nats/token, nats/pair" and axes.get_xlabel() == "trained tokens, trained pairs"
+    assert "1,280 trained pairs" in summary(tables["dpo"])
 
 
 def test_plot_skips_a_last_line_that_a_kill_cut_off(tmp_path, capsys):
