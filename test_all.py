@@ -4020,6 +4020,14 @@ def test_every_config_file_sets_only_settings_of_its_stage_and_fits_together():
                 train.make_model(settings, Tokenizer("bytes"))
 
 
+def test_learning_rates_that_are_said_to_be_those_of_another_config_are():
+    names = {"learning_rate", "muon_learning_rate"}
+    rates = {name: runpy.run_path(ROOT / f"config/{name}.py", {"family": "gpt2", "optimizer": "muon"})
+             for name in ("gpt2_124m", "race_gpu", "fgpt_712m", "fgpt_modern")}  # fmt: skip
+    for one, other in (("gpt2_124m", "race_gpu"), ("fgpt_712m", "fgpt_modern")):
+        assert {name: rates[one][name] for name in names} == {name: rates[other][name] for name in names}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # tools/convert_hf.py: Hugging Face in and out
 
