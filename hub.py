@@ -61,7 +61,7 @@ def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="d
 
     name, url, size; checksum: sha256 (files in LFS) or git blob hash (small files); revision: a branch, tag or commit
     is resolved to a commit, at which the files are listed and fetched (a server that does not name it is asked for the
-    one given). ValueError when no file is wanted.
+    one given). ValueError when no file is wanted, OSError as `fetch`.
     """
     subset, ref = subset.strip("/"), quote(revision, safe="")
     url = f"{hub_endpoint()}/api/{kind}/{repo}/tree/{ref}{'/' * bool(subset)}{quote(subset)}?recursive=true"
@@ -123,6 +123,7 @@ def patiently(attempt, patience=None, progress=lambda: 0):
 
 
 def fetch(url, **options):
+    """The response to a request that is tried again with patience. OSError, one line with the URL and what to do."""
     return patiently(partial(request, url, **options))
 
 
@@ -202,6 +203,7 @@ def open_alone(path, keep=False):
 
 
 def size_of(path):
+    """Bytes of a file, 0 where there is none."""
     return path.stat().st_size if path.exists() else 0
 
 

@@ -217,7 +217,8 @@ def check_folder(folder, records, rules, sources):
 def list_sources(source, val_source, val_fraction, list_dataset):
     """The source files, validation files first: dicts of name, stem, size, checksum, val_fraction, and path or url.
 
-    list_dataset: function of a Hub dataset's name, returns what `list_hub` does.
+    list_dataset: function of a Hub dataset's name, returns what `list_hub` does. Raises ValueError or OSError for what
+    cannot be read, and when there is nothing to train on.
     """
     found = {}
     for items, is_val in ((val_source, True), (source, False)):
@@ -261,7 +262,10 @@ def take_part(files, part):
 
 
 def find_files(item, list_dataset):
-    """Files of one local path, glob or Hub dataset."""
+    """Files of one local path, glob or Hub dataset: dicts of name, size, checksum, and path or url.
+
+    FileNotFoundError where there are none, ValueError for one that cannot be read.
+    """
     path = Path(item)
     if path.is_dir():
         paths = [p for p in path.rglob("[!.]*") if is_source(p.name) and p.is_file()]

@@ -214,7 +214,7 @@ def training(configs, batch_sizes, repeats, **changes):
 
 
 def checkpoint(configs, repeats, device):
-    """Writes into the current folder: a run's speed depends on the disk of its out_dir."""
+    """Seconds to write and to load that of a run, in the current folder: they depend on the disk of the out_dir."""
     device, _ = model_py.pick_device(device)
     for config in configs.split(","):
         settings = read_config(config)
@@ -306,6 +306,7 @@ def one_item_at_a_time(model, items, autocast):
 
 
 def hellaswag_items(configs, n_items, repeats, device, dtype):
+    """Items/s of both ways, and the largest difference between their sums of log-likelihoods."""
     device, autocast = model_py.pick_device(device, dtype)
     for config in configs.split(","):
         model = make_model(read_config(config), device).eval()

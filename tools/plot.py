@@ -4,9 +4,9 @@ norm, learning rate, tokens/s.
     python -m tools.plot --runs=out/fgpt_712m --out=plot.png
     python -m tools.plot --runs=out/adamw,out/muon --x=tokens --out=compare.png
 
-Reads log.jsonl of each run (pretraining or finetuning, also one that is still
-being written). Writes the picture and prints one line per run. A panel that no
-run has data for is left out.
+Reads log.jsonl of each run (of train.py, finetune.py or dpo.py, also one that
+is still being written). Writes the picture and prints one line per run. A panel
+that no run has data for is left out.
 """
 
 import glob
