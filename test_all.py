@@ -1410,7 +1410,7 @@ def test_the_next_file_downloads_while_one_is_tokenized_and_no_more_than_two_are
     def watch(file, path, *rest):
         following = f"x/{int(file['stem'][0]) + 1}.parquet" if file["stem"][0] in "012" else None
         for _ in range(500 if following else 0):
-            if len(fetched(server, following)) == 2:
+            if len(fetched(server, following)) >= 2:  # a redirect, and the content
                 break
             time.sleep(0.01)
         else:
@@ -1424,6 +1424,7 @@ def test_the_next_file_downloads_while_one_is_tokenized_and_no_more_than_two_are
         out = prepare(**run, out_dir=tmp_path / "out")
         assert len(kept) == 5 and max(kept) == 2
         kept.clear()
+        server.log.clear()
         keeping = prepare(**run, out_dir=tmp_path / "keeping", keep_downloads=True)
         assert kept[-1] == 5 and len(list((keeping / "downloads").iterdir())) == 5
         n_requests = len(fetched(server, ".parquet"))
