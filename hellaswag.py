@@ -184,8 +184,9 @@ def clean(text):
 
 
 class Branches:
-    """In the place of a KVCache: lets rows that begin alike be run as one, with what they share computed once.
+    """Lets rows that begin alike be run as one, with what they share computed once.
 
+    It stands in for a KVCache: the model takes anything that has begin() and extend().
     position, branch: (B, T). A token sees the earlier ones of its own branch and of branch 0, the shared beginning.
     """
 
@@ -195,9 +196,11 @@ class Branches:
         self.position, self.mask = position, ((own | shared) & causal)[:, None]  # (B, 1, T, T)
 
     def begin(self, n_new):
+        """Positions of the tokens: (B, T)."""
         return self.position
 
     def extend(self, layer, k, v):
+        """Keys and values (B, H, T, D rounded up to a multiple of 8) to read, and who sees whom."""
         pad = (0, -k.shape[-1] % 8)  # as KVCache does
         return F.pad(k, pad), F.pad(v, pad), self.mask
 
@@ -206,6 +209,11 @@ def pack(rows):
     """Rows (ids, n_scored) that begin alike as one: (idx, position, branch, where, targets), lists.
 
     idx: the inputs they share, then each row's own. where: indices into idx whose output predicts the targets.
+    Of the context c1 c2 with the endings a1 a2 and b1 b2:
+
+        idx       c1 c2 a1 b1      where     1  2  1  3
+        position  0  1  2  2       targets   a1 a2 b1 b2
+        branch    0  0  1  2
     """
     n_shared = len(os.path.commonprefix([ids[:-1] for ids, _ in rows]))  # the last token is only predicted
     idx, position, branch, where, targets = rows[0][0][:n_shared], [*range(n_shared)], [0] * n_shared, [], []

@@ -7,6 +7,7 @@ What breaks off is resumed, also by a later run; what the server cannot do now i
 line with the URL and what to do. HF_ENDPOINT and HF_TOKEN name another Hub and a token for it.
 """
 
+import fcntl
 import hashlib
 import os
 import re
@@ -18,11 +19,6 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-try:
-    import fcntl
-except ImportError:  # Windows: no locks
-    fcntl = None
-
 import requests
 from tqdm import tqdm
 from urllib3.exceptions import InvalidHeader
@@ -31,6 +27,12 @@ from urllib3.util import Retry
 STALL_SECONDS = 60  # a connection that is silent for so long is given up
 FIRST_CONTACT, PATIENCE = 30, 600  # seconds without any progress: see `patiently`
 FIRST_WAIT, LONGEST_WAIT = 1, 60  # seconds between tries: doubled each time
+ADVICE = {  # what to do after an HTTP code of the Hub
+    401: "no such dataset or model, or it asks for a token: check its name, set HF_TOKEN",
+    403: "no access: accept the terms on its page, and set HF_TOKEN to a token of the account that did",
+    404: "not there: check its name (a local path has to exist), folder and revision",
+    451: "withheld for legal reasons: choose another source",
+}
 
 
 class Later(OSError):
@@ -45,19 +47,28 @@ def hub_endpoint():
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
+def is_hub(url):
+    return urlsplit(url).netloc == urlsplit(hub_endpoint()).netloc
+
+
+def is_repo(name):
+    """Whether a name has the form of a dataset or model of the Hub, owner/name."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
 def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="datasets"):
     """Files of a Hub dataset (or kind="models"): those in a folder of it whose path is `wanted`, sorted; a dict each.
 
     name, url, size; checksum: sha256 (files in LFS) or git blob hash (small files); revision: a branch, tag or commit
     is resolved to a commit, at which the files are listed and fetched (a server that does not name it is asked for the
-    one given). ValueError when no file is wanted.
+    one given). ValueError when no file is wanted, OSError as `fetch`.
     """
     subset, ref = subset.strip("/"), quote(revision, safe="")
     url = f"{hub_endpoint()}/api/{kind}/{repo}/tree/{ref}{'/' * bool(subset)}{quote(subset)}?recursive=true"
     files, endings = [], set()
     while url:  # the listing comes in pages
         response = fetch(url)
-        for entry in entries_of(response):
+        for entry in json_of(response):
             path = entry["path"]
             endings.add(Path(path).suffix)
             if entry["type"] == "file" and wanted(path):
@@ -68,7 +79,7 @@ def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="d
     if not files:
         raise ValueError(
             f"{repo}: no file that can be used in {subset or 'it'} (it has {', '.join(sorted(endings)) or 'none'}): "
-            "name another folder (--subset) or repository"
+            "name another folder or repository"
         )
     if not is_commit(revision):
         commit = fetch(files[0]["url"], method="HEAD", allow_redirects=False).headers.get("X-Repo-Commit", "")
@@ -77,11 +88,13 @@ def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="d
     return sorted(files, key=lambda file: file["name"])
 
 
-def entries_of(response):
+def json_of(response):
+    """What a listing holds. OSError where it is not JSON."""
     try:
         return response.json()
     except ValueError:
-        raise OSError(f"{response.url}: no listing came: is there a proxy in between? check HF_ENDPOINT") from None
+        setting = ", check HF_ENDPOINT" * is_hub(response.url)
+        raise OSError(f"{response.url}: no listing came: is there a proxy in between?{setting}") from None
 
 
 def is_commit(revision):
@@ -110,6 +123,7 @@ def patiently(attempt, patience=None, progress=lambda: 0):
 
 
 def fetch(url, **options):
+    """The response to a request that is tried again with patience. OSError, one line with the URL and what to do."""
     return patiently(partial(request, url, **options))
 
 
@@ -119,14 +133,8 @@ def request(url, start=0, method="GET", **options):
     The token goes to the Hub alone: requests drops it when a redirect leads to another host. Raises Later where it
     makes sense to try again, else OSError, one line with the URL and what to do.
     """
-    advice = {
-        401: "no such dataset or model, or it asks for a token: check its name, set HF_TOKEN",
-        403: "the token in HF_TOKEN has no access: accept the terms on its page",
-        404: "not there: check the name (a local path has to exist), --subset and --revision",
-        451: "withheld for legal reasons: choose another source",
-    }
     token, headers = os.environ.get("HF_TOKEN", "").strip(), {"Accept-Encoding": "identity"}
-    if token and urlsplit(url).netloc == urlsplit(hub_endpoint()).netloc:
+    if token and is_hub(url):
         headers["Authorization"] = f"Bearer {token}"
     if start:
         headers["Range"] = f"bytes={start}-"
@@ -134,11 +142,12 @@ def request(url, start=0, method="GET", **options):
         response = requests.request(method, url, headers=headers, timeout=(10, STALL_SECONDS), **options)
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
         stalled = isinstance(error, requests.ReadTimeout)  # there is a server
-        setting = " and HF_ENDPOINT" * url.startswith(hub_endpoint())
+        setting = " and HF_ENDPOINT" * is_hub(url)
         message = f"{url}: no answer ({type(error).__name__}): check the network{setting}"
         raise Later(message, 0 if stalled else None) from None
     except requests.RequestException as error:  # whose text may hold the token
-        raise OSError(f"{url}: {type(error).__name__}: check HF_ENDPOINT and HF_TOKEN") from None
+        what = "HF_ENDPOINT and HF_TOKEN" if is_hub(url) else "the network"
+        raise OSError(f"{url}: {type(error).__name__}: check {what}") from None
     code, after = response.status_code, response.headers.get("Retry-After")
     if code in (408, 429) or code >= 500:
         try:
@@ -147,7 +156,9 @@ def request(url, start=0, method="GET", **options):
             seconds = 0
         raise Later(f"{url}: HTTP {code}", seconds)
     if code >= 400 and not (code == 416 and start):
-        raise OSError(f"{url}: HTTP {code}: {advice.get(code, 'check the name, --subset and --revision')}")
+        elsewhere = "refused, perhaps because too many requests came: try again later"
+        advice = ADVICE.get(code, "check the name, folder and revision") if is_hub(url) else elsewhere
+        raise OSError(f"{url}: HTTP {code}: {advice}")
     if "text/html" in response.headers.get("Content-Type", ""):
         raise OSError(f"{url}: a web page came instead of data: is there a proxy or sign-in page in between?")
     return response
@@ -181,13 +192,10 @@ def open_alone(path, keep=False):
     """The file open to write, empty or (keep) at its end. OSError while another process has it open so."""
     file = open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
     except BlockingIOError:
         file.close()
-        raise OSError(
-            f"{path}: another process is writing it: wait until it is done, or give each its --part"
-        ) from None
+        raise OSError(f"{path}: another process is writing it: wait until it is done") from None
     if file.seek(0, os.SEEK_END) and not keep:
         file.seek(0)
         file.truncate()
@@ -195,6 +203,7 @@ def open_alone(path, keep=False):
 
 
 def size_of(path):
+    """Bytes of a file, 0 where there is none."""
     return path.stat().st_size if path.exists() else 0
 
 

@@ -48,7 +48,7 @@ from configurator import configure
 import numpy as np
 from tqdm import tqdm
 
-from hub import checksum, fetch_ahead, list_hub, open_alone, place, size_of
+from hub import checksum, fetch_ahead, is_repo, list_hub, open_alone, place, size_of
 from tokenizer import Tokenizer
 
 source = "HuggingFaceFW/fineweb-edu"  # Hub dataset, or local file, folder or glob; several separated by commas
@@ -135,10 +135,11 @@ def find_shards(folder, split):
 
 
 def read_json(path):
+    """What a JSON file holds. ValueError that names the file, and the place, when it is damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path}: not JSON, it is damaged: make it again") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}): mend it or make it again") from None
 
 
 def write_json(path, value):
@@ -159,6 +160,11 @@ def read_records(folder):
         if not isinstance(records[-1], dict) or not needed <= records[-1].keys():
             raise ValueError(f"{path}: not a record by prepare_fineweb.py: move it to another folder")
     return records
+
+
+def total(record, what):
+    """Documents, tokens or bytes of a source file, of both sides."""
+    return sum(record[split][what] for split in SPLITS)
 
 
 def read_meta(folder):
@@ -211,7 +217,8 @@ def check_folder(folder, records, rules, sources):
 def list_sources(source, val_source, val_fraction, list_dataset):
     """The source files, validation files first: dicts of name, stem, size, checksum, val_fraction, and path or url.
 
-    list_dataset: function of a Hub dataset's name, returns what `list_hub` does.
+    list_dataset: function of a Hub dataset's name, returns what `list_hub` does. Raises ValueError or OSError for what
+    cannot be read, and when there is nothing to train on.
     """
     found = {}
     for items, is_val in ((val_source, True), (source, False)):
@@ -246,7 +253,7 @@ def is_source(name):
 
 
 def take_part(files, part):
-    """Every n-th file, for part "i/n" the i-th such; all for "". Raises ValueError for what is no part."""
+    """For part "i/n" the files i, i + n, i + 2n, ..., counted from 1; all for "". ValueError for what is no part."""
     match = re.fullmatch(r"(\d+)/(\d+)", part or "1/1")
     i, n = map(int, match.groups()) if match else (0, 0)
     if not 1 <= i <= n:
@@ -255,7 +262,10 @@ def take_part(files, part):
 
 
 def find_files(item, list_dataset):
-    """Files of one local path, glob or Hub dataset."""
+    """Files of one local path, glob or Hub dataset: dicts of name, size, checksum, and path or url.
+
+    FileNotFoundError where there are none, ValueError for one that cannot be read.
+    """
     path = Path(item)
     if path.is_dir():
         paths = [p for p in path.rglob("[!.]*") if is_source(p.name) and p.is_file()]
@@ -263,7 +273,7 @@ def find_files(item, list_dataset):
         paths = [path]
     elif any(character in item for character in "*?["):
         paths = [p for p in map(Path, glob.glob(item, recursive=True)) if p.is_file()]
-    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", item) and not item.endswith(FORMATS):
+    elif is_repo(item) and not item.endswith(FORMATS):
         return list_dataset(item)
     else:
         raise FileNotFoundError(f"{item}: no such file or folder (a dataset of the Hub is owner/name)")
@@ -316,7 +326,7 @@ def check_space(sources, records, folder, tokenizer, max_tokens, keep_downloads)
             f"{folder}: about {needed} are needed, {tqdm.format_sizeof(free, 'B')} are free: free some, choose another "
             "--out_dir, or take less with --subset, --part or --max_tokens"
         )
-    kind = "about" if records else "(by FineWeb-Edu's measure) about"
+    kind = "about" if records else "a guess of"
     print(f"files to do: {n_files:,}, {kind} {needed} needed, {tqdm.format_sizeof(free, 'B')} free")
     return n_bytes
 
@@ -326,8 +336,7 @@ def growth(name, records, tokenizer):
     ending = next(ending for ending in FORMATS if name.endswith(ending))
     same = [record for record in records if record["source"].endswith(ending)]
     if same:
-        n_tokens = sum(record[split]["tokens"] for record in same for split in SPLITS)
-        return 2 * n_tokens / sum(record["size"] for record in same)
+        return 2 * sum(total(record, "tokens") for record in same) / sum(record["size"] for record in same)
     return GROWTH[ending] * (4 if tokenizer == "bytes" and ending != ".bin" else 1)
 
 
@@ -341,11 +350,11 @@ def read_documents(path, text_field, split_blank_lines):
     Raises ValueError naming the file.
     """
     if path.name.endswith(".parquet"):
-        documents = read_parquet(path, text_field)
+        documents = parquet_documents(path, text_field)
     elif path.name.endswith(".txt"):
-        documents = read_txt(path, split_blank_lines)
+        documents = txt_documents(path, split_blank_lines)
     else:
-        documents = read_jsonl(path, text_field)
+        documents = jsonl_documents(path, text_field)
     try:
         for share, text in documents:
             if text and len(text) > MAX_DOCUMENT:
@@ -359,7 +368,7 @@ def too_long(path):
     return ValueError(f"{path}: a document has more than {MAX_DOCUMENT:,} characters: cut it into several documents")
 
 
-def read_parquet(path, text_field):
+def parquet_documents(path, text_field):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -383,7 +392,7 @@ def read_parquet(path, text_field):
         raise ValueError(f"{path}: not a sound parquet file ({reason}): get it again, or leave it out") from None
 
 
-def read_txt(path, split_blank_lines):
+def txt_documents(path, split_blank_lines):
     size = path.stat().st_size
     with open(path, encoding="utf-8", newline="") as file:  # newline="": line ends stay as they are
         if not split_blank_lines:
@@ -402,7 +411,7 @@ def read_txt(path, split_blank_lines):
         yield 1, "".join(lines).rstrip("\r\n")
 
 
-def read_jsonl(path, text_field):
+def jsonl_documents(path, text_field):
     number, size = 0, path.stat().st_size
     try:
         with open(path, "rb") as raw, gzip.open(raw) if path.name.endswith(".gz") else raw as file:
@@ -592,13 +601,12 @@ def prepare(sources, records, folder, rules, tokenizer, n_threads, max_tokens, k
                 path = next(paths)
                 advance = partial(show_progress, bar, totals, bar.n, file["size"])
                 record = tokenize_file(file, path, folder, rules, tokenizer, n_threads, advance)
-                if record["train"]["tokens"] + record["val"]["tokens"]:
+                if total(record, "tokens"):
                     write_json(folder / f"source_{file['stem']}.json", record)
                 if "url" in file and not keep_downloads:
                     path.unlink()
-                n_documents = record["train"]["documents"] + record["val"]["documents"]
-                tqdm.write(f"{file['name']}: {n_documents:,} documents")
-            if record["train"]["tokens"] + record["val"]["tokens"]:
+                tqdm.write(f"{file['name']}: {total(record, 'documents'):,} documents")
+            if total(record, "tokens"):
                 done.append(record)
                 n_train += record["train"]["tokens"]
     if not keep_downloads:  # of a run that was killed, and with max_tokens, the next one
@@ -614,7 +622,7 @@ def prepare(sources, records, folder, rules, tokenizer, n_threads, max_tokens, k
 def summary(done, folder, seconds):
     """The closing table, with a warning for a side of the split that is empty."""
     n_train, n_val = (sum(record[split]["tokens"] for record in done) for split in SPLITS)
-    documents = np.array([record["train"]["documents"] + record["val"]["documents"] for record in done])
+    documents = np.array([total(record, "documents") for record in done])
     medians, longest = np.array([list(record["tokens_per_document"].values()) for record in done]).T
     n_blank = sum(record["documents_without_text"] for record in done)
     order = np.argsort(medians)  # the files' medians weighted by documents: exact for one file

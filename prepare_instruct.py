@@ -33,7 +33,6 @@ kept in data/instruct_sources.
 import glob
 import hashlib
 import heapq
-import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -43,7 +42,7 @@ from configurator import configure
 import numpy as np
 
 from hellaswag import read_jsonl, read_parquet
-from hub import download, fetch, list_hub
+from hub import download, fetch, json_of, list_hub
 from prepare_fineweb import SPLITS, is_validation, read_json, write_json
 from tokenizer import Tokenizer
 
@@ -70,7 +69,7 @@ LONGEST_TEXT = {"alpaca": 1000}  # source: most characters that a prompt or answ
 
 def list_github(repo, path, commit):
     """One file of a GitHub repository at a commit, as a dict for hub.download: url, checksum (git blob hash), size."""
-    entry = fetch(f"{GITHUB_API}/repos/{repo}/contents/{path}?ref={commit}").json()
+    entry = json_of(fetch(f"{GITHUB_API}/repos/{repo}/contents/{path}?ref={commit}"))
     return {"url": entry["download_url"], "checksum": entry["sha"], "size": entry["size"]}
 
 
@@ -118,10 +117,7 @@ def read_records(path):
     elif path.suffix == ".parquet":
         yield from read_parquet(path)
     elif path.suffix == ".json":
-        try:
-            records = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON (is the file cut off?): {error}") from None
+        records = read_json(path)
         if not isinstance(records, list):
             raise ValueError(f"{path}: a list of records is needed, not {type(records).__name__}")
         for number, record in enumerate(records, 1):
@@ -136,8 +132,12 @@ def to_conversations(record, where):
     ValueError that begins with `where` for another form.
     """
     fields = record if isinstance(record, dict) else {}
-    names = ("messages",) if isinstance(fields.get("messages"), list) else ("output",)
-    names = ("chosen", "rejected") if {"chosen", "rejected"} <= fields.keys() else names
+    if {"chosen", "rejected"} <= fields.keys():
+        names = "chosen", "rejected"
+    elif isinstance(fields.get("messages"), list):
+        names = ("messages",)
+    else:
+        names = ("output",)
     question = fields.get("instruction", fields.get("prompt"))
     if all(isinstance(fields.get(name), list) for name in names):
         sides = [fields[name] for name in names]
@@ -236,14 +236,15 @@ def collect(sources, tokenizer, max_tokens, val_fraction):
     return kept, +counts
 
 
-def write_rows(folder, split, rows):
-    """Write the arrays of one side; returns its totals."""
+def write_rows(folder, split, records):
+    """Write the arrays of one side; returns its totals, by what is counted."""
+    rows, what = [row for rows in records for row in rows], "pairs" if len(records[0]) == 2 else "conversations"
     tokens, mask = (np.concatenate(parts) for parts in zip(*rows, strict=True))
     offsets = np.cumsum([0, *(len(ids) for ids, _ in rows)], dtype=np.int64)
     for name, array in (("tokens", tokens), ("mask", mask), ("offsets", offsets)):
         np.save(folder / f"{split}_{name}.npy", array)
     longest = max(len(ids) for ids, _ in rows)
-    return dict(conversations=len(rows), tokens=len(tokens), supervised=int(mask.sum()), longest=longest)
+    return {what: len(records), "tokens": len(tokens), "supervised": int(mask.sum()), "longest": longest}
 
 
 def mark_supervised(ids, mask, tokenizer):
@@ -259,7 +260,8 @@ def main():
     if not 0 < val_fraction < 1 or max_tokens < 1:
         raise ValueError("val_fraction must be between 0 and 1, and max_tokens at least 1")
     coder, folder = Tokenizer(tokenizer), Path(out_dir)
-    kept, counts = collect(open_sources(source), coder, max_tokens, val_fraction)
+    sources = open_sources(source)
+    kept, counts = collect(sources, coder, max_tokens, val_fraction)
     for split in SPLITS:
         if not kept[split]:
             raise ValueError(
@@ -270,8 +272,8 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)  # written last: a folder that has one is whole
     preferences = len(kept["train"][0]) == 2
-    totals = {split: write_rows(folder, split, [row for rows in kept[split] for row in rows]) for split in SPLITS}
-    about = dict(tokenizer=tokenizer, source=source, val_fraction=val_fraction, preferences=preferences)
+    totals = {split: write_rows(folder, split, kept[split]) for split in SPLITS}
+    about = dict(tokenizer=tokenizer, sources=sorted(sources), val_fraction=val_fraction, preferences=preferences)
     write_json(folder / "meta.json", dict(**about, counts=counts, **totals))
     print("\n".join(f"{counts[what]:9,} {what}" for what in sorted(counts, reverse=True)))
     for split in SPLITS:

@@ -1276,7 +1276,7 @@ def test_a_folder_goes_on_with_the_commit_it_was_begun_with(tmp_path, monkeypatc
         with pytest.raises(ValueError, match="x/1.parquet has changed since"):
             prepare(**run | {"revision": "b" * 40})
         assert f"files are of {'b' * 40} now, finished ones of {'a' * 40}" in capsys.readouterr().out
-        with pytest.raises(OSError, match="404.*--revision"):
+        with pytest.raises(OSError, match="404.*revision"):
             prepare(**run | {"revision": "v9", "out_dir": tmp_path / "new"})
     assert {record["revision"] for record in prepare_fineweb.read_records(out)} == {"a" * 40}
 
@@ -1369,7 +1369,7 @@ def test_a_file_that_stays_wrong_is_fetched_three_times_and_named_with_both_chec
 
 def test_what_waiting_does_not_mend_is_one_line_at_once(tmp_path, monkeypatch):
     said = {
-        (401, ""): "HTTP 401: .*HF_TOKEN", (403, ""): "HTTP 403: .*terms", (404, ""): "HTTP 404: .*--subset",
+        (401, ""): "HTTP 401: .*HF_TOKEN", (403, ""): "HTTP 403: .*terms", (404, ""): "HTTP 404: .*folder and revision",
         (410, ""): "HTTP 410: check", (451, ""): "HTTP 451: .*another source", "html": "web page .*proxy",
     }  # fmt: skip
     with hub({"blob.bin": BLOB}, monkeypatch) as server:
@@ -1380,8 +1380,12 @@ def test_what_waiting_does_not_mend_is_one_line_at_once(tmp_path, monkeypatch):
             assert "\n" not in str(caught.value) and not isinstance(caught.value, hub_py.Later)
         assert len(server.log) == 2 * len(said)
         url = f"http://localhost:{server.port}/datasets/me/data/resolve/main/blob.bin"
-        with pytest.raises(OSError, match="HTTP 401"):  # the token is for the Hub, not for any other host
+        with pytest.raises(OSError, match="HTTP 401: refused"):  # the token is for the Hub, not for any other host
             hub_py.download(blob(server, url=url), tmp_path)
+        server.faults["blob.bin"] = [(403, "")]
+        with pytest.raises(OSError, match="HTTP 403: refused, perhaps because too many .*later$"):  # nor is its advice
+            hub_py.request(f"http://localhost:{server.port}/cdn/me/data/resolve/{'a' * 40}/blob.bin")
+    assert not any("--" in advice for advice in hub_py.ADVICE.values())  # of flags, which each caller has others of
     monkeypatch.setattr(hub_py, "FIRST_CONTACT", 0)
     with pytest.raises(OSError, match="no answer .*: check the network and HF_ENDPOINT"):
         prepare(source="me/data", out_dir=tmp_path)
@@ -1398,7 +1402,7 @@ def test_the_next_file_downloads_while_one_is_tokenized_and_no_more_than_two_are
     def watch(file, path, *rest):
         following = f"x/{int(file['stem'][0]) + 1}.parquet" if file["stem"][0] in "012" else None
         for _ in range(500 if following else 0):
-            if len(fetched(server, following)) == 2:
+            if len(fetched(server, following)) >= 2:  # a redirect, and the content
                 break
             time.sleep(0.01)
         else:
@@ -1412,6 +1416,7 @@ def test_the_next_file_downloads_while_one_is_tokenized_and_no_more_than_two_are
         out = prepare(**run, out_dir=tmp_path / "out")
         assert len(kept) == 5 and max(kept) == 2
         kept.clear()
+        server.log.clear()
         keeping = prepare(**run, out_dir=tmp_path / "keeping", keep_downloads=True)
         assert kept[-1] == 5 and len(list((keeping / "downloads").iterdir())) == 5
         n_requests = len(fetched(server, ".parquet"))
@@ -1532,8 +1537,13 @@ def test_a_token_is_never_printed_and_a_page_is_no_listing(tmp_path, monkeypatch
         assert "cret" not in str(error.value)
         monkeypatch.setenv("HF_TOKEN", "secret")
         monkeypatch.setattr(requests.Response, "json", lambda response: json.loads("<html>"))
-        with pytest.raises(OSError, match="http://.*/tree/main/x.*: no listing came"):
+        with pytest.raises(OSError, match="http://.*/tree/main/x.*: no listing came: .*HF_ENDPOINT$"):
             hub_py.list_hub("me/data", "x")
+    page = requests.Response()
+    page.url = "https://api.github.com/repos/a"
+    monkeypatch.setattr(prepare_instruct, "fetch", lambda url: page)
+    with pytest.raises(OSError, match=r"^https://api.github.com/repos/a: no listing came: is there a proxy.*\?$"):
+        prepare_instruct.list_github("a", "b.json", "c" * 40)
 
 
 def test_a_file_that_another_process_writes_is_left_to_it(tmp_path):
@@ -1622,7 +1632,7 @@ def test_token_shards_beside_text_are_left_out(tmp_path, capsys):
     assert len(documents(out, "train") + documents(out, "val")) == 50
 
 
-def test_what_does_not_fit_on_the_disk_is_refused_before_it_starts(tmp_path, monkeypatch):
+def test_what_does_not_fit_on_the_disk_is_refused_before_it_starts(tmp_path, monkeypatch, capsys):
     run = {"source": "me/data", "subset": "x", "out_dir": tmp_path / "out"}
     files = hub_files(tmp_path)
     sizes = sorted(map(len, files.values()))
@@ -1635,8 +1645,10 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_it_starts(tmp_path, mon
         assert not any(path.startswith("/cdn") for _, path, _ in server.log)
         free[:] = [4 * sizes[-1]]
         prepare(**run, max_tokens=1)  # one file fits
+        assert "a guess of" in capsys.readouterr().out  # nothing of this kind has been measured yet
         free[:] = [0]
         prepare(**run, max_tokens=1)  # what is finished needs nothing
+        assert "about 0.00B needed" in capsys.readouterr().out
         files = prepare_fineweb.list_sources("me/data", "", 0.2, lambda repo: hub_py.list_hub(repo, "x"))
     records = prepare_fineweb.read_records(tmp_path / "out")
     n_tokens = records[0]["train"]["tokens"] + records[0]["val"]["tokens"]
@@ -1716,9 +1728,9 @@ def test_a_terminal_shows_documents_tokens_speed_and_time_left(tmp_path):
 
 def test_the_speed_of_preparing_data_is_measured_against_tiktoken_alone(tmp_path):
     write_parquet(tmp_path / "a.parquet", make_texts(50))
-    rows = list(bench.tokenize(str(tmp_path / "*.parquet"), 2, 1))
-    assert [row["documents"] for row in rows] == [50, 50, 50] and min(row["tokens/s"] for row in rows) > 0
-    assert rows[0]["way"] == "prepare_fineweb.py" and rows[0]["prepare_fineweb.py reaches"] == 1
+    [row] = bench.tokenize(str(tmp_path / "*.parquet"), 2, 1)
+    assert row["documents"] == 50 and row["tokens"] > 0 and row["tiktoken alone"] > 0
+    assert row["ratio"] == row["prepare_fineweb.py, tokens/s"] / row["tiktoken alone"]
     with pytest.raises(ValueError, match="--source"):
         list(bench.tokenize("", 2, 1))
 
@@ -1843,6 +1855,12 @@ def test_hellaswag_computes_what_endings_share_once_and_scores_each_as_if_it_sto
             -model(torch.tensor([i[:-1]]))[0, -n:, :259].log_softmax(1)[range(n), i[-n:]].sum() for i, n in items[0]
         ]
     assert -alone[:4] == pytest.approx([value.item() for value in plain], abs=1e-4)
+
+
+def test_the_example_of_endings_packed_into_one_row_is_what_comes_out():
+    packed = hellaswag.pack([(["c1", "c2", "a1", "a2"], 2), (["c1", "c2", "b1", "b2"], 2)])
+    for name, values in zip(("idx", "position", "branch", "where", "targets"), packed, strict=True):
+        assert re.search(rf"{name} +{' +'.join(map(str, values))}\s", hellaswag.pack.__doc__), name
 
 
 def test_hellaswag_agrees_with_log_likelihoods_computed_by_hand():
@@ -2248,7 +2266,8 @@ def test_the_contamination_command_says_how_many_contexts_stand_in_a_folder_or_o
 def test_the_training_benchmark_measures_a_step_of_train_py_and_the_ceiling_in_a_process_of_its_own(tmp_path):
     sizes = "n_layer = n_head = 1\nn_embd = 16\nblock_size = 32\ntokenizer = 'bytes'\ntokens_per_step = 128\n"
     (tmp_path / "tiny.py").write_text(sizes)
-    [row] = bench.training(f"{tmp_path}/tiny.py", [2], 1, "cpu", "float32", True, 0, None)
+    changes = dict(device="cpu", dtype="float32", activation_checkpointing=True)
+    [row] = bench.training(f"{tmp_path}/tiny.py", [2], 1, **changes)
     assert 0.05 < row["peak GB"] < 5 and row["tokens/s"] > 0 and 0 < row["optimizers' share of the time"] < 1
     assert row["share of that"] == pytest.approx(row["TFLOP/s"] / row["a large product's"]) and "MFU" not in row
     assert np.isnan(bench.in_child(os._exit, 1)).all()  # as the system ends what takes too much memory
@@ -3290,7 +3309,7 @@ def test_a_question_without_an_answer_is_cut_off_and_a_system_message_is_kept():
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("a.json", '[{"instruction": "a"', "not JSON"),
+        ("a.json", '[{"instruction": "a"', r"a.json: not JSON \(.*line 1"),
         ("a.json", '{"instruction": "a"}', "list of records"),
         ("a.json", '[{"question": "a"}]', "record 1: neither instruction and output nor messages .*, but question"),
         ("a.json", '[{"chosen": "a", "rejected": "b"}]', "record 1: neither .*, but chosen, rejected"),
@@ -3386,6 +3405,7 @@ def test_of_a_preference_both_last_answers_are_learned_and_it_is_on_the_side_of_
     meta = json.loads((tmp_path / "pairs/meta.json").read_text())
     counts = {name: n for name, n in meta["counts"].items() if name.startswith("dropped")}
     assert meta["preferences"] and meta["counts"]["kept"] == 61 and set(counts.values()) == {1} and len(counts) == 5
+    assert meta["train"]["pairs"] + meta["val"]["pairs"] == 61 and "conversations" not in meta["train"]
     sides = conversations(tmp_path / "pairs", "bytes")
     answers = {(a[1], b[1]) for side in sides.values() for a, b in zip(side[::2], side[1::2], strict=True)}
     end = "<|endoftext|>"
@@ -4225,6 +4245,14 @@ def test_every_config_file_sets_only_settings_of_its_stage_and_fits_together():
                 train.make_model(settings, Tokenizer("bytes"))
 
 
+def test_learning_rates_that_are_said_to_be_those_of_another_config_are():
+    names = {"learning_rate", "muon_learning_rate"}
+    rates = {name: runpy.run_path(ROOT / f"config/{name}.py", {"family": "gpt2", "optimizer": "muon"})
+             for name in ("gpt2_124m", "race_gpu", "fgpt_712m", "fgpt_modern")}  # fmt: skip
+    for one, other in (("gpt2_124m", "race_gpu"), ("fgpt_712m", "fgpt_modern")):
+        assert {name: rates[one][name] for name in names} == {name: rates[other][name] for name in names}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # tools/convert_hf.py: Hugging Face in and out
 
@@ -4553,11 +4581,20 @@ def test_a_model_in_several_files_is_fetched_from_the_hub_and_verified(tmp_path,
         convert_hf.import_model("", tmp_path / "d.pt", overwrite=False)
 
 
-def test_the_model_card_tells_stages_results_and_the_licences_of_the_data(tmp_path):
-    for stage, sources in (("base", [f"HuggingFaceFW/fineweb-edu/sample/10BT/{i}.parquet" for i in range(9)]),
-                           ("chat", ["alpaca-cleaned.json", "mine.json"])):  # fmt: skip
-        (tmp_path / stage).mkdir()
-        (tmp_path / stage / "meta.json").write_text(json.dumps({"sources": sources}))
+def test_the_model_card_tells_stages_results_and_the_licences_of_the_data(tmp_path, monkeypatch):
+    texts = {f"sample/10BT/{i}.jsonl": write_jsonl(tmp_path / "f", make_texts(9, i)).read_bytes() for i in range(4)}
+    with hub(texts, monkeypatch):
+        prepare(source="HuggingFaceFW/fineweb-edu", out_dir=tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    for name in ("alpaca", "raschka", "smoltalk"):  # as if they had been fetched before
+        folder = prepare_instruct.DOWNLOADS / name
+        folder.mkdir(parents=True)
+        (folder / "a.json").write_text(json.dumps([{"instruction": f"{name} {i}?", "output": "a"} for i in range(30)]))
+        file = {"url": "http://localhost:1/a.json", "checksum": hub_py.checksum(folder / "a.json")}
+        (folder / "files.json").write_text(json.dumps([file]))
+    (tmp_path / "my_alpaca.json").write_text('[{"instruction": "a?", "output": "b"}]')
+    sources = "smoltalk:5,my_alpaca.json,alpaca:20,raschka"
+    call(prepare_instruct, source=sources, tokenizer="bytes", out_dir=f"{tmp_path}/chat")
     settings = dict(data_dir=f"{tmp_path}/base", learning_rate=0.004)
     metrics = dict(val_loss=3.21, hellaswag_acc=0.3)
     save_checkpoint(
@@ -4566,8 +4603,9 @@ def test_the_model_card_tells_stages_results_and_the_licences_of_the_data(tmp_pa
     settings = dict(data_dir=f"{tmp_path}/chat", checkpoint=f"{tmp_path}/base.pt", epochs=2)
     export(tiny(), tmp_path / "hf", settings=settings)
     card = (tmp_path / "hf/README.md").read_text(encoding="utf-8")
-    assert "data: alpaca-cleaned.json (CC BY-NC 4.0, not for commercial use)" in card and "`epochs=2`" in card
-    assert "data: mine.json (licence not known here: look it up)" in card
+    assert "data: alpaca (CC BY-NC 4.0, not for commercial use" in card and "`epochs=2`" in card
+    assert "data: raschka (Apache 2.0)" in card and "data: smoltalk (Apache 2.0)" in card
+    assert "data: my_alpaca.json (licence not known here: look it up)" in card and card.count("- data: ") == 5
     assert (
         "## Stage pretrain, step 1,234" in card and "hellaswag_acc: 0.3000" in card and "`learning_rate=0.004`" in card
     )
@@ -4575,6 +4613,8 @@ def test_the_model_card_tells_stages_results_and_the_licences_of_the_data(tmp_pa
     (tmp_path / "base.pt").unlink()
     export(tiny(), tmp_path / "hf2", settings=settings)
     assert "base.pt, which is not on this machine" in (tmp_path / "hf2/README.md").read_text(encoding="utf-8")
+    (tmp_path / "chat/meta.json").write_text('{"source": "alpaca"}')  # as prepare_instruct.py wrote it before
+    assert convert_hf.sources_of(tmp_path / "chat") == [str(tmp_path / "chat")]
 
 
 def test_export_and_import_work_as_commands_and_overwrite_nothing_unasked(trained, tmp_path, monkeypatch, capsys):
@@ -4738,22 +4778,37 @@ def test_plot_draws_two_runs_into_one_png_and_prints_a_line_for_each(tmp_path):
     assert done.returncode == 0, done.stderr
     assert min(png_size(out)) > 900
     first, second, _ = done.stdout.splitlines()
-    assert first == "a: train loss 3.5000, best validation loss 3.6000 at step 20, 1,280 tokens, 2.0 hours"
+    best = "best validation loss 3.6000 at step 20, 2.000 bits/byte"
+    assert first == f"a: train loss 3.5000, {best}, 1,280 trained tokens, 2.0 hours"
     assert second.startswith("b: train loss 4.5000, best validation loss 4.6000 at step 10")
+    assert "HellaSwag acc_norm 27.0%" in second
 
 
 def test_plot_has_a_panel_for_hellaswag_only_where_a_run_measured_it(tmp_path):
     pytest.importorskip("matplotlib")
-    from tools.plot import draw, find_logs, read_log
+    from tools.plot import draw, find_logs, read_table
 
     write_log(tmp_path / "without"), write_log(tmp_path / "with", hellaswag=True)
 
     def panels(pattern):
-        tables = {name: read_log(path, "tokens") for name, path in find_logs([str(tmp_path / pattern)]).items()}
+        tables = {name: read_table(path, "tokens") for name, path in find_logs([str(tmp_path / pattern)]).items()}
         return [ax.get_title(loc="left") for ax in draw(tables, "tokens").axes]
 
     assert panels("without") == ["Loss", "Gradient norm", "Learning rate", "Speed"]
     assert panels("with*") == ["Loss", "HellaSwag", "Gradient norm", "Learning rate", "Speed"]
+
+
+def test_plot_names_the_units_of_every_run(tmp_path):
+    pytest.importorskip("matplotlib")
+    from tools.plot import draw, read_table, summary
+
+    base, pairs = write_log(tmp_path / "base") / "log.jsonl", write_log(tmp_path / "dpo") / "log.jsonl"
+    header = {"format": "fgpt log 1", "units": {"loss": "nats/pair", "tokens": "trained pairs"}}
+    pairs.write_text("\n".join([json.dumps(header), *pairs.read_text().splitlines()[1:]]) + "\n")
+    tables = {path.parent.name: read_table(path, "tokens") for path in (base, base, pairs)}
+    axes = draw(tables, "tokens").axes[0]
+    assert axes.get_ylabel() == "nats/token, nats/pair" and axes.get_xlabel() == "trained tokens, trained pairs"
+    assert "1,280 trained pairs" in summary(tables["dpo"])
 
 
 def test_plot_skips_a_last_line_that_a_kill_cut_off(tmp_path, capsys):

@@ -14,10 +14,7 @@ tokens_per_step = 524288
 batch_size = 16
 max_steps = 19073
 
-# Scaled from width 128 (docs/experiments.md), and not yet tried at this size. Muon's rate is the same at any width, as
-# its step is scaled by the matrix's shape (Jordan's rule). AdamW's goes as 1 / sqrt(width) from 1e-2, the careful
-# choice: in short runs 2e-2 was better by 0.01 nats, and still was at width 256. The decay is long and to zero, as was
-# measured. Weight decay and warm-up are customary; nor was a rule for the batch measured, which is 256 times as large.
+# not yet tried at this size; config/fgpt_712m.py says where they come from
 learning_rate = 3e-3  # 1e-2 sqrt(128 / 1536) = 2.9e-3
 muon_learning_rate = 0.02
 weight_decay = 0.1

@@ -11,6 +11,10 @@ n_embd = 768
 tokens_per_step = 524288
 batch_size = 32
 max_steps = 19073
+
+# not yet tried at this size; config/fgpt_712m.py says where they come from
+learning_rate = 3e-3  # the careful side of 1e-2 sqrt(128 / 768) = 4.1e-3
+muon_learning_rate = 0.02
 warmup_steps = 200
 
 eval_interval = 250

@@ -20,7 +20,6 @@ weight_decay = 0.0
 decay_fraction = 0.5
 
 eval_interval = 250
-eval_tokens = 19_010  # all of it
 hellaswag_interval = 750
 hellaswag_source = "out/quickstart/world/hellaswag_val.jsonl"
 sample_interval = 750

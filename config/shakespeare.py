@@ -20,7 +20,6 @@ weight_decay = 0.0
 decay_fraction = 1.0
 
 eval_interval = 200
-eval_tokens = 111_539  # all of it
 log_interval = 100
 checkpoint_interval = 400
 dtype = "native"  # bfloat16 where the CPU multiplies it itself

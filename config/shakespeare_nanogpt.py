@@ -22,6 +22,5 @@ weight_decay = 0.1
 beta2 = 0.99
 
 eval_interval = 250
-eval_tokens = 111_539  # all of it
 log_interval = 250
 checkpoint_interval = 1000

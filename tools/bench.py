@@ -4,16 +4,15 @@
 
     train       a training step: tokens/s, share of a ceiling, memory
     race        tokens and seconds that three recipes need to a loss
-    loss        memory and time of three ways to compute the loss
-    loader      tokens/s of the data loader
     checkpoint  seconds to write and to load a checkpoint
-    tokenize    prepare_fineweb.py against tiktoken alone
+    tokenize    tokens/s of prepare_fineweb.py, and of tiktoken alone
     hellaswag   items/s, and those of one item at a time
-    decode      tokens/s of sampling
+    decode      tokens/s of sampling, and without a cache
 
 Things that are compared take turns, `repeats` times, and medians are printed:
-machines are noisy. What is measured for its memory runs in a process of its
-own; nan: it did not fit. --json=True prints a line to keep as well.
+machines are noisy. A training step runs in a process of its own, so that its
+memory is its own; nan: it did not fit. --json=True prints a line to keep as
+well.
 """
 
 import datetime
@@ -27,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from functools import partial
@@ -108,8 +107,8 @@ def take_turns(repeats, functions):
     return {name: np.median(np.array(values), axis=0).tolist() for name, values in results.items()}
 
 
-def in_child(function, *arguments, n_results=2):
-    """The numbers that the function returns in a new process, whose peak memory is its own.
+def in_child(function, *arguments, n_results=5):
+    """The n_results numbers that the function returns in a new process, whose peak memory is its own.
 
     nan when the memory does not suffice, or the process was killed, as the system does because of it.
     """
@@ -119,7 +118,7 @@ def in_child(function, *arguments, n_results=2):
         except (RuntimeError, BrokenProcessPool) as error:
             if not isinstance(error, BrokenProcessPool) and not train.is_out_of_memory(error):
                 raise
-            print(f"{arguments}: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(str(error).splitlines()[0], file=sys.stderr)
             return (math.nan,) * n_results
 
 
@@ -152,12 +151,10 @@ def read_config(config):
     return settings
 
 
-def make(config, device):
-    """(model, optimizers, settings) of one of train.py's configs."""
-    settings = read_config(config)
+def make_model(settings, device):
+    """The model of a config, without the vocabulary that a tokenizer would fetch."""
     n_vocab = 259 if settings["tokenizer"] == "bytes" else 50259
-    model = train.make_model(settings, SimpleNamespace(n_vocab=n_vocab)).to(device)
-    return model, model_py.make_optimizers(model, settings["optimizer"]), settings
+    return train.make_model(settings, SimpleNamespace(n_vocab=n_vocab)).to(device)
 
 
 def attention_kernels(step):
@@ -170,19 +167,20 @@ def attention_kernels(step):
     return ", ".join(found) or ("unfused" if names else "unknown, as nothing was recorded")
 
 
-def training_step(config, batch_size, activation_checkpointing, tokens_per_step, compile, device, dtype):
+def training_step(settings):
     """(peak memory in GB, tokens/s, FLOP/s, those of a large product, the optimizers' share) of a step on random ids.
 
-    It is train.py's own step on tokens_per_step tokens, batch_size rows at a time. RuntimeError when it is compiled
-    again after the second step.
+    It is train.py's own step with its settings: on tokens_per_step tokens, batch_size rows at a time. RuntimeError when
+    it is compiled again after the second step.
     """
-    model, optimizers, settings = make(config, model_py.pick_device(device)[0])
-    device, autocast = model_py.pick_device(device, dtype or settings["dtype"])
-    model.checkpoint_activations = activation_checkpointing
-    T, tokens = model.config.block_size, tokens_per_step or settings["tokens_per_step"]
-    idx = torch.randint(model.config.n_vocab, (batch_size * max(1, tokens // (T * batch_size)), T))
+    device, autocast = model_py.pick_device(settings["device"], settings["dtype"])
+    model, batch_size = make_model(settings, device), settings["batch_size"]
+    optimizers = model_py.make_optimizers(model, settings["optimizer"])
+    model.checkpoint_activations = settings["activation_checkpointing"]
+    T, n_rows = model.config.block_size, settings["tokens_per_step"] // model.config.block_size
+    idx = torch.randint(model.config.n_vocab, (batch_size * max(1, n_rows // batch_size), T))
     batch = train.fetch_batch(lambda step: (idx, idx), device, 0)
-    compiled = device.type == "cuda" if compile is None else compile
+    compiled = device.type == "cuda" if settings["compile"] is None else settings["compile"]
     forward = torch.compile(model) if compiled else model
     step = partial(train.train_step, forward, optimizers, batch, batch_size, 1.0, autocast)
     seconds_of(step, device, calls=2)
@@ -190,7 +188,7 @@ def training_step(config, batch_size, activation_checkpointing, tokens_per_step,
         seconds = seconds_of(step, device, calls=2)
     peak, speed = train.peak_memory(device), idx.numel() / seconds
     if device.type == "cuda":
-        print(f"{config}: attention is {attention_kernels(step)}", file=sys.stderr)
+        print(f"attention is {attention_kernels(step)}", file=sys.stderr)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     with autocast():  # as in train_step
@@ -198,15 +196,12 @@ def training_step(config, batch_size, activation_checkpointing, tokens_per_step,
     return peak, speed, speed * model.flops_per_token(), product_speed(device, autocast), optimizing / seconds
 
 
-def training(configs, batch_sizes, repeats, device, dtype, *options):
-    """options: activation_checkpointing, tokens_per_step and compile of training_step."""
-    peak = train.peak_flops(model_py.pick_device(device, dtype)[0])
+def training(configs, batch_sizes, repeats, **changes):
+    """changes: settings of train.py that count instead of the configs'."""
     for config in configs.split(","):
-        read_config(config)  # what is wrong with it is told here, not by a process of its own
-        ways = {
-            size: partial(in_child, training_step, config, size, *options, device, dtype, n_results=5)
-            for size in batch_sizes
-        }
+        settings = read_config(config) | changes
+        peak = train.peak_flops(model_py.pick_device(settings["device"], settings["dtype"])[0])
+        ways = {size: partial(in_child, training_step, settings | {"batch_size": size}) for size in batch_sizes}
         for size, (gigabytes, speed, flops, ceiling, optimizing) in take_turns(repeats, ways).items():
             row = {"config": config, "micro-batch": size, "peak GB": gigabytes, "tokens/s": speed}
             row |= {"TFLOP/s": flops / 1e12, "a large product's": ceiling / 1e12, "share of that": flops / ceiling}
@@ -214,73 +209,17 @@ def training(configs, batch_sizes, repeats, device, dtype, *options):
             yield row | {"optimizers' share of the time": optimizing}
 
 
-def plain_loss(x, weight, targets):
-    return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="sum")
-
-
-def built_in_loss(x, weight, targets):  # autocast does not reach into it
-    kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(x.to(kind), weight.to(kind), targets, reduction="sum", options=options)
-
-
-LOSSES = {"all logits at once": plain_loss, "fgpt's chunks": model_py.cross_entropy_sum}
-if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13
-    LOSSES["linear_cross_entropy with options"] = built_in_loss
-
-
-def loss_step(way, device, dtype, rows=4096, width=1280, n_vocab=50304):
-    """(peak memory in GB beyond inputs and gradients, seconds) of a loss and its gradients."""
-    device, autocast = model_py.pick_device(device, dtype)
-    x = torch.randn(rows, width, device=device, requires_grad=True)
-    weight = torch.randn(n_vocab, width, device=device).div_(width**0.5).requires_grad_()
-    targets = torch.randint(n_vocab, (rows,), device=device)
-    x.grad, weight.grad = torch.zeros_like(x), torch.zeros_like(weight)
-    before = train.peak_memory(device)
-
-    def step():
-        with autocast():
-            loss = LOSSES[way](x, weight, targets)
-        loss.backward()
-
-    seconds = seconds_of(step, device)
-    return train.peak_memory(device) - before, seconds
-
-
-def loss(repeats, device):
-    """Of 4,096 rows of width 1,280 and a vocabulary of 50,304."""
-    ways = [(way, dtype) for dtype in ("float32", "bfloat16") for way in LOSSES]
-    found = take_turns(repeats, {way: partial(in_child, loss_step, way[0], device, way[1]) for way in ways})
-    for (way, dtype), (gigabytes, seconds) in found.items():
-        yield {"loss": way, "dtype": dtype, "extra GB": gigabytes, "seconds": seconds}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # data
 
 
-def loader(repeats, n_shards=4, shard_tokens=25_000_000, batch_tokens=524_288):
-    """Batches of 0.5M tokens from random shards that have been read once."""
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(n_shards):
-            with open(f"{folder}/train_{number}.bin", "wb") as file:
-                prepare_fineweb.write_shard(file, np.random.default_rng(number).integers(0, 50257, shard_tokens))
-        for block_size in (64, 256, 1024):
-            windows = train.Windows(train.find_shards(folder, "train"), block_size, 50304, seed=0)
-            n_rows, speeds = batch_tokens // block_size, []
-            for number in range(n_shards * shard_tokens // batch_tokens * repeats):
-                start = time.perf_counter()
-                train.next_token_batch(windows, n_rows, number)
-                speeds.append(batch_tokens / (time.perf_counter() - start))
-            warm = statistics.median(speeds[len(speeds) // repeats :])
-            yield {"windows of": block_size, "million tokens/s": warm / 1e6}
-
-
 def checkpoint(configs, repeats, device):
-    """Writes into the current folder: a run's speed depends on the disk of its out_dir."""
+    """Seconds to write and to load that of a run, in the current folder: they depend on the disk of the out_dir."""
     device, _ = model_py.pick_device(device)
     for config in configs.split(","):
-        model, optimizers, _ = make(config, device)
+        settings = read_config(config)
+        model = make_model(settings, device)
+        optimizers = model_py.make_optimizers(model, settings["optimizer"])
         for opt in optimizers:
             for p in (p for group in opt.param_groups for p in group["params"]):
                 if isinstance(opt, model_py.Muon):  # a step of it takes minutes on a CPU
@@ -308,55 +247,44 @@ def tokenize(source, workers, repeats):
     """
     if not source:
         raise ValueError("tokenize needs --source, files of text like texts/*.parquet")
-    coder, n_threads = Tokenizer("gpt2"), workers or os.cpu_count()
+    coder, n_threads, cpu = Tokenizer("gpt2"), workers or os.cpu_count(), torch.device("cpu")
     paths = [file["path"] for file in prepare_fineweb.find_files(source, None)]
     texts = [text for path in paths for _, text in prepare_fineweb.read_documents(path, "text", False) if text]
+    rules = dict(zip(prepare_fineweb.RULES, ("gpt2", "hash < 0.005", "text", False), strict=True))
 
     def stage():
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
-            start, rules = time.perf_counter(), ("gpt2", "hash < 0.005", "text", False)
             files = prepare_fineweb.list_sources(source, "", 0.005, None)
-            rules = dict(zip(prepare_fineweb.RULES, rules, strict=True))
             prepare_fineweb.prepare(files, {}, Path(folder), rules, coder, n_threads, 0)
-            return time.perf_counter() - start
 
-    def batch():
-        start = time.perf_counter()
-        coder.bpe.encode_ordinary_batch(texts, num_threads=n_threads)
-        return time.perf_counter() - start
-
-    def arrays():
-        start = time.perf_counter()
-        with ThreadPoolExecutor(n_threads) as pool:
-            for _ in pool.map(lambda text: coder.bpe.encode_to_numpy(text, disallowed_special=()), texts):
-                pass
-        return time.perf_counter() - start
-
-    seconds = take_turns(repeats, dict(stage=stage, batch=batch, arrays=arrays))
+    ways = {
+        "prepare_fineweb.py": stage,
+        "tiktoken alone": lambda: coder.bpe.encode_ordinary_batch(texts, num_threads=n_threads),
+    }
+    seconds = take_turns(repeats, {name: partial(seconds_of, way, cpu, 1) for name, way in ways.items()})
     n_tokens = sum(len(coder.encode(text)) for text in texts)
-    names = {"stage": "prepare_fineweb.py", "batch": "encode_ordinary_batch", "arrays": "encode_to_numpy, in threads"}
-    for key, name in names.items():
-        row = {"documents": len(texts), "tokens": n_tokens, "threads": n_threads, "way": name}
-        yield row | {"tokens/s": n_tokens / seconds[key], "prepare_fineweb.py reaches": seconds[key] / seconds["stage"]}
+    ours, theirs = (n_tokens / median for median in seconds.values())
+    row = {"documents": len(texts), "tokens": n_tokens, "threads": n_threads, "prepare_fineweb.py, tokens/s": ours}
+    yield row | {"tiktoken alone": theirs, "ratio": ours / theirs}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # HellaSwag
 
 
-def random_items(n_items, rng):
-    """Items about as long as HellaSwag's: a third short captions, two thirds longer how-to texts.
+def random_items(n_items, n_vocab, longest):
+    """Items as four rows (ids, n_scored) of random tokens, about as long as HellaSwag's; at most `longest` ids.
 
-    Words are common English ones, near one token each. Their numbers (22 and 14, or 75 and 28, spread by a third) are
-    set by hand from what is published about the data, not fitted to it.
+    A third are short captions, two thirds longer how-to texts. Their tokens (22 of context and 14 an ending, or 75 and
+    28, spread by a third) are set by hand from what is published about the data, not fitted to it.
     """
-    vocabulary = "the a of and to in is you that it he was for on are as with his they at be this have from or".split()
-
-    def text(n_words):
-        return " ".join(rng.choices(vocabulary, k=max(3, round(rng.gauss(n_words, n_words / 3)))))
-
-    lengths = [(22, 14) if rng.random() < 1 / 3 else (75, 28) for _ in range(n_items)]
-    return [dict(ctx=text(c), endings=[text(e) for _ in range(4)], label=rng.randrange(4)) for c, e in lengths]
+    rng, items = random.Random(0), []
+    for _ in range(n_items):
+        n_context, n_ending = (22, 14) if rng.random() < 1 / 3 else (75, 28)
+        sizes = [max(3, round(rng.gauss(n, n / 3))) for n in (n_context, *[n_ending] * 4)]
+        context, *endings = (rng.choices(range(n_vocab), k=size) for size in sizes)
+        items.append([((context + ids)[-longest:], min(len(ids), longest - 1)) for ids in endings])
+    return items
 
 
 @torch.inference_mode()
@@ -378,13 +306,11 @@ def one_item_at_a_time(model, items, autocast):
 
 
 def hellaswag_items(configs, n_items, repeats, device, dtype):
+    """Items/s of both ways, and the largest difference between their sums of log-likelihoods."""
     device, autocast = model_py.pick_device(device, dtype)
     for config in configs.split(","):
-        model = make(config, device)[0].eval()
-        coder = Tokenizer("bytes" if model.config.n_vocab == 259 else "gpt2")
-        longest = model.config.block_size
-        rendered = [hellaswag.render(item, coder, "completion") for item in random_items(n_items, random.Random(0))]
-        items = [[(ids[-longest - 1 :], min(n, longest)) for ids, n, _ in rows] for rows in rendered]
+        model = make_model(read_config(config), device).eval()
+        items = random_items(n_items, model.config.n_vocab, model.config.block_size + 1)
         ways = {
             "hellaswag.py": partial(hellaswag.log_likelihoods, model, items, 0, autocast),
             "one at a time": partial(one_item_at_a_time, model, items, autocast),
@@ -437,7 +363,7 @@ def decode(configs, batches, new_tokens, repeats, device, dtype, n_prompt=16):
     """
     device, autocast = model_py.pick_device(device, dtype)
     for config in configs.split(","):
-        model = make(config, device)[0].eval()
+        model = make_model(read_config(config), device).eval()
         with autocast():
             model.for_decoding()
         c, n_new = model.config, min(new_tokens, model.config.block_size - n_prompt)
@@ -475,18 +401,17 @@ def numbers(name, kind=int):
 
 
 def main(what):
-    options = activation_checkpointing, tokens_per_step, compile
+    changes = dict(device=device, compile=compile, activation_checkpointing=activation_checkpointing)
+    changes |= {name: value for name, value in dict(dtype=dtype, tokens_per_step=tokens_per_step).items() if value}
     for name in ("repeats", "n_items", "new_tokens"):
         numbers(name)
     runs = [f"--data_dir={data_dir}"] + [f"--device={device}"] * bool(device) + [f"--dtype={dtype}"] * bool(dtype)
     measurements = {
-        "train": lambda: training(configs, numbers("batch_sizes"), repeats, device, dtype, *options),
+        "train": lambda: training(configs, numbers("batch_sizes"), repeats, **changes),
         "race": lambda: race(race_config, out_dir, numbers("seeds"), sorted(numbers("learning_rates", float)), runs),
-        "loss": lambda: loss(repeats, device),
-        "loader": lambda: loader(repeats),
+        "checkpoint": lambda: checkpoint(configs, repeats, device),
         "tokenize": lambda: tokenize(source, workers, repeats),
         "hellaswag": lambda: hellaswag_items(configs, n_items, repeats, device, dtype),
-        "checkpoint": lambda: checkpoint(configs, repeats, device),
         "decode": lambda: decode(configs, numbers("decode_batches"), new_tokens, repeats, device, dtype),
     }
     if what not in measurements:

@@ -18,7 +18,7 @@ from configurator import configure
 
 import torch
 
-from hub import download, list_hub
+from hub import download, is_repo, list_hub
 from model import FAMILIES, GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
 from prepare_fineweb import read_json, write_json
 from tokenizer import SPECIALS, Tokenizer
@@ -261,11 +261,12 @@ def tokenizer_to_hf(coder, config):
 # ----------------------------------------------------------------------------------------------------------------------
 # model card
 
-LICENCES = {  # of data, by a part of its name
-    "fineweb": "ODC-By 1.0",
-    "alpaca-cleaned": "CC BY-NC 4.0, not for commercial use",
-    "dolly-15k": "CC BY-SA 3.0",
-    "oasst": "Apache 2.0",
+LICENCES = {  # of data, by the names that prepare_fineweb.py and prepare_instruct.py note
+    "HuggingFaceFW/fineweb-edu": "ODC-By 1.0",
+    "kjj0/finewebedu10B-gpt2": "ODC-By 1.0, that of FineWeb-Edu, whose text it is",
+    "raschka": "Apache 2.0",
+    "alpaca": "CC BY-NC 4.0, not for commercial use: of Stanford's Alpaca; the cleaned copy's page says CC BY 4.0",
+    "smoltalk": "Apache 2.0",
 }
 
 CARD = """---
@@ -299,14 +300,15 @@ BASE_EXAMPLE = (
 
 
 def sources_of(folder):
-    """Names of what a stage's data_dir was made from, as far as this machine has it."""
+    """Names of what a stage's data_dir was made from, of many files their folders; the data_dir where nothing says."""
     path = Path(folder) / "meta.json"
     names = read_json(path).get("sources", []) if path.exists() else []
-    return sorted({name.rpartition("/")[0] if len(names) > 3 else name for name in names}) or [str(folder)]
+    return sorted({name.rpartition("/")[0] or name if len(names) > 3 else name for name in names}) or [str(folder)]
 
 
 def licence_of(source):
-    known = [licence for part, licence in LICENCES.items() if part in source]
+    """The licence of a source, or of the dataset of the Hub that it is a file or folder of."""
+    known = [licence for name, licence in LICENCES.items() if f"{source}/".startswith(f"{name}/")]
     return known[0] if known else "licence not known here: look it up"
 
 
@@ -413,7 +415,7 @@ def import_model(model, path, overwrite):
         raise FileExistsError(f"{path} is there: choose another --out, or --overwrite=True")
     folder = Path(model)
     if not model or not folder.is_dir():
-        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+        if not is_repo(model):
             raise FileNotFoundError(f"--model={model}: no such folder (a model of the Hub is owner/name)")
         folder = fetch_model(model)
     if not (folder / "config.json").exists():

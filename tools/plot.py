@@ -4,9 +4,9 @@ norm, learning rate, tokens/s.
     python -m tools.plot --runs=out/fgpt_712m --out=plot.png
     python -m tools.plot --runs=out/adamw,out/muon --x=tokens --out=compare.png
 
-Reads log.jsonl of each run (pretraining or finetuning, also one that is still
-being written). Writes the picture and prints one line per run. A panel that no
-run has data for is left out.
+Reads log.jsonl of each run (of train.py, finetune.py or dpo.py, also one that
+is still being written). Writes the picture and prints one line per run. A panel
+that no run has data for is left out.
 """
 
 import glob
@@ -22,13 +22,14 @@ out = "plot.png"  # the picture to write; .pdf and .svg work too
 x = "steps"  # horizontal axis: steps, tokens or hours
 
 FORMAT = "fgpt log 1"
+UNITS = {"loss": "nats/token", "tokens": "trained tokens"}  # where a log does not tell
 X_AXES = {  # x: column of the log, divisor, label
     "steps": ("step", 1, "optimizer step"),
-    "tokens": ("tokens", 1, "tokens seen"),
+    "tokens": ("tokens", 1, "{tokens}"),
     "hours": ("seconds", 3600, "training time (hours)"),
 }
 PANELS = {  # title: label of the y axis, then (column of the log, name in the panel's key, line style)
-    "Loss": ("{unit}", ("loss", "train", "noisy"), ("val_loss", "validation", "dots")),
+    "Loss": ("{loss}", ("loss", "train", "noisy"), ("val_loss", "validation", "dots")),
     "HellaSwag": ("accuracy", ("hellaswag_acc_norm", "acc_norm", "dots"), ("hellaswag_acc", "acc", "dashed")),
     "Gradient norm": ("norm before clipping", ("grad_norm", "", "noisy")),
     "Learning rate": ("learning rate", ("learning_rate", "AdamW", "line"), ("muon_learning_rate", "Muon", "dashed")),
@@ -69,7 +70,7 @@ def plot_runs(paths, out, x="steps"):
     logs = find_logs(paths)
     if not 1 <= len(logs) <= len(COLORS):
         raise ValueError(f"name 1 to {len(COLORS)} runs (--runs=out/a,out/b), not {len(logs)}")
-    tables = {name: read_log(path, x) for name, path in logs.items()}
+    tables = {name: read_table(path, x) for name, path in logs.items()}
     figure = draw(tables, x)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
@@ -95,27 +96,25 @@ def log_file(path):
     return Path(path) if path.endswith(".jsonl") else Path(path) / "log.jsonl"
 
 
-def read_log(path, x):
-    """A log as {column: (n,) float64, NaN where a row has no value}, with "x" for the axis and the header's "units".
+def read_log(path):
+    """(units, rows) of a run's log.jsonl: of each column, {name: unit}, and a dict of numbers for each step.
 
-    A last line cut off in writing (the run was killed, or writes it now) is skipped with a note.
+    A last line cut off in writing (the run was killed, or writes it now) is skipped with a note. FileNotFoundError, or
+    ValueError that names the file and the line.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; --runs takes the out_dir of each run, separated by commas")
+        raise FileNotFoundError(f"{path}: no such file: a run writes it into its out_dir")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    rows = [parse(line) for line in lines]
-    if not rows or not rows[0] or rows[0].get("format") != FORMAT:
+    header, *rows = [parse(line) for line in lines] or [None]
+    if not header or header.get("format") != FORMAT:
         raise ValueError(f'{path}: not a log of a run: its first line should say "format": "{FORMAT}"')
-    if rows[-1] is None:
+    if rows and rows[-1] is None:
         print(f"note: {path}: its last line was cut off in writing and is skipped")
         rows.pop()
-    for number, row in enumerate(rows[1:], start=2):
+    for number, row in enumerate(rows, start=2):
         if row is None or "step" not in row:
-            raise ValueError(f"{path}: line {number} is damaged; remove it to draw the others")
-    names = {"step", "tokens", "seconds", "val_bpb", *(c[0] for _, *columns in PANELS.values() for c in columns)}
-    table = {name: np.array([row.get(name) for row in rows[1:]], dtype=float) for name in names}
-    column, divisor, _ = X_AXES[x]
-    return {**table, "x": table[column] / divisor, "units": rows[0].get("units", {})}
+            raise ValueError(f"{path}: line {number} is damaged: remove it to read the others")
+    return header.get("units", {}), rows
 
 
 def parse(line):
@@ -125,6 +124,15 @@ def parse(line):
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
+
+
+def read_table(path, x):
+    """A log as {column: (n,) float64, NaN where a row has no value}, with "x" for the axis and "units"."""
+    units, rows = read_log(path)
+    names = {"step", "tokens", "seconds", "val_bpb", *(c[0] for _, *columns in PANELS.values() for c in columns)}
+    table = {name: np.array([row.get(name) for row in rows], dtype=float) for name in names}
+    column, divisor, _ = X_AXES[x]
+    return {**table, "x": table[column] / divisor, "units": UNITS | units}
 
 
 def draw(tables, x):
@@ -137,7 +145,7 @@ def draw(tables, x):
 
     titles = [title for title, (_, *columns) in PANELS.items() if any(has_data(tables, c[0]) for c in columns)]
     if not titles:
-        raise ValueError(f"{', '.join(tables)}: nothing to draw over {X_AXES[x][2]} yet")
+        raise ValueError(f"{', '.join(tables)}: nothing to draw over {x} yet")
     cells = titles[:1] * (len(titles) % 2) + titles
     rows = [cells[i : i + 2] for i in range(0, len(cells), 2)]
     with matplotlib.rc_context(STYLE):
@@ -146,8 +154,8 @@ def draw(tables, x):
         for title, ax in figure.subplot_mosaic(rows).items():
             draw_panel(ax, title, tables, x)
         handles = [matplotlib.lines.Line2D([], [], color=color, linewidth=4) for color in COLORS[: len(tables)]]
-        labels = [f"{name}:  {result(table)}" for name, table in tables.items()]
-        figure.legend(handles, labels, loc="outside upper left", fontsize=11)
+        labels = [f"{name}: {summary(table)}" for name, table in tables.items()]
+        figure.legend(handles, labels, loc="outside upper left", fontsize=9)
     return figure
 
 
@@ -158,13 +166,12 @@ def draw_panel(ax, title, tables, x):
 
     label, *columns = PANELS[title]
     columns = [column for column in columns if has_data(tables, column[0])]
-    units = next(iter(tables.values()))["units"]
-    ax.set(title=title, xlabel=X_AXES[x][2], ylabel=label.format(unit=units.get("loss", "nats/token")))
-    for number, table in enumerate(tables.values()):
-        # Schedules are often equal: earlier runs are drawn wider, so that they show behind later ones.
-        width = 3 * (1 - (number + 1) / len(tables)) if title == "Learning rate" else 0
+    # runs of several stages have several units
+    units = {name: ", ".join(dict.fromkeys(table["units"][name] for table in tables.values())) for name in UNITS}
+    ax.set(title=title, xlabel=X_AXES[x][2].format(**units), ylabel=label.format(**units))
+    for color, table in zip(COLORS, tables.values(), strict=False):
         for name, _, kind in columns:
-            draw_column(ax, *finite(table, name), kind, COLORS[number], width)
+            draw_column(ax, *finite(table, name), kind, color)
     end = max(np.nanmax(table["x"], initial=0) for table in tables.values())
     ax.set_xlim(-0.02 * end, 1.02 * end or 1)
     ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=x != "hours"))
@@ -175,8 +182,6 @@ def draw_panel(ax, title, tables, x):
         ax.axhline(0.25, color=GREY, linewidth=1.2, linestyle=":")
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
         ax.annotate("chance: 25%", (1, 0.25), (0, 3), color=GREY, fontsize=9, **place)
-    elif title == "Learning rate":
-        limit_rates(ax, [finite(table, name)[1] for table in tables.values() for name, *_ in columns])
     else:
         limit_y(ax, [finite(table, name) for table in tables.values() for name, *_ in columns], title != "Loss")
     if len(columns) > 1:
@@ -185,11 +190,10 @@ def draw_panel(ax, title, tables, x):
         ax.legend(keys, [key for _, key, _ in columns], fontsize=9, labelcolor=GREY, **place)
 
 
-def draw_column(ax, xs, ys, kind, color, width=0):
+def draw_column(ax, xs, ys, kind, color):
     if not len(xs):
         return
     line = dict(LINES[kind], color=color)
-    line["linewidth"] += width
     if kind == "noisy":
         ax.plot(xs, ys, color=color, linewidth=0.6, alpha=0.3)
         ys = smooth(ys)
@@ -219,15 +223,6 @@ def limit_y(ax, columns, from_zero):
     ax.set_ylim(bottom if from_zero else bottom - pad, top + pad)
 
 
-def limit_rates(ax, columns):
-    peaks = [ys.max() for ys in columns if len(ys)]
-    if min(peaks) > 0 and max(peaks) > 5 * min(peaks):  # Muon's is often 50 times AdamW's
-        ax.set_yscale("log", nonpositive="mask")
-        ax.set_ylim(min(peaks) / 100, max(peaks) * 2)
-    else:
-        ax.set_ylim(bottom=0)
-
-
 def smooth(ys):
     """(n,) -> (n,): the mean around each step, with weights that fall to 0 at 1% of the run on either side."""
     triangle = np.bartlett(2 * (len(ys) // 100) + 3)[1:-1]
@@ -255,24 +250,17 @@ def short(value, _=None):
     return f"{value:.3g}"
 
 
-def result(table):
-    """The legend's text for a run: its last validation loss and HellaSwag accuracy, where it has them."""
-    unit = table["units"].get("loss", "nats/token")
-    parts = [f"validation loss {val:.3f} {unit}" for val in finite(table, "val_loss")[1][-1:]]
-    parts += [f"{bpb:.3f} bits/byte" for bpb in finite(table, "val_bpb")[1][-1:]]
-    parts += [f"HellaSwag acc_norm {accuracy:.1%}" for accuracy in finite(table, "hellaswag_acc_norm")[1][-1:]]
-    return ", ".join(parts) or "no validation"
-
-
 def summary(table):
-    """What is printed for a run."""
+    """A run in a line, which is printed and stands above the panels: what it has reached, and what that took."""
     losses, parts = finite(table, "loss")[1], []
     if len(losses):
         parts.append(f"train loss {smooth(losses)[-1]:.4f}")
     if has_data({"": table}, "val_loss"):
         best = np.nanargmin(table["val_loss"])
         parts.append(f"best validation loss {table['val_loss'][best]:.4f} at step {table['step'][best]:,.0f}")
-    parts.append(f"{np.nanmax(table['tokens'], initial=0):,.0f} tokens")
+    parts += [f"{bpb:.3f} bits/byte" for bpb in finite(table, "val_bpb")[1][-1:]]
+    parts += [f"HellaSwag acc_norm {accuracy:.1%}" for accuracy in finite(table, "hellaswag_acc_norm")[1][-1:]]
+    parts.append(f"{np.nanmax(table['tokens'], initial=0):,.0f} {table['units']['tokens']}")
     seconds = np.nanmax(table["seconds"], initial=0)
     parts.append(f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes")
     return ", ".join(parts)

@@ -5,12 +5,13 @@ modern family + Muon. Every run is train.py itself with one config, the recipes 
 runs' logs. The baseline (1) is first run with several learning rates, and goes on with the best of them.
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+
+from tools.plot import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = {  # what config/race.py is asked for
@@ -37,8 +38,7 @@ def run(config, arm, out_dir, *more):
         if code:
             raise ValueError(f"the run in {out_dir} failed (exit code {code})")
         done.write_text(recipe, encoding="utf-8")
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [row for row in rows if "step" in row]
+    return read_log(folder / "log.jsonl")[1]
 
 
 def curve(rows):

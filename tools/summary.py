@@ -10,7 +10,6 @@ heldout_finetuned, heldout_dpo, preference_before, preference_after) and seconds
 (a dict, by stage).
 """
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from finetune import answers
 from model import load_model, pick_device
 from prepare_fineweb import read_json, write_json
 from tokenizer import Tokenizer
+from tools.plot import read_log
 
 dir = "out/quickstart"  # the folder that runs/quickstart.sh filled
 answer_tokens = 64  # longest answer, tokens
@@ -37,8 +37,7 @@ def held_out_accuracy(checkpoint, questions, answer_tokens):
 
 def first_and_last(log, name):
     """The first and the last value of a column of a log.jsonl."""
-    rows = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
-    values = [row[name] for row in rows if name in row]
+    values = [row[name] for row in read_log(log)[1] if name in row]
     return values[0], values[-1]
 
 

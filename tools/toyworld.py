@@ -261,6 +261,7 @@ def make_docs(facts, relations, repeats, rng):
 
 
 def write_parquet(path, docs, rng):
+    """The docs with FineWeb-Edu's other columns, whose values are made up."""
     import pyarrow
     import pyarrow.parquet
 
@@ -324,6 +325,7 @@ def make_hellaswag(facts, relations, rng):
 
 
 def make_questions(heldout, relations, rng):
+    """A {question, answer} for each held-out fact."""
     rows = [(relations[fact[0]], fact) for fact in heldout]
     return [{"question": tell(rng.choice(r["?"]), fact), "answer": tell(r[""][0], fact)} for r, fact in rows]
 
