@@ -5305,7 +5305,10 @@ def test_a_base_page_continues_the_text_until_it_is_stopped_or_ends(base_site):
 
 def test_the_pages_ask_only_their_own_server(sites):
     for site in sites.values():
-        site.usual()
+        page = site.usual()
+        site.requests.clear()
+        page.reload()
+        page.get_by_role("button", name="Stop").wait_for()
         assert len(site.requests) > 20
         assert not [url for url in site.requests if not url.startswith((site.address, "data:", "blob:"))]
         posted = requests.post(f"{site.address}gradio_api/upload", files={"files": b"of a stranger"})
