@@ -346,6 +346,27 @@ def test_modern_with_an_explicit_head_size_equals_transformers():
         assert (model(idx) - hf_qwen3(model)(idx).logits).abs().max() < 1e-4
 
 
+@torch.inference_mode()
+def test_queries_and_keys_that_are_nearly_zero_are_normed_as_in_transformers():
+    model = tiny("modern")
+    for block in model.h:  # squares of 1e-6: here the epsilon of the norms counts
+        block.attn.c_attn.weight[:64] *= 2e-3
+    idx = torch.arange(32)[None]
+    assert (model(idx) - hf_qwen3(model)(idx).logits).abs().max() < 1e-4
+
+
+def test_a_training_flop_is_six_per_parameter_that_multiplies_and_causal_attention():
+    for family, n_not in (("gpt2", 32 * 32), ("modern", 0)):  # learned positions are added, not multiplied
+        model = tiny(family)
+        attention = 2 * 6 * 32 * 32  # layers: scores and values, forward and twice backward, over half of 32 positions
+        assert model.flops_per_token() == 6 * (model.n_params() - n_not) + attention
+
+
+def test_the_width_of_swiglu_is_a_multiple_of_64_as_kernels_like_it():
+    widths = {n_embd: GPTConfig(**FAMILIES["modern"], n_embd=n_embd, n_head=2).mlp_dim for n_embd in (96, 100, 768)}
+    assert widths == {96: 256, 100: 320, 768: 2048} and GPTConfig(n_embd=100, n_head=4).mlp_dim == 400
+
+
 @families
 def test_generation_with_the_cache_equals_recomputing_the_context(family):
     model, prompts = tiny(family), [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
@@ -416,6 +437,17 @@ def test_a_cache_survives_an_interruption_anywhere(calls):
     prompts, new = [[1, 2, 3, *free[0], 5]], model.new_cache(1, 32)
     with torch.inference_mode():
         assert (model.prefill(prompts, cache) - model.prefill(prompts, new)).abs().max() < 1e-5
+
+
+def test_a_cache_survives_an_interruption_while_it_reads_another_prompt():
+    model, prompts = tiny("modern"), [[1, 2, 3, 4, 5, 6], [1, 2, 9, 9, 9, 9]]
+    cache = model.new_cache(1, 32)
+    expected = model.prefill(prompts[:1], model.new_cache(1, 32))
+    model.prefill(prompts[:1], cache)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
+        die_at(patch, model.h[1], "forward", 1, 0)
+        model.prefill(prompts[1:], cache)
+    assert (model.prefill(prompts[:1], cache) - expected).abs().max() < 1e-5
 
 
 @families
@@ -541,6 +573,26 @@ def test_top_p_samples_only_among_the_fewest_that_together_have_the_probability(
     assert (shares - logits[0].exp()).abs().max() < 0.05
 
 
+def test_the_temperature_divides_the_logits_before_top_p_counts():
+    logits = torch.tensor([[0.0, math.log(4)]]).repeat(2000, 1)  # shares of 1 and 4
+
+    def draw(temperature, **settings):
+        generator = torch.Generator().manual_seed(0)
+        return model_py.sample_next(logits, temperature, generator=generator, **settings).float().mean().item()
+
+    for temperature, share in ((0.5, 16 / 17), (1.0, 4 / 5), (2.0, 2 / 3)):
+        assert draw(temperature) == pytest.approx(share, abs=0.03) == draw(temperature, top_p=0.99)
+    assert draw(1.0, top_p=0.75) == 1 > draw(2.0, top_p=0.75)  # at temperature 2 one of them is not enough
+
+
+def test_probabilities_of_the_next_token_are_fp32_even_under_autocast(monkeypatch):
+    seen, sample_next = [], model_py.sample_next
+    monkeypatch.setattr(model_py, "sample_next", lambda x, *rest: seen.append(x.dtype) or sample_next(x, *rest))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        list(tiny().generate([[1, 2]], 2))
+    assert seen == [torch.float32] * 2
+
+
 def test_the_row_whose_logits_are_not_numbers_is_known():
     logits = torch.zeros(4, 10)
     logits[0, 3], logits[2, 4], logits[3] = math.nan, math.inf, -math.inf
@@ -599,8 +651,12 @@ def test_new_weights_predict_almost_uniformly(family):
     idx = torch.randint(0, 259, (8, 33))
     loss = model(idx[:, :-1], idx[:, 1:]) / (8 * 32)
     assert abs(loss - math.log(320)) < 0.05
-    if family == "modern":
-        assert all(block.mlp.c_proj.weight.abs().max() == 0 for block in model.h)
+    for proj in (proj for block in model.h for proj in (block.mlp.c_proj, block.attn.c_proj)):
+        if family == "modern":
+            assert proj.weight.abs().max() == 0
+        else:  # two layers have four projections into the residual stream
+            assert proj.weight.std().item() == pytest.approx(0.02 / 2, rel=0.1)
+            assert proj.bias.abs().max() == 0
 
 
 def test_orthogonalize_brings_the_singular_values_near_one_and_keeps_the_vectors():
@@ -779,7 +835,7 @@ def test_a_saved_model_comes_back_bit_for_bit(family, tmp_path):
     model = tiny(family)
     model_py.save_checkpoint(tmp_path / "a.pt", model, tokenizer="bytes")
     again, content = load_model(tmp_path / "a.pt")
-    assert again.config == model.config and content["tokenizer"] == "bytes"
+    assert again.config == model.config and content["tokenizer"] == "bytes" and not again.training
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
