@@ -670,6 +670,17 @@ def test_orthogonalize_brings_the_singular_values_near_one_and_keeps_the_vectors
         assert (inner - torch.diag_embed(diagonal)).abs().max() < 1e-4
 
 
+def test_a_tall_matrix_is_orthogonalized_at_the_price_of_a_wide_one():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    prices = []
+    for shape in ((1, 8, 64), (1, 64, 8)):
+        with FlopCounterMode(display=False) as counter:
+            model_py.orthogonalize(torch.randn(shape))
+        prices.append(counter.get_total_flops())
+    assert prices[0] == prices[1] > 0
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with PyTorch 2.9")
 def test_a_muon_step_equals_that_of_pytorch():
     torch.manual_seed(0)
@@ -741,6 +752,18 @@ def test_every_parameter_is_in_one_group_and_decay_spares_norms_and_biases(famil
             assert group["weight_decay"] == (0.1 if p.ndim == 2 else 0)
             in_blocks = names[id(p)].startswith("h.") and p.ndim == 2
             assert (kind is Muon) == (optimizer == "muon" and in_blocks)
+
+
+def test_the_optimizers_get_their_own_rates_and_momenta_and_muon_is_told_of_the_fused_matrix():
+    adamw, muon = make_optimizers(tiny(), "muon", learning_rate=0.1, muon_learning_rate=0.2, beta2=0.7)
+    assert {(group["lr"], *group["betas"]) for group in adamw.param_groups} == {(0.1, 0.9, 0.7)}
+    assert {(group["lr"], group["momentum"]) for group in muon.param_groups} == {(0.2, 0.95)}
+    assert [(group["name"], group["n_split"]) for group in muon.param_groups] == [
+        ("attention QKV", 3),
+        ("other matrices", 1),
+    ]
+    (adamw,) = make_optimizers(tiny(), "adamw", learning_rate=0.1, muon_learning_rate=0.2, beta2=0.7)
+    assert {(group["lr"], *group["betas"]) for group in adamw.param_groups} == {(0.1, 0.9, 0.7)}
 
 
 def test_muon_steps_with_heads_wider_than_the_model():
