@@ -827,15 +827,27 @@ def test_a_file_that_is_not_a_checkpoint_is_refused_by_name(tmp_path):
     model_py.save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
     whole = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    torch.save({"format_version": 99}, tmp_path / "new.pt")
+    torch.save({"format_version": model_py.FORMAT_VERSION + 1}, tmp_path / "new.pt")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     torch.save({"format_version": 1, "config": {"n_layer": 1}, "model": {}}, tmp_path / "other.pt")
-    refused = {"cut.pt": "damaged", "new.pt": "format 99, of a newer fgpt", "foreign.pt": "not a checkpoint of fgpt"}
+    refused = {"cut.pt": "damaged", "new.pt": "format 2, of a newer fgpt", "foreign.pt": "not a checkpoint of fgpt"}
     refused |= {"none.pt": "no such checkpoint", "other.pt": "make no model"}
     for name, said in refused.items():
         with pytest.raises((ValueError, OSError), match=f"{name}.*{said}"):
             load_model(tmp_path / name)
     assert "no such checkpoint" in run("sample.py", f"--checkpoint={tmp_path}/none.pt", "--prompt=a", code=1)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (f"{tmp_path}/owned",)
+
+    content = {"format_version": 1, "config": {}, "model": {}, "tokenizer": Attack()}
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="a.pt is damaged or not a checkpoint"):
+        load_model(tmp_path / "a.pt")
+    assert not (tmp_path / "owned").exists()
 
 
 def test_a_checkpoint_as_the_first_version_wrote_it_loads(tmp_path):
