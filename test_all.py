@@ -171,6 +171,7 @@ def test_a_string_setting_takes_the_value_verbatim_and_an_int_is_fine_for_a_floa
     got = stage("--name=12", "--rate=2", "--free=words", "--fast=True")
     assert got == {"size": 3, "rate": 2.0, "name": "12", "fast": True, "free": "words"}
     assert isinstance(got["rate"], float)
+    assert stage("--fast", "--fast=False")["fast"] is False
 
 
 @pytest.mark.parametrize(
@@ -3151,6 +3152,8 @@ def test_bad_input_is_one_line_on_stderr_and_a_bug_keeps_its_traceback(tmp_path)
     hook = "import sys, configurator; sys.excepthook = configurator.one_line_errors; "
     bug = subprocess.run([sys.executable, "-c", hook + "[].x"], cwd=ROOT, capture_output=True, text=True)
     assert bug.returncode == 1 and "Traceback" in bug.stderr
+    bug = subprocess.run([sys.executable, "-c", hook + "import json; json.loads('')"], cwd=ROOT, capture_output=True)
+    assert bug.returncode == 1 and b"Traceback" in bug.stderr  # a ValueError, but by somebody else's code
     full = hook + "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried ...')"
     assert "memory is full: use a smaller batch" in run("-c", full, code=1)
 
