@@ -2402,6 +2402,7 @@ def test_the_permutation_mixes():
     placed = train.permute(np.arange(n), n, train.key_of(7, 0))
     assert abs(np.corrcoef(np.arange(n), placed)[0, 1]) < 0.05
     assert (abs(np.diff(placed)) == 1).mean() < 0.005
+    assert (abs(np.diff(placed)) < 250).mean() == pytest.approx(0.1, abs=0.02)  # neighbours go anywhere
 
 
 def test_each_epoch_visits_every_window_of_every_uneven_shard_once(tmp_path):
@@ -2431,11 +2432,38 @@ def test_the_batch_of_a_step_depends_on_seed_and_step_alone(tmp_path):
     assert (one.batch(60, 20) == later).all() and (train.Windows(paths, 16, 1000, seed=1).batch(60, 20) == later).all()
     assert (one.batch(60, 10) == later[:10]).all() and (one.batch(70, 10) == later[10:]).all()
     assert not (other.batch(60, 20) == later).all()
+    numbers = np.arange(len(one))  # of the first epoch: the order depends on the seed, and so do the cuts
+    assert not (other.order(numbers) == one.order(numbers)).all()
+    cuts = [sorted(zip(*windows.places(numbers), strict=True)) for windows in (one, other)]
+    assert cuts[0] != cuts[1]
+
+
+def test_over_some_epochs_no_token_of_a_shard_is_left_out(tmp_path):
+    windows = train.Windows(shards(tmp_path, 30), 8, 1000, seed=1)  # three windows of 8 targets, and 5 tokens more
+    assert set(windows.batch(0, 3 * 60).ravel().tolist()) == set(range(30))
 
 
 def test_targets_are_the_next_tokens(tmp_path):
     idx, targets = train.next_token_batch(train.Windows(shards(tmp_path, 500), 16, 1000, seed=1), 4, 0)
     assert idx.shape == targets.shape == (4, 16) and (targets == idx + 1).all()
+    windows = train.Windows(shards(tmp_path, 16 * 12 + 1), 16, 1000, seed=1)
+    steps = torch.cat([train.next_token_batch(windows, 4, step)[1] for step in range(3)])
+    assert steps.flatten().sort().values.tolist() == list(range(1, 16 * 12 + 1))  # three steps are one epoch
+
+
+def test_a_shard_is_known_again_by_its_name_its_length_and_both_ends(tmp_path):
+    tokens = np.arange(20_000, dtype=np.uint16)
+    changed = {"first": tokens.copy(), "last": tokens.copy(), "longer": np.append(tokens, tokens[-1:])}
+    changed["first"][0] = changed["last"][-1] = 7
+    seen = []
+    for folder, name, content in [("a", "x", tokens), ("b", "x", tokens), ("c", "y", tokens)] + [
+        (folder, "x", content) for folder, content in changed.items()
+    ]:
+        (tmp_path / folder).mkdir()
+        with open(tmp_path / folder / f"train_{name}.bin", "wb") as file:
+            write_shard(file, content)
+        seen.append(train.Windows([tmp_path / folder / f"train_{name}.bin"], 8, 20_000, seed=1).fingerprint())
+    assert seen[0] == seen[1] and all(seen.count(fingerprint) == 1 for fingerprint in seen[2:])
 
 
 def test_data_that_cannot_be_trained_on_is_refused_by_name(tmp_path):
@@ -2444,6 +2472,10 @@ def test_data_that_cannot_be_trained_on_is_refused_by_name(tmp_path):
         train.Windows(paths, 64, 1000, seed=1)
     with pytest.raises(ValueError, match="token id 1.. is outside the vocabulary of 100"):
         train.Windows(paths, 8, 100, seed=1).batch(0, 13)
+    paths = shards(tmp_path, 33)
+    assert train.Windows(paths, 16, 33, seed=1).batch(0, 2).max() == 32
+    with pytest.raises(ValueError, match="token id 32 is outside the vocabulary of 32"):
+        train.Windows(paths, 16, 32, seed=1).batch(0, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
