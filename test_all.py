@@ -2607,6 +2607,33 @@ def test_a_step_that_is_not_finite_is_not_applied():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_where_loss_or_gradient_alone_is_not_finite_the_next_step_is_as_if_that_one_had_not_been(what):
+    model, other = tiny(), tiny()
+    if what == "loss":
+        hook = model.register_forward_hook(lambda module, inputs, loss: loss + math.inf)
+    else:
+        hook = model.ln_f.weight.register_hook(lambda gradient: gradient * math.inf)
+    optimizers = make_optimizers(model)
+    loss, norm, applied = train.train_step(model, optimizers, random_batch(), 8, 1.0, plain)
+    assert (math.isfinite(loss), math.isfinite(norm), applied) == (what != "loss", what != "gradient", False)
+    hook.remove()
+    train.train_step(model, optimizers, random_batch(), 8, 1.0, plain)
+    train.train_step(other, make_optimizers(other), random_batch(), 8, 1.0, plain)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_targets_that_count_are_counted_as_trained_and_skipped_steps_as_long_as_they_follow_one_another():
+    state, (idx, targets) = train.new_state(), random_batch()
+    targets[0, 3:] = targets[5, :] = -100
+    skipped = []
+    for applied in (False, False, True, False):
+        train.count_step(state, (idx, targets), 0.5, applied)
+        skipped.append(state["skipped_in_a_row"])
+    assert skipped == [1, 2, 0, 1] and (state["step"], state["seconds"]) == (4, 2.0)
+    assert state["tokens"] == 4 * (8 * 16 - 13 - 16)
+
+
 @families
 def test_one_batch_is_overfitted_to_near_zero(family):
     torch.manual_seed(0)
@@ -2642,6 +2669,8 @@ def test_validation_loss_is_the_mean_over_fixed_windows_in_nats_and_bits(tmp_pat
         got = train.validation_loss(model, windows, 10, batch_size, coder.token_bytes(), plain)
         assert abs(got["val_loss"] - nats / (10 * T)) < 1e-5
         assert abs(got["val_bpb"] - nats / n_bytes / math.log(2)) < 1e-5
+    got = train.validation_loss(model, windows, 10, 3, np.arange(259), plain)  # tokens of many lengths
+    assert got["val_bpb"] == pytest.approx(nats / int(rows[:, 1:].sum()) / math.log(2), rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2695,6 +2724,9 @@ def test_a_training_run_logs_every_step_with_units_and_the_validation_loss_falls
     assert header["format"] == "fgpt log 1" and header["units"]["loss"] == "nats/token"
     assert [row["step"] for row in rows] == list(range(61)) and rows[-1]["tokens"] == 60 * 256
     assert {k for row in rows for k in row} <= set(header["units"])
+    for name, peak in (("learning_rate", 0.01), ("muon_learning_rate", 0.02)):
+        rates = [peak * train.lr_scale(step, 60, warmup_steps=2) for step in range(60)]
+        assert [row[name] for row in rows[1:]] == rates
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     assert len(losses) == 4 and losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 2
     assert rows[0]["val_bpb"] == pytest.approx(losses[0] / math.log(2), rel=0.02)
@@ -2870,6 +2902,24 @@ def test_a_death_inside_the_write_of_a_checkpoint_changes_nothing(story, tmp_pat
         assert same_run(tmp_path / "whole", out), death
 
 
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_its_bytes(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    with train.open_log(tmp_path / "log.jsonl", 0, {}) as log:
+        log.write(b"a row that waits in the buffer\n")
+        monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file)), fsync(file)))
+        assert train.write(str(tmp_path / "ckpt.pt"), tiny(), {}, log)
+    first, whole = synced[0], (tmp_path / "log.jsonl").stat()
+    assert (first.st_ino, first.st_size) == (whole.st_ino, whole.st_size) and whole.st_size > 30
+
+
+def test_best_pt_keeps_the_lowest_validation_loss_also_over_a_resumption(story, tmp_path, monkeypatch):
+    measured = iter([5.0, 3.0, 4.0, 3.5, 2.0, 2.5])
+    monkeypatch.setattr(train, "validation_loss", lambda *arguments: {"val_loss": next(measured)})
+    for begin, max_steps, best in (("scratch", 2, 1), ("resume", 3, 1), ("resume", 5, 4)):
+        pretrain(story, tmp_path / "run", max_steps=max_steps, eval_interval=1, init_from=begin)
+        assert load_checkpoint(tmp_path / "run/best.pt")["step"] == best
+
+
 def test_a_full_disk_is_reported_and_the_next_checkpoint_is_written(story, tmp_path, monkeypatch, capsys):
     changes = dict(max_steps=8, checkpoint_interval=2, eval_interval=4)
     pretrain(story, tmp_path / "whole", **changes)
@@ -2930,6 +2980,37 @@ def test_the_length_of_a_run_is_given_in_steps_or_tokens_and_its_time_in_minutes
     pretrain(story, tmp_path / "minutes", max_steps=1000, max_minutes=1e-9)
     assert load_checkpoint(tmp_path / "minutes/ckpt.pt")["step"] == 1
     assert "best.pt of step 0 (validation loss" in (said := capsys.readouterr().out) and "NOT TRAINED" in said
+
+
+def test_max_minutes_are_minutes(monkeypatch):
+    handlers, now = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, [1000.0]
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    try:
+        should_stop, never = train.stop_request(0.5), train.stop_request(0.0)
+        stopped = []
+        for now[0] in (1001.0, 1029.0, 1031.0):
+            stopped.append((should_stop(), never()))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert stopped == [(False, False), (False, False), (True, False)]
+
+
+def test_samples_on_the_way_are_the_same_each_time_and_take_nothing_from_the_random_state(capsys):
+    model, said = tiny(), []
+    state = torch.get_rng_state()
+    for step in (1, 1, 2):
+        train.print_sample(model, Tokenizer("bytes"), "The ", step, plain)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2] and torch.equal(state, torch.get_rng_state())
+
+
+def test_mfu_is_the_flops_of_the_trained_tokens_over_the_peak(story, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "peak_flops", lambda device: 1e9)
+    pretrain(story, tmp_path, max_steps=2, eval_interval=0)
+    rows, (model, _) = [json.loads(line) for line in open(tmp_path / "log.jsonl")], load_model(tmp_path / "ckpt.pt")
+    for row in rows[2:]:
+        assert row["mfu"] == pytest.approx(model.flops_per_token() * row["tokens_per_second"] / 1e9, rel=1e-2)
 
 
 def test_the_largest_micro_batch_is_found_stored_and_used_again(story, tmp_path, monkeypatch, capsys):
@@ -3093,8 +3174,9 @@ def test_a_used_out_dir_is_refused_and_nothing_is_lost(story, tmp_path):
     with pytest.raises(ValueError, match="in use.*--overwrite=True"):
         pretrain(story, out, max_steps=2)
     assert (out / "ckpt.pt").read_bytes() == before
-    pretrain(story, out, max_steps=3, overwrite=True)
-    assert log_rows(out)[-1]["step"] == 3
+    assert (out / "best.pt").exists()
+    pretrain(story, out, max_steps=3, overwrite=True, eval_interval=0)
+    assert log_rows(out)[-1]["step"] == 3 and not (out / "best.pt").exists()  # it was another run's
 
 
 def test_force_changes_what_can_be_changed_and_no_sizes(story, tmp_path):
@@ -3149,6 +3231,21 @@ def test_resuming_another_run_is_refused_by_naming_the_settings(story, tmp_path)
         pretrain(story, tmp_path, max_steps=4, init_from="resume", n_layer=3, seed=1)
     pretrain(story, tmp_path, max_steps=4, init_from="resume")
     assert log_rows(tmp_path)[-1]["step"] == 4
+
+
+def test_a_run_is_resumed_only_with_the_settings_that_its_weights_depend_on():
+    free = "out_dir data_dir init_from overwrite force max_steps max_tokens eval_interval eval_tokens max_minutes "
+    free += "hellaswag_interval hellaswag_source hellaswag_limit sample_interval sample_prompt log_interval "
+    free += "checkpoint_interval"
+    stored, refused = {"settings": train.DEFAULTS, "data": [], "optimizers": []}, set()
+    for name in train.DEFAULTS:
+        record = {"settings": train.DEFAULTS | {name: "another"}, "data": [], "processes": 1}
+        try:
+            train.check_resumable(record, stored, force=False)
+        except ValueError as error:
+            refused.add(name)
+            assert f"{name} {train.DEFAULTS[name]!r} -> 'another'" in str(error)
+    assert refused == train.DEFAULTS.keys() - free.split()
 
 
 @pytest.mark.parametrize(
