@@ -1031,6 +1031,24 @@ def test_sidecars_and_meta_tell_documents_tokens_and_bytes(tmp_path):
     assert sidecar["tokens_per_document"]["max"] == max(len(text.encode()) + 1 for text in texts[:60])
 
 
+def test_shards_and_sidecars_are_on_the_disk_before_they_take_their_names(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(50))
+    synced, named, fsync, replace = set(), [], os.fsync, os.replace
+
+    def noted(file):
+        fsync(file)
+        synced.add((os.fstat(file).st_ino, os.fstat(file).st_size))
+
+    def checked(source, target):
+        named.append((Path(target).name.split("_")[0], (os.stat(source).st_ino, os.stat(source).st_size) in synced))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", checked)
+    prepare(source=tmp_path / "a.jsonl", out_dir=tmp_path / "out")
+    assert named == [("train", True), ("val", True), ("source", True), ("meta.json", True)]
+
+
 def test_parts_prepared_apart_and_copied_together_are_one_folder(tmp_path):
     texts = make_texts(100)
     write_jsonl(tmp_path / "a.jsonl", texts[:50])
