@@ -28,7 +28,7 @@ import tempfile
 import termios
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -1643,6 +1643,61 @@ def test_a_token_is_never_printed_and_a_page_is_no_listing(tmp_path, monkeypatch
         monkeypatch.setattr(requests.Response, "json", lambda response: json.loads("<html>"))
         with pytest.raises(OSError, match="http://.*/tree/main/x.*: no listing came"):
             hub_py.list_hub("me/data", "x")
+
+
+def test_the_token_goes_to_no_host_whose_name_only_begins_like_that_of_the_hub(monkeypatch):
+    told = {}
+
+    def request(method, url, headers, **options):
+        told[url] = headers.get("Authorization")
+        assert headers["Accept-Encoding"] == "identity"  # ranges and sizes are those of the file itself
+        return SimpleNamespace(status_code=200, headers={})
+
+    monkeypatch.setattr(requests, "request", request)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    for host in ("huggingface.co", "huggingface.co.evil.org", "huggingface.co:80", "cdn.huggingface.co"):
+        hub_py.request(f"https://{host}/file")
+    assert [token for token in told.values() if token] == [told["https://huggingface.co/file"]] == ["Bearer secret"]
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example/")
+    hub_py.request(f"{hub_py.hub_endpoint()}/file")
+    assert told["https://hub.example/file"] == "Bearer secret"  # nor does a slash too many make it another host
+
+
+@pytest.mark.parametrize("code", [408, 429, 500, 503, 529])
+def test_what_a_server_may_do_later_is_asked_for_again_after_waits_that_grow_up_to_a_minute(monkeypatch, code):
+    now, waits = [0.0], []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(hub_py, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(requests, "request", lambda *a, **options: SimpleNamespace(status_code=code, headers={}))
+    with pytest.raises(OSError, match=f"https://a/b: HTTP {code}: no progress: run the same command later"):
+        hub_py.fetch("https://a/b")
+    assert waits == [1, 2, 4, 8, 16, 32] + [60] * 8 and 540 < now[0] <= 600  # PATIENCE
+
+
+def test_what_a_server_sends_is_added_only_where_it_belongs(tmp_path, monkeypatch):
+    path, asked = tmp_path / "file", []
+    cases = [
+        (206, "bytes 5-9/10", b"56789", None, b"0123456789"),
+        (206, "bytes 3-9/10", b"3456789", "cannot go on from them: begins anew", None),
+        (206, "", b"56789", "cannot go on from them: begins anew", None),
+        (416, "bytes */4", b"", "cannot go on from them: begins anew", None),  # the file is another one now
+        (200, "", b"abcdefghij", None, b"abcdefghij"),
+        (200, "", b"abcd", "ended at 4 of 10 bytes", b"abcd"),  # from where it goes on
+    ]
+    for code, sent, body, said, left in cases:
+        path.write_bytes(b"01234")
+        response = SimpleNamespace(status_code=code, headers={"Content-Range": sent})
+        response.iter_content = lambda size, body=body: [body]
+        monkeypatch.setattr(hub_py, "request", lambda *a, it=response, **o: asked.append(a[1]) or nullcontext(it))
+        with nullcontext() if said is None else pytest.raises(hub_py.Later, match=said):
+            hub_py.receive("url", path, 10, SimpleNamespace(n=0, update=lambda n: None))
+        assert (path.read_bytes() if path.exists() else None) == left
+    assert asked == [5] * 6
 
 
 def test_a_file_that_another_process_writes_is_left_to_it(tmp_path):
