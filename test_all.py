@@ -3591,6 +3591,25 @@ def test_a_question_without_an_answer_is_cut_off_and_a_system_message_is_kept():
     assert prepare_instruct.render_within(messages, coder, 20) == ([], [], False)
 
 
+def test_a_conversation_that_is_cut_keeps_its_system_message_and_one_that_just_fits_is_whole():
+    coder, system = Tokenizer("bytes"), [dict(role="system", content="Be brief.")]
+    talk = system + messages("One?", "1.", "Two?", "2.")
+    whole, first = (coder.render(part)[0] for part in (talk, talk[:3]))
+    for room, expected in ((len(whole), whole), (len(whole) - 1, first), (len(first), first), (len(first) - 1, [])):
+        ids, _, cut = prepare_instruct.render_within(talk, coder, room)
+        assert ids == expected and cut == (ids == first)
+
+
+def test_a_folder_that_was_written_half_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
+    files = dict(source=write_instructions(tmp_path / "in"), out_dir=f"{tmp_path}/o", tokenizer="bytes")
+    call(prepare_instruct, **files, val_fraction=0.3)
+    die_at(monkeypatch, prepare_instruct, "write_rows", 2, 0)
+    with pytest.raises(Died):
+        call(prepare_instruct, **files, val_fraction=0.5)
+    with pytest.raises(FileNotFoundError, match="run prepare_instruct.py"):
+        finetune.load_conversations(tmp_path / "o", Tokenizer("bytes"), 1024)
+
+
 @pytest.mark.parametrize(
     "name, content, said",
     [
@@ -3726,7 +3745,14 @@ def test_an_epoch_of_finetuning_sees_every_conversation_once_and_learns_the_answ
         batches = finetune.epoch_order(train_rows, rows, 1, epoch)
         assert sorted(np.concatenate(batches).tolist()) == list(range(n)) and len(batches) == steps
         orders.append(np.concatenate(batches).tolist())
-    assert orders[0] != orders[1]
+    assert orders[0] != orders[1] != np.concatenate(finetune.epoch_order(train_rows, rows, 2, 1)).tolist()
+    numbered = finetune.Conversations(chat_rows, "train")
+    numbered.batch = np.ndarray.tolist
+    seen = [finetune.conversation_batch(numbered, rows, 1, step) for step in range(2 * steps)]
+    assert n % rows and [sum(seen[:steps], []), sum(seen[steps:], [])] == orders
+    batches = [finetune.epoch_order(train_rows, rows, 1, epoch) for epoch in range(5)]
+    widths = [[train_rows.lengths[numbers].max() for numbers in epoch] for epoch in batches]
+    assert any(width != sorted(width) for width in widths)  # not from short to long
     coder = Tokenizer("bytes")
     for number, (_, supervised) in enumerate(conversations(Path(chat_rows), "bytes")["train"]):
         idx, targets = train_rows.batch(np.array([number, 0]))
@@ -3745,6 +3771,8 @@ def test_padding_and_the_other_rows_do_not_change_a_conversations_loss(chat_rows
     assert model(*rows.batch(np.array([shortest, longest]))).item() == pytest.approx(alone, rel=1e-5)
     losses = [finetune.answer_loss(model, rows, size, plain)["val_loss"] for size in (1, 7)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    nats = sum(model(*rows.batch(np.array([i]))).item() for i in range(len(rows)))
+    assert losses[0] == pytest.approx(nats / int(rows.mask.sum()), rel=1e-5)  # per token of an answer
 
 
 FINETUNE = dict(
@@ -3763,6 +3791,11 @@ def test_finetuning_lowers_the_validation_loss_and_answers_ten_questions_before_
     header, *rows = log_rows(tmp_path / "a")
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     assert losses[-1] < losses[0] - 1 and header["units"]["loss"] == "nats/token"
+    learned = finetune.Conversations(chat_rows, "train")  # ten times all of them, the last few too
+    n_steps = 10 * -(-len(learned) // 8)
+    assert (rows[-1]["step"], rows[-1]["tokens"]) == (n_steps, 10 * learned.mask.sum())
+    rates = [0.003 * (n_steps - step) / n_steps for step in range(n_steps)]  # falls to 0 from the first step on
+    assert [row["learning_rate"] for row in rows[1:]] == pytest.approx([0.003] + rates[1:])
     best = load_checkpoint(tmp_path / "a/best.pt")
     questions, scores = (tmp_path / "a/samples.md").read_text(encoding="utf-8").split("\n\n")
     table = questions.splitlines()
@@ -3970,6 +4003,8 @@ def test_dpo_learns_the_preference_of_unseen_pairs_from_a_tie_on(trained, pair_r
     assert last["val_preference_accuracy"] >= 0.9 and last["val_reward_margin"] > 1 and last["val_loss"] < 0.4
     n = len(dpo.Pairs(finetune.Conversations(pair_rows, "train")))
     assert last["tokens"] == 6 * n and last["step"] == 6 * -(-n // 8)
+    rates = [0.001 * (last["step"] - step) / last["step"] for step in range(last["step"])]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.001] + rates[1:])
     assert "val_preference_accuracy | 0.5000 |" in (tmp_path / "a/samples.md").read_text(encoding="utf-8")
     best = load_checkpoint(tmp_path / "a/best.pt")
     assert best["stage"] == "dpo" and best["tokenizer"] == "bytes"
@@ -4011,7 +4046,8 @@ def test_dpo_resumes_bit_for_bit_from_reference_log_probs_computed_once(trained,
     with pytest.raises(ValueError, match="data is not what it was"):  # another reference would be another run
         prefer(trained, pair_rows, tmp_path / "parts", init_from="resume", checkpoint=str(other))
     prefer(trained, pair_rows, tmp_path / "parts", overwrite=True, checkpoint=str(other))  # nor is the old one kept
-    assert log_rows(tmp_path / "parts")[1]["val_preference_accuracy"] == 0.5
+    first = log_rows(tmp_path / "parts")[1]
+    assert (first["val_preference_accuracy"], first["val_reward_margin"]) == (0.5, 0)
 
 
 def test_conversations_and_preferences_are_not_taken_for_one_another(trained, chat_rows, pair_rows, tmp_path):
