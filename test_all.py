@@ -2822,6 +2822,14 @@ def test_sampling_reads_lines_from_a_pipe_whatever_bytes_they_hold(trained):
     assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) >= 2
 
 
+@pytest.mark.parametrize("stage, chats", [("pretrain", False), ("finetune", True), ("dpo", True)])
+def test_the_stage_of_a_checkpoint_decides_whether_it_chats_unless_told_otherwise(tmp_path, capsys, stage, chats):
+    save_checkpoint(tmp_path / "a.pt", tiny("modern"), stage=stage, tokenizer="bytes", step=1)
+    for chat, expected in ((None, chats), (True, True), (False, False)):
+        call(sample, checkpoint=f"{tmp_path}/a.pt", prompt="Hello", chat=chat, max_new_tokens=1, device="cpu")
+        assert capsys.readouterr().out.startswith("Hello") != expected  # a continued text is shown from its beginning
+
+
 def test_several_samples_are_made_together_and_the_speed_is_told_when_asked(trained, tmp_path, monkeypatch, capsys):
     batches, generate = [], GPT.generate
     monkeypatch.setattr(
@@ -2839,8 +2847,9 @@ def test_several_samples_are_made_together_and_the_speed_is_told_when_asked(trai
     assert capsys.readouterr() == (told.out, "")
     call(sample, prompt="The ", top_p=1e-9, temperature=5.0, **ask)
     likeliest = capsys.readouterr().out
-    call(sample, prompt="The ", temperature=0.0, **ask)
-    assert capsys.readouterr().out == likeliest
+    for settings in (dict(temperature=0.0), dict(top_k=1, temperature=5.0)):
+        call(sample, prompt="The ", **settings, **ask)
+        assert capsys.readouterr().out == likeliest
     with pytest.raises(ValueError, match="the prompt has 41 tokens, into the context fit 32"):
         call(sample, prompt="long " * 8, **ask)
     assert not capsys.readouterr().out
