@@ -29,6 +29,7 @@ import termios
 import threading
 import time
 from contextlib import contextmanager, nullcontext, suppress
+from html import escape, unescape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -4518,6 +4519,11 @@ def test_an_imported_gpt2_completes_scores_and_learns_to_chat_with_the_rows_adde
     assert base.config.vocab_size == len(tokenizer) == 50257 and tokenizer.chat_template is None
 
 
+def test_the_base_of_rotary_positions_is_exported_for_every_version_of_transformers():
+    hf = convert_hf.config_to_hf(tiny("modern", rope_theta=500.0).config, 256, "pretrain", "float32")
+    assert hf["rope_theta"] == hf["rope_parameters"]["rope_theta"] == 500.0  # of version 4, of version 5
+
+
 def qwen3_of_transformers(folder, shard="5GB"):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -5384,6 +5390,23 @@ def test_the_pages_ask_only_their_own_server(sites):
         assert not [url for url in site.requests if not url.startswith((site.address, "data:", "blob:"))]
         posted = requests.post(f"{site.address}gradio_api/upload", files={"files": b"of a stranger"})
         assert posted.status_code == 413  # nobody fills the disk
+
+
+def test_what_the_page_is_given_is_text_spelt_in_html_and_no_html(monkeypatch):
+    (shown,) = space_app.on_page([dict(role="user", content=MARKUP + " \n")])
+    assert not set(shown["content"]) & set("<> \n") and unescape(shown["content"]) == MARKUP + " \n"
+    monkeypatch.setattr(space_app, "readable", lambda tokenizer, token: (MARKUP, f'"{MARKUP}'))
+    page = space_app.bars(tiny(), Tokenizer("bytes"), "x")
+    assert re.findall("<code>(.*?)</code>", page) == [escape(MARKUP)] * 10
+    assert re.findall('data-text="(.*?)"', page) == [escape(f'"{MARKUP}')] * 10
+
+
+def test_a_space_tells_nothing_of_the_machine_it_was_made_on(tmp_path):
+    stored = dict(stage="finetune", tokenizer="bytes", step=7, tokens=9, metrics={}, processes=1, data=["/home/me"])
+    space_app.write_space(tiny(), stored | dict(settings=dict(data_dir="/home/me")), tmp_path / "space")
+    content = load_checkpoint(tmp_path / "space/best.pt")
+    assert content.keys() == {"format_version", "config", "model", "stage", "tokenizer", "step", "tokens", "metrics"}
+    assert not any(b"/home/me" in path.read_bytes() for path in (tmp_path / "space").iterdir())
 
 
 def test_a_tokens_name_shows_what_cannot_be_seen():
