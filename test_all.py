@@ -29,7 +29,8 @@ import tempfile
 import termios
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from html import escape, unescape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,6 +183,7 @@ def test_a_string_setting_takes_the_value_verbatim_and_an_int_is_fine_for_a_floa
     got = stage("--name=12", "--rate=2", "--free=words", "--fast=True")
     assert got == {"size": 3, "rate": 2.0, "name": "12", "fast": True, "free": "words"}
     assert isinstance(got["rate"], float)
+    assert stage("--fast", "--fast=False")["fast"] is False
 
 
 @pytest.mark.parametrize(
@@ -299,6 +301,18 @@ def test_the_modern_config_has_as_many_parameters_within_3_percent():
     assert abs(config_of("config/fgpt_modern.py").n_params() / 712_035_360 - 1) < 0.03
 
 
+def test_a_training_flop_is_six_per_parameter_that_multiplies_and_causal_attention():
+    for family, n_not in (("gpt2", 32 * 32), ("modern", 0)):  # learned positions are added, not multiplied
+        model = tiny(family)
+        attention = 2 * 6 * 32 * 32  # layers: scores and values, forward and twice backward, over half of 32 positions
+        assert model.flops_per_token() == 6 * (model.n_params() - n_not) + attention
+
+
+def test_the_width_of_swiglu_is_a_multiple_of_64_as_kernels_like_it():
+    widths = {n_embd: GPTConfig(**FAMILIES["modern"], n_embd=n_embd, n_head=2).mlp_dim for n_embd in (96, 100, 768)}
+    assert widths == {96: 256, 100: 320, 768: 2048} and GPTConfig(n_embd=100, n_head=4).mlp_dim == 400
+
+
 @families
 def test_generation_with_the_cache_equals_recomputing_the_context(family):
     model, prompts = tiny(family), [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
@@ -369,6 +383,17 @@ def test_a_cache_survives_an_interruption_anywhere(calls):
     prompts, new = [[1, 2, 3, *free[0], 5]], model.new_cache(1, 32)
     with torch.inference_mode():
         assert (model.prefill(prompts, cache) - model.prefill(prompts, new)).abs().max() < 1e-5
+
+
+def test_a_cache_survives_an_interruption_while_it_reads_another_prompt():
+    model, prompts = tiny("modern"), [[1, 2, 3, 4, 5, 6], [1, 2, 9, 9, 9, 9]]
+    cache = model.new_cache(1, 32)
+    expected = model.prefill(prompts[:1], model.new_cache(1, 32))
+    model.prefill(prompts[:1], cache)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
+        die_at(patch, model.h[1], "forward", 1, 0)
+        model.prefill(prompts[1:], cache)
+    assert (model.prefill(prompts[:1], cache) - expected).abs().max() < 1e-5
 
 
 @families
@@ -494,6 +519,26 @@ def test_top_p_samples_only_among_the_fewest_that_together_have_the_probability(
     assert (shares - logits[0].exp()).abs().max() < 0.05
 
 
+def test_the_temperature_divides_the_logits_before_top_p_counts():
+    logits = torch.tensor([[0.0, math.log(4)]]).repeat(2000, 1)  # shares of 1 and 4
+
+    def draw(temperature, **settings):
+        generator = torch.Generator().manual_seed(0)
+        return model_py.sample_next(logits, temperature, generator=generator, **settings).float().mean().item()
+
+    for temperature, share in ((0.5, 16 / 17), (1.0, 4 / 5), (2.0, 2 / 3)):
+        assert draw(temperature) == pytest.approx(share, abs=0.03) == draw(temperature, top_p=0.99)
+    assert draw(1.0, top_p=0.75) == 1 > draw(2.0, top_p=0.75)  # at temperature 2 one of them is not enough
+
+
+def test_probabilities_of_the_next_token_are_fp32_even_under_autocast(monkeypatch):
+    seen, sample_next = [], model_py.sample_next
+    monkeypatch.setattr(model_py, "sample_next", lambda x, *rest: seen.append(x.dtype) or sample_next(x, *rest))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        list(tiny().generate([[1, 2]], 2))
+    assert seen == [torch.float32] * 2
+
+
 def test_the_row_whose_logits_are_not_numbers_is_known():
     logits = torch.zeros(4, 10)
     logits[0, 3], logits[2, 4], logits[3] = math.nan, math.inf, -math.inf
@@ -556,8 +601,12 @@ def test_new_weights_predict_almost_uniformly(family):
     idx = torch.randint(0, 259, (8, 33))
     loss = model(idx[:, :-1], idx[:, 1:]) / (8 * 32)
     assert abs(loss - math.log(320)) < 0.05
-    if family == "modern":
-        assert all(block.mlp.c_proj.weight.abs().max() == 0 for block in model.h)
+    for proj in (proj for block in model.h for proj in (block.mlp.c_proj, block.attn.c_proj)):
+        if family == "modern":
+            assert proj.weight.abs().max() == 0
+        else:  # two layers have four projections into the residual stream
+            assert proj.weight.std().item() == pytest.approx(0.02 / 2, rel=0.1)
+            assert proj.bias.abs().max() == 0
 
 
 def test_orthogonalize_brings_the_singular_values_near_one_and_keeps_the_vectors():
@@ -569,6 +618,17 @@ def test_orthogonalize_brings_the_singular_values_near_one_and_keeps_the_vectors
         diagonal = inner.diagonal(dim1=-2, dim2=-1)
         assert diagonal.min() > 0.3 and diagonal.max() < 1.3 and diagonal.mean() > 0.7
         assert (inner - torch.diag_embed(diagonal)).abs().max() < 1e-4
+
+
+def test_a_tall_matrix_is_orthogonalized_at_the_price_of_a_wide_one():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    prices = []
+    for shape in ((1, 8, 64), (1, 64, 8)):
+        with FlopCounterMode(display=False) as counter:
+            model_py.orthogonalize(torch.randn(shape))
+        prices.append(counter.get_total_flops())
+    assert prices[0] == prices[1] > 0
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with PyTorch 2.9")
@@ -644,6 +704,18 @@ def test_every_parameter_is_in_one_group_and_decay_spares_norms_and_biases(famil
             assert (kind is Muon) == (optimizer == "muon" and in_blocks)
 
 
+def test_the_optimizers_get_their_own_rates_and_momenta_and_muon_is_told_of_the_fused_matrix():
+    adamw, muon = make_optimizers(tiny(), "muon", learning_rate=0.1, muon_learning_rate=0.2, beta2=0.7)
+    assert {(group["lr"], *group["betas"]) for group in adamw.param_groups} == {(0.1, 0.9, 0.7)}
+    assert {(group["lr"], group["momentum"]) for group in muon.param_groups} == {(0.2, 0.95)}
+    assert [(group["name"], group["n_split"]) for group in muon.param_groups] == [
+        ("attention QKV", 3),
+        ("other matrices", 1),
+    ]
+    (adamw,) = make_optimizers(tiny(), "adamw", learning_rate=0.1, muon_learning_rate=0.2, beta2=0.7)
+    assert {(group["lr"], *group["betas"]) for group in adamw.param_groups} == {(0.1, 0.9, 0.7)}
+
+
 def test_muon_steps_with_heads_wider_than_the_model():
     model = tiny("modern", head_dim=32)  # each third of the fused QKV matrix is tall
     loss, _, applied = train.train_step(model, make_optimizers(model), random_batch(2), 2, 1.0, plain)
@@ -705,15 +777,27 @@ def test_a_file_that_is_not_a_checkpoint_is_refused_by_name(tmp_path):
     model_py.save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
     whole = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    torch.save({"format_version": 99}, tmp_path / "new.pt")
+    torch.save({"format_version": model_py.FORMAT_VERSION + 1}, tmp_path / "new.pt")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     torch.save({"format_version": 1, "config": {"n_layer": 1}, "model": {}}, tmp_path / "other.pt")
-    refused = {"cut.pt": "damaged", "new.pt": "format 99, of a newer fgpt", "foreign.pt": "not a checkpoint of fgpt"}
+    refused = {"cut.pt": "damaged", "new.pt": "format 2, of a newer fgpt", "foreign.pt": "not a checkpoint of fgpt"}
     refused |= {"none.pt": "no such checkpoint", "other.pt": "make no model"}
     for name, said in refused.items():
         with pytest.raises((ValueError, OSError), match=f"{name}.*{said}"):
             load_model(tmp_path / name)
     assert "no such checkpoint" in run("sample.py", f"--checkpoint={tmp_path}/none.pt", "--prompt=a", code=1)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (f"{tmp_path}/owned",)
+
+    content = {"format_version": 1, "config": {}, "model": {}, "tokenizer": Attack()}
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="a.pt is damaged or not a checkpoint"):
+        load_model(tmp_path / "a.pt")
+    assert not (tmp_path / "owned").exists()
 
 
 def test_a_checkpoint_as_the_first_version_wrote_it_loads(tmp_path):
@@ -736,7 +820,7 @@ def test_a_saved_model_comes_back_bit_for_bit(family, tmp_path):
     model = tiny(family)
     model_py.save_checkpoint(tmp_path / "a.pt", model, tokenizer="bytes")
     again, content = load_model(tmp_path / "a.pt")
-    assert again.config == model.config and content["tokenizer"] == "bytes"
+    assert again.config == model.config and content["tokenizer"] == "bytes" and not again.training
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
@@ -886,6 +970,24 @@ def test_sidecars_and_meta_tell_documents_tokens_and_bytes(tmp_path):
     assert sidecar["documents_without_text"] == 3
     assert sidecar["checksum"] == hashlib.sha256((tmp_path / "a.parquet").read_bytes()).hexdigest()
     assert sidecar["tokens_per_document"]["max"] == max(len(text.encode()) + 1 for text in texts[:60])
+
+
+def test_shards_and_sidecars_are_on_the_disk_before_they_take_their_names(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(50))
+    synced, named, fsync, replace = set(), [], os.fsync, os.replace
+
+    def noted(file):
+        fsync(file)
+        synced.add((os.fstat(file).st_ino, os.fstat(file).st_size))
+
+    def checked(source, target):
+        named.append((Path(target).name.split("_")[0], (os.stat(source).st_ino, os.stat(source).st_size) in synced))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", checked)
+    prepare(source=tmp_path / "a.jsonl", out_dir=tmp_path / "out")
+    assert named == [("train", True), ("val", True), ("source", True), ("meta.json", True)]
 
 
 def test_parts_prepared_apart_and_copied_together_are_one_folder(tmp_path):
@@ -1503,6 +1605,55 @@ def test_a_token_is_never_printed_and_a_page_is_no_listing(tmp_path, monkeypatch
     monkeypatch.setattr(prepare_instruct, "fetch", lambda url: page)
     with pytest.raises(OSError, match=r"^https://api.github.com/repos/a: no listing came: is there a proxy.*\?$"):
         prepare_instruct.list_github("a", "b.json", "c" * 40)
+
+
+def test_the_token_goes_to_no_host_whose_name_only_begins_like_that_of_the_hub(monkeypatch):
+    told = {}
+
+    def request(method, url, headers, **options):
+        told[url] = headers.get("Authorization")
+        assert headers["Accept-Encoding"] == "identity"  # ranges and sizes are those of the file itself
+        return SimpleNamespace(status_code=200, headers={})
+
+    monkeypatch.setattr(requests, "request", request)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    for host in ("huggingface.co", "huggingface.co.evil.org", "huggingface.co:80", "cdn.huggingface.co"):
+        hub_py.request(f"https://{host}/file")
+    assert [token for token in told.values() if token] == [told["https://huggingface.co/file"]] == ["Bearer secret"]
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example/")
+    hub_py.request(f"{hub_py.hub_endpoint()}/file")
+    assert told["https://hub.example/file"] == "Bearer secret"  # nor does a slash too many make it another host
+
+
+@pytest.mark.parametrize("code", [408, 429, 500, 503, 529])
+def test_what_a_server_may_do_later_is_asked_for_again_after_waits_that_grow_up_to_a_minute(monkeypatch, code):
+    waits = clock_of_its_own(monkeypatch)
+    monkeypatch.setattr(requests, "request", lambda *a, **options: SimpleNamespace(status_code=code, headers={}))
+    with pytest.raises(OSError, match=f"https://a/b: HTTP {code}: no progress: run the same command later"):
+        hub_py.fetch("https://a/b")
+    assert waits == [1, 2, 4, 8, 16, 32] + [60] * 8 and 540 < sum(waits) <= 600  # PATIENCE
+
+
+def test_what_a_server_sends_is_added_only_where_it_belongs(tmp_path, monkeypatch):
+    path, asked = tmp_path / "file", []
+    cases = [
+        (206, "bytes 5-9/10", b"56789", None, b"0123456789"),
+        (206, "bytes 3-9/10", b"3456789", "cannot go on from them: begins anew", None),
+        (206, "", b"56789", "cannot go on from them: begins anew", None),
+        (416, "bytes */4", b"", "cannot go on from them: begins anew", None),  # the file is another one now
+        (200, "", b"abcdefghij", None, b"abcdefghij"),
+        (200, "", b"abcd", "ended at 4 of 10 bytes", b"abcd"),  # from where it goes on
+    ]
+    for code, sent, body, said, left in cases:
+        path.write_bytes(b"01234")
+        response = SimpleNamespace(status_code=code, headers={"Content-Range": sent})
+        response.iter_content = lambda size, body=body: [body]
+        monkeypatch.setattr(hub_py, "request", lambda *a, it=response, **o: asked.append(a[1]) or nullcontext(it))
+        with nullcontext() if said is None else pytest.raises(hub_py.Later, match=said):
+            hub_py.receive("url", path, 10, SimpleNamespace(n=0, update=lambda n: None))
+        assert (path.read_bytes() if path.exists() else None) == left
+    assert asked == [5] * 6
 
 
 def test_a_file_that_another_process_writes_is_left_to_it(tmp_path):
@@ -2289,6 +2440,7 @@ def test_the_permutation_mixes():
     placed = train.permute(np.arange(n), n, train.key_of(7, 0))
     assert abs(np.corrcoef(np.arange(n), placed)[0, 1]) < 0.05
     assert (abs(np.diff(placed)) == 1).mean() < 0.005
+    assert (abs(np.diff(placed)) < 250).mean() == pytest.approx(0.1, abs=0.02)  # neighbours go anywhere
 
 
 def test_each_epoch_visits_every_window_of_every_uneven_shard_once(tmp_path):
@@ -2318,11 +2470,38 @@ def test_the_batch_of_a_step_depends_on_seed_and_step_alone(tmp_path):
     assert (one.batch(60, 20) == later).all() and (train.Windows(paths, 16, 1000, seed=1).batch(60, 20) == later).all()
     assert (one.batch(60, 10) == later[:10]).all() and (one.batch(70, 10) == later[10:]).all()
     assert not (other.batch(60, 20) == later).all()
+    numbers = np.arange(len(one))  # of the first epoch: the order depends on the seed, and so do the cuts
+    assert not (other.order(numbers) == one.order(numbers)).all()
+    cuts = [sorted(zip(*windows.places(numbers), strict=True)) for windows in (one, other)]
+    assert cuts[0] != cuts[1]
+
+
+def test_over_some_epochs_no_token_of_a_shard_is_left_out(tmp_path):
+    windows = train.Windows(shards(tmp_path, 30), 8, 1000, seed=1)  # three windows of 8 targets, and 5 tokens more
+    assert set(windows.batch(0, 3 * 60).ravel().tolist()) == set(range(30))
 
 
 def test_targets_are_the_next_tokens(tmp_path):
     idx, targets = train.next_token_batch(train.Windows(shards(tmp_path, 500), 16, 1000, seed=1), 4, 0)
     assert idx.shape == targets.shape == (4, 16) and (targets == idx + 1).all()
+    windows = train.Windows(shards(tmp_path, 16 * 12 + 1), 16, 1000, seed=1)
+    steps = torch.cat([train.next_token_batch(windows, 4, step)[1] for step in range(3)])
+    assert steps.flatten().sort().values.tolist() == list(range(1, 16 * 12 + 1))  # three steps are one epoch
+
+
+def test_a_shard_is_known_again_by_its_name_its_length_and_both_ends(tmp_path):
+    tokens = np.arange(20_000, dtype=np.uint16)
+    changed = {"first": tokens.copy(), "last": tokens.copy(), "longer": np.append(tokens, tokens[-1:])}
+    changed["first"][0] = changed["last"][-1] = 7
+    seen = []
+    for folder, name, content in [("a", "x", tokens), ("b", "x", tokens), ("c", "y", tokens)] + [
+        (folder, "x", content) for folder, content in changed.items()
+    ]:
+        (tmp_path / folder).mkdir()
+        with open(tmp_path / folder / f"train_{name}.bin", "wb") as file:
+            write_shard(file, content)
+        seen.append(train.Windows([tmp_path / folder / f"train_{name}.bin"], 8, 20_000, seed=1).fingerprint())
+    assert seen[0] == seen[1] and all(seen.count(fingerprint) == 1 for fingerprint in seen[2:])
 
 
 def test_data_that_cannot_be_trained_on_is_refused_by_name(tmp_path):
@@ -2331,6 +2510,10 @@ def test_data_that_cannot_be_trained_on_is_refused_by_name(tmp_path):
         train.Windows(paths, 64, 1000, seed=1)
     with pytest.raises(ValueError, match="token id 1.. is outside the vocabulary of 100"):
         train.Windows(paths, 8, 100, seed=1).batch(0, 13)
+    paths = shards(tmp_path, 33)
+    assert train.Windows(paths, 16, 33, seed=1).batch(0, 2).max() == 32
+    with pytest.raises(ValueError, match="token id 32 is outside the vocabulary of 32"):
+        train.Windows(paths, 16, 32, seed=1).batch(0, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2462,6 +2645,33 @@ def test_a_step_that_is_not_finite_is_not_applied():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_where_loss_or_gradient_alone_is_not_finite_the_next_step_is_as_if_that_one_had_not_been(what):
+    model, other = tiny(), tiny()
+    if what == "loss":
+        hook = model.register_forward_hook(lambda module, inputs, loss: loss + math.inf)
+    else:
+        hook = model.ln_f.weight.register_hook(lambda gradient: gradient * math.inf)
+    optimizers = make_optimizers(model)
+    loss, norm, applied = train.train_step(model, optimizers, random_batch(), 8, 1.0, plain)
+    assert (math.isfinite(loss), math.isfinite(norm), applied) == (what != "loss", what != "gradient", False)
+    hook.remove()
+    train.train_step(model, optimizers, random_batch(), 8, 1.0, plain)
+    train.train_step(other, make_optimizers(other), random_batch(), 8, 1.0, plain)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_targets_that_count_are_counted_as_trained_and_skipped_steps_as_long_as_they_follow_one_another():
+    state, (idx, targets) = train.new_state(), random_batch()
+    targets[0, 3:] = targets[5, :] = -100
+    skipped = []
+    for applied in (False, False, True, False):
+        train.count_step(state, (idx, targets), 0.5, applied)
+        skipped.append(state["skipped_in_a_row"])
+    assert skipped == [1, 2, 0, 1] and (state["step"], state["seconds"]) == (4, 2.0)
+    assert state["tokens"] == 4 * (8 * 16 - 13 - 16)
+
+
 @families
 def test_one_batch_is_overfitted_to_near_zero(family):
     torch.manual_seed(0)
@@ -2498,6 +2708,8 @@ def test_validation_loss_is_the_mean_over_fixed_windows_in_nats_and_bits(tmp_pat
         got = train.validation_loss(model, windows, 10, batch_size, coder.token_bytes(), plain)
         assert abs(got["val_loss"] - nats / (10 * T)) < 1e-5
         assert abs(got["val_bpb"] - nats / n_bytes / math.log(2)) < 1e-5
+    got = train.validation_loss(model, windows, 10, 3, np.arange(259), plain)  # tokens of many lengths
+    assert got["val_bpb"] == pytest.approx(nats / int(rows[:, 1:].sum()) / math.log(2), rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2551,6 +2763,9 @@ def test_a_training_run_logs_every_step_with_units_and_the_validation_loss_falls
     assert header["format"] == "fgpt log 1" and header["units"]["loss"] == "nats/token"
     assert [row["step"] for row in rows] == list(range(61)) and rows[-1]["tokens"] == 60 * 256
     assert {k for row in rows for k in row} <= set(header["units"])
+    for name, peak in (("learning_rate", 0.01), ("muon_learning_rate", 0.02)):
+        rates = [peak * train.lr_scale(step, 60, warmup_steps=2) for step in range(60)]
+        assert [row[name] for row in rows[1:]] == rates
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     assert len(losses) == 4 and losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 2
     assert rows[0]["val_bpb"] == pytest.approx(losses[0] / math.log(2), rel=0.02)
@@ -2589,6 +2804,14 @@ def test_sampling_reads_lines_from_a_pipe_whatever_bytes_they_hold(trained):
     assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) >= 2
 
 
+@pytest.mark.parametrize("stage, chats", [("pretrain", False), ("finetune", True), ("dpo", True)])
+def test_the_stage_of_a_checkpoint_decides_whether_it_chats_unless_told_otherwise(tmp_path, capsys, stage, chats):
+    save_checkpoint(tmp_path / "a.pt", tiny("modern"), stage=stage, tokenizer="bytes", step=1)
+    for chat, expected in ((None, chats), (True, True), (False, False)):
+        call(sample, checkpoint=f"{tmp_path}/a.pt", prompt="Hello", chat=chat, max_new_tokens=1, device="cpu")
+        assert capsys.readouterr().out.startswith("Hello") != expected  # a continued text is shown from its beginning
+
+
 def test_several_samples_are_made_together_and_the_speed_is_told_when_asked(trained, tmp_path, monkeypatch, capsys):
     batches, generate = [], GPT.generate
     monkeypatch.setattr(
@@ -2607,8 +2830,9 @@ def test_several_samples_are_made_together_and_the_speed_is_told_when_asked(trai
     assert capsys.readouterr() == (told.out, "")
     call(sample, prompt="The ", top_p=1e-9, temperature=5.0, **ask)
     likeliest = capsys.readouterr().out
-    call(sample, prompt="The ", temperature=0.0, **ask)
-    assert capsys.readouterr().out == likeliest
+    for settings in (dict(temperature=0.0), dict(top_k=1, temperature=5.0)):
+        call(sample, prompt="The ", **settings, **ask)
+        assert capsys.readouterr().out == likeliest
     with pytest.raises(ValueError, match="the prompt has 41 tokens, into the context fit 32"):
         call(sample, prompt="long " * 8, **ask)
     assert not capsys.readouterr().out
@@ -2737,6 +2961,24 @@ def test_a_death_inside_the_write_of_a_checkpoint_changes_nothing(story, tmp_pat
         assert same_run(tmp_path / "whole", out), death
 
 
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_its_bytes(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    with train.open_log(tmp_path / "log.jsonl", 0, {}) as log:
+        log.write(b"a row that waits in the buffer\n")
+        monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file)), fsync(file)))
+        assert train.write(str(tmp_path / "ckpt.pt"), tiny(), {}, log)
+    first, whole = synced[0], (tmp_path / "log.jsonl").stat()
+    assert (first.st_ino, first.st_size) == (whole.st_ino, whole.st_size) and whole.st_size > 30
+
+
+def test_best_pt_keeps_the_lowest_validation_loss_also_over_a_resumption(story, tmp_path, monkeypatch):
+    measured = iter([5.0, 3.0, 4.0, 3.5, 2.0, 2.5])
+    monkeypatch.setattr(train, "validation_loss", lambda *arguments: {"val_loss": next(measured)})
+    for begin, max_steps, best in (("scratch", 2, 1), ("resume", 3, 1), ("resume", 5, 4)):
+        pretrain(story, tmp_path / "run", max_steps=max_steps, eval_interval=1, init_from=begin)
+        assert load_checkpoint(tmp_path / "run/best.pt")["step"] == best
+
+
 def test_a_full_disk_is_reported_and_the_next_checkpoint_is_written(story, tmp_path, monkeypatch, capsys):
     changes = dict(max_steps=8, checkpoint_interval=2, eval_interval=4)
     pretrain(story, tmp_path / "whole", **changes)
@@ -2796,6 +3038,37 @@ def test_the_length_of_a_run_is_given_in_steps_or_tokens_and_its_time_in_minutes
     pretrain(story, tmp_path / "minutes", max_steps=1000, max_minutes=1e-9)
     assert load_checkpoint(tmp_path / "minutes/ckpt.pt")["step"] == 1
     assert "best.pt of step 0 (validation loss" in (said := capsys.readouterr().out) and "NOT TRAINED" in said
+
+
+def test_max_minutes_are_minutes(monkeypatch):
+    handlers, now = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, [1000.0]
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    try:
+        should_stop, never = train.stop_request(0.5), train.stop_request(0.0)
+        stopped = []
+        for now[0] in (1001.0, 1029.0, 1031.0):
+            stopped.append((should_stop(), never()))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert stopped == [(False, False), (False, False), (True, False)]
+
+
+def test_samples_on_the_way_are_the_same_each_time_and_take_nothing_from_the_random_state(capsys):
+    model, said = tiny(), []
+    state = torch.get_rng_state()
+    for step in (1, 1, 2):
+        train.print_sample(model, Tokenizer("bytes"), "The ", step, plain)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2] and torch.equal(state, torch.get_rng_state())
+
+
+def test_mfu_is_the_flops_of_the_trained_tokens_over_the_peak(story, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "peak_flops", lambda device: 1e9)
+    pretrain(story, tmp_path, max_steps=2, eval_interval=0)
+    rows, (model, _) = [json.loads(line) for line in open(tmp_path / "log.jsonl")], load_model(tmp_path / "ckpt.pt")
+    for row in rows[2:]:
+        assert row["mfu"] == pytest.approx(model.flops_per_token() * row["tokens_per_second"] / 1e9, rel=1e-2)
 
 
 def test_the_largest_micro_batch_is_found_stored_and_used_again(story, tmp_path, monkeypatch, capsys):
@@ -2958,8 +3231,9 @@ def test_a_used_out_dir_is_refused_and_nothing_is_lost(story, tmp_path):
     with pytest.raises(ValueError, match="in use.*--overwrite=True"):
         pretrain(story, out, max_steps=2)
     assert (out / "ckpt.pt").read_bytes() == before
-    pretrain(story, out, max_steps=3, overwrite=True)
-    assert log_rows(out)[-1]["step"] == 3
+    assert (out / "best.pt").exists()
+    pretrain(story, out, max_steps=3, overwrite=True, eval_interval=0)
+    assert log_rows(out)[-1]["step"] == 3 and not (out / "best.pt").exists()  # it was another run's
 
 
 def test_force_changes_what_can_be_changed_and_no_sizes(story, tmp_path):
@@ -3004,6 +3278,21 @@ def test_resuming_another_run_is_refused_by_naming_the_settings(story, tmp_path)
     assert log_rows(tmp_path)[-1]["step"] == 4
 
 
+def test_a_run_is_resumed_only_with_the_settings_that_its_weights_depend_on():
+    free = "out_dir data_dir init_from overwrite force max_steps max_tokens eval_interval eval_tokens max_minutes "
+    free += "hellaswag_interval hellaswag_source hellaswag_limit sample_interval sample_prompt log_interval "
+    free += "checkpoint_interval"
+    stored, refused = {"settings": train.DEFAULTS, "data": [], "optimizers": []}, set()
+    for name in train.DEFAULTS:
+        record = {"settings": train.DEFAULTS | {name: "another"}, "data": [], "processes": 1}
+        try:
+            train.check_resumable(record, stored, force=False)
+        except ValueError as error:
+            refused.add(name)
+            assert f"{name} {train.DEFAULTS[name]!r} -> 'another'" in str(error)
+    assert refused == train.DEFAULTS.keys() - free.split()
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
@@ -3038,6 +3327,8 @@ def test_bad_input_is_one_line_on_stderr_and_a_bug_keeps_its_traceback(tmp_path)
     hook = "import sys, configurator; sys.excepthook = configurator.one_line_errors; "
     bug = subprocess.run([sys.executable, "-c", hook + "[].x"], cwd=ROOT, capture_output=True, text=True)
     assert bug.returncode == 1 and "Traceback" in bug.stderr
+    bug = subprocess.run([sys.executable, "-c", hook + "import json; json.loads('')"], cwd=ROOT, capture_output=True)
+    assert bug.returncode == 1 and b"Traceback" in bug.stderr  # a ValueError, but by somebody else's code
     full = hook + "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried ...')"
     assert "memory is full: use a smaller batch" in run("-c", full, code=1)
 
@@ -3273,6 +3564,25 @@ def test_a_question_without_an_answer_is_cut_off_and_a_system_message_is_kept():
     assert prepare_instruct.render_within(messages, coder, 20) == ([], [], False)
 
 
+def test_a_conversation_that_is_cut_keeps_its_system_message_and_one_that_just_fits_is_whole():
+    coder, system = Tokenizer("bytes"), [dict(role="system", content="Be brief.")]
+    talk = system + messages("One?", "1.", "Two?", "2.")
+    whole, first = (coder.render(part)[0] for part in (talk, talk[:3]))
+    for room, expected in ((len(whole), whole), (len(whole) - 1, first), (len(first), first), (len(first) - 1, [])):
+        ids, _, cut = prepare_instruct.render_within(talk, coder, room)
+        assert ids == expected and cut == (ids == first)
+
+
+def test_a_folder_that_was_written_half_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
+    files = dict(source=write_instructions(tmp_path / "in"), out_dir=f"{tmp_path}/o", tokenizer="bytes")
+    call(prepare_instruct, **files, val_fraction=0.3)
+    die_at(monkeypatch, prepare_instruct, "write_rows", 2, 0)
+    with pytest.raises(Died):
+        call(prepare_instruct, **files, val_fraction=0.5)
+    with pytest.raises(FileNotFoundError, match="run prepare_instruct.py"):
+        finetune.load_conversations(tmp_path / "o", Tokenizer("bytes"), 1024)
+
+
 @pytest.mark.parametrize(
     "name, content, said",
     [
@@ -3409,7 +3719,14 @@ def test_an_epoch_of_finetuning_sees_every_conversation_once_and_learns_the_answ
         batches = finetune.epoch_order(train_rows, rows, 1, epoch)
         assert sorted(np.concatenate(batches).tolist()) == list(range(n)) and len(batches) == steps
         orders.append(np.concatenate(batches).tolist())
-    assert orders[0] != orders[1]
+    assert orders[0] != orders[1] != np.concatenate(finetune.epoch_order(train_rows, rows, 2, 1)).tolist()
+    numbered = finetune.Conversations(chat_rows, "train")
+    numbered.batch = np.ndarray.tolist
+    seen = [finetune.conversation_batch(numbered, rows, 1, step) for step in range(2 * steps)]
+    assert n % rows and [sum(seen[:steps], []), sum(seen[steps:], [])] == orders
+    batches = [finetune.epoch_order(train_rows, rows, 1, epoch) for epoch in range(5)]
+    widths = [[train_rows.lengths[numbers].max() for numbers in epoch] for epoch in batches]
+    assert any(width != sorted(width) for width in widths)  # not from short to long
     coder = Tokenizer("bytes")
     for number, (_, supervised) in enumerate(conversations(Path(chat_rows), "bytes")["train"]):
         idx, targets = train_rows.batch(np.array([number, 0]))
@@ -3428,6 +3745,8 @@ def test_padding_and_the_other_rows_do_not_change_a_conversations_loss(chat_rows
     assert model(*rows.batch(np.array([shortest, longest]))).item() == pytest.approx(alone, rel=1e-5)
     losses = [finetune.answer_loss(model, rows, size, plain)["val_loss"] for size in (1, 7)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    nats = sum(model(*rows.batch(np.array([i]))).item() for i in range(len(rows)))
+    assert losses[0] == pytest.approx(nats / int(rows.mask.sum()), rel=1e-5)  # per token of an answer
 
 
 FINETUNE = dict(
@@ -3446,6 +3765,11 @@ def test_finetuning_lowers_the_validation_loss_and_answers_ten_questions_before_
     header, *rows = log_rows(tmp_path / "a")
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     assert losses[-1] < losses[0] - 1 and header["units"]["loss"] == "nats/token"
+    learned = finetune.Conversations(chat_rows, "train")  # ten times all of them, the last few too
+    n_steps = 10 * -(-len(learned) // 8)
+    assert (rows[-1]["step"], rows[-1]["tokens"]) == (n_steps, 10 * learned.mask.sum())
+    rates = [0.003 * (n_steps - step) / n_steps for step in range(n_steps)]  # falls to 0 from the first step on
+    assert [row["learning_rate"] for row in rows[1:]] == pytest.approx([0.003] + rates[1:])
     best = load_checkpoint(tmp_path / "a/best.pt")
     questions, scores = (tmp_path / "a/samples.md").read_text(encoding="utf-8").split("\n\n")
     table = questions.splitlines()
@@ -3672,6 +3996,8 @@ def test_dpo_learns_the_preference_of_unseen_pairs_from_a_tie_on(trained, pair_r
     assert last["val_preference_accuracy"] >= 0.9 and last["val_reward_margin"] > 1 and last["val_loss"] < 0.4
     n = len(dpo.Pairs(finetune.Conversations(pair_rows, "train")))
     assert last["tokens"] == 6 * n and last["step"] == 6 * -(-n // 8)
+    rates = [0.001 * (last["step"] - step) / last["step"] for step in range(last["step"])]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.001] + rates[1:])
     assert "val_preference_accuracy | 0.5000 |" in (tmp_path / "a/samples.md").read_text(encoding="utf-8")
     best = load_checkpoint(tmp_path / "a/best.pt")
     assert best["stage"] == "dpo" and best["tokenizer"] == "bytes"
@@ -3713,7 +4039,8 @@ def test_dpo_resumes_bit_for_bit_from_reference_log_probs_computed_once(trained,
     with pytest.raises(ValueError, match="data is not what it was"):  # another reference would be another run
         prefer(trained, pair_rows, tmp_path / "parts", init_from="resume", checkpoint=str(other))
     prefer(trained, pair_rows, tmp_path / "parts", overwrite=True, checkpoint=str(other))  # nor is the old one kept
-    assert log_rows(tmp_path / "parts")[1]["val_preference_accuracy"] == 0.5
+    first = log_rows(tmp_path / "parts")[1]
+    assert (first["val_preference_accuracy"], first["val_reward_margin"]) == (0.5, 0)
 
 
 def test_conversations_and_preferences_are_not_taken_for_one_another(trained, chat_rows, pair_rows, tmp_path):
@@ -4271,6 +4598,15 @@ def test_an_exported_model_gives_the_same_logits_and_text_in_transformers(tmp_pa
     assert torch.equal(text[:, 8:], greedy) and greedy.shape == (2, 64)
 
 
+@torch.inference_mode()
+def test_queries_and_keys_that_are_nearly_zero_are_normed_as_in_transformers(tmp_path):
+    model, idx = tiny("modern"), torch.arange(32)[None]
+    for block in model.h:  # squares of 1e-6: here the epsilon of the norms counts
+        block.attn.c_attn.weight[:64] *= 2e-3
+    other, _ = export(model, tmp_path / "hf")
+    assert (model(idx)[..., :259] - other(idx).logits).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("family, sizes", SIZES_ABROAD)
 def test_export_and_import_leave_every_weight_that_exists_bit_for_bit(tmp_path, family, sizes):
     model = tiny(family, **sizes)
@@ -4402,6 +4738,11 @@ def test_an_imported_gpt2_completes_scores_and_learns_to_chat_with_the_rows_adde
     assert other.config.vocab_size == len(tokenizer) == 50259
     base, tokenizer = export(model, tmp_path / "base", tokenizer="gpt2", stage="pretrain")  # it has no chat tokens
     assert base.config.vocab_size == len(tokenizer) == 50257 and tokenizer.chat_template is None
+
+
+def test_the_base_of_rotary_positions_is_exported_for_every_version_of_transformers():
+    hf = convert_hf.config_to_hf(tiny("modern", rope_theta=500.0).config, 256, "pretrain", "float32")
+    assert hf["rope_theta"] == hf["rope_parameters"]["rope_theta"] == 500.0  # of version 4, of version 5
 
 
 def qwen3_of_transformers(folder, shard="5GB"):
@@ -5313,6 +5654,23 @@ def test_the_pages_ask_only_their_own_server(sites):
         assert not [url for url in site.requests if not url.startswith((site.address, "data:", "blob:"))]
         posted = requests.post(f"{site.address}gradio_api/upload", files={"files": b"of a stranger"})
         assert posted.status_code == 413  # nobody fills the disk
+
+
+def test_what_the_page_is_given_is_text_spelt_in_html_and_no_html(monkeypatch):
+    (shown,) = space_app.on_page([dict(role="user", content=MARKUP + " \n")])
+    assert not set(shown["content"]) & set("<> \n") and unescape(shown["content"]) == MARKUP + " \n"
+    monkeypatch.setattr(space_app, "readable", lambda tokenizer, token: (MARKUP, f'"{MARKUP}'))
+    page = space_app.bars(tiny(), Tokenizer("bytes"), "x")
+    assert re.findall("<code>(.*?)</code>", page) == [escape(MARKUP)] * 10
+    assert re.findall('data-text="(.*?)"', page) == [escape(f'"{MARKUP}')] * 10
+
+
+def test_a_space_tells_nothing_of_the_machine_it_was_made_on(tmp_path):
+    stored = dict(stage="finetune", tokenizer="bytes", step=7, tokens=9, metrics={}, processes=1, data=["/home/me"])
+    space_app.write_space(tiny(), stored | dict(settings=dict(data_dir="/home/me")), tmp_path / "space")
+    content = load_checkpoint(tmp_path / "space/best.pt")
+    assert content.keys() == {"format_version", "config", "model", "stage", "tokenizer", "step", "tokens", "metrics"}
+    assert not any(b"/home/me" in path.read_bytes() for path in (tmp_path / "space").iterdir())
 
 
 def test_a_tokens_name_shows_what_cannot_be_seen():
