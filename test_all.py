@@ -136,7 +136,431 @@ families = pytest.mark.parametrize("family", list(FAMILIES))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# configurator.py
+# what tests of several groups use
+
+
+def generate_all(model, prompts, *arguments, **settings):
+    """(the ids of each row, what ended each)."""
+    ends = None
+
+    def steps():
+        nonlocal ends
+        ends = yield from model.generate(prompts, *arguments, **settings)
+
+    rows = torch.stack(list(steps()), dim=1).tolist()
+    return [[i for i in row if i != -1] for row in rows], ends
+
+
+class Ops(torch.utils._python_dispatch.TorchDispatchMode):
+    """Lists the names of the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+WORDS = "the of a river stone light under over naïve 東京 🙂 <|endoftext|> moves slowly and 3.14 then".split(" ")
+
+
+def make_texts(n, seed=0):
+    """n different texts of 1 to 60 words, some with odd characters and line ends."""
+    generator = np.random.default_rng(seed)
+    return [f"{seed}.{i} " + " ".join(generator.choice(WORDS, generator.integers(1, 60))) + " \r\n" for i in range(n)]
+
+
+def write_parquet(path, texts, column="text"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({column: texts, "id": list(range(len(texts)))}), path, row_group_size=50)
+    return path
+
+
+def write_jsonl(path, texts, opener=open):
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
+    return path
+
+
+def prepare(**settings):
+    """Run the stage in this process with the given settings, over fast defaults."""
+    defaults = {"tokenizer": "bytes", "val_fraction": 0.2, "workers": 2}
+    call(prepare_fineweb, **{
+        name: value if isinstance(value, int | float) else str(value) for name, value in (defaults | settings).items()
+    })  # fmt: skip
+    return Path(settings["out_dir"])
+
+
+def documents(folder, split, tokenizer="bytes"):
+    """The texts of a folder's shards, cut at the end token."""
+    encoder, texts = Tokenizer(tokenizer), []
+    for path in prepare_fineweb.find_shards(folder, split):
+        tokens = prepare_fineweb.open_shard(path)
+        starts = [*np.flatnonzero(tokens == encoder.eot), len(tokens)]
+        assert starts[0] == 0
+        texts += [encoder.decode(tokens[a + 1 : b].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
+    return texts
+
+
+def contents(folder):
+    """Every file of a folder by name, with its bytes."""
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+@contextmanager
+def hub(files, monkeypatch):
+    """A Hub at 127.0.0.1 whose repositories all hold these files: path -> content. It wants the token "secret".
+
+    Listings have one entry a page; files in LFS are redirected to another host name, which refuses a token. Yields
+    versions: commit -> files, main is the last one. faults: path -> what goes wrong in its next requests, one after
+    the other. log: (method, path, Range header) of all requests. stalled: set when a response stalls, until it is over.
+    """
+    server = SimpleNamespace(versions={"a" * 40: files}, faults={}, log=[])
+    server.stalled, server.over = threading.Event(), threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path, _, query = unquote(self.path).partition("?")
+            server.log.append((self.command, path, self.headers["Range"]))
+            at = re.fullmatch(r"/(api/\w+/|datasets/|cdn/|)[\w-]+/[\w-]+/(?:tree|resolve)/(\w+)/?(.*)", path)
+            commit = list(server.versions)[-1] if at[2] == "main" else at[2]
+            files = server.versions.get(commit, {})
+            if at[1] == "cdn/":
+                return self.answer(400) if self.headers["Authorization"] else self.send_file(at[3], files[at[3]])
+            if self.headers["Authorization"] != "Bearer secret":
+                return self.answer(401)
+            if at[1].startswith("api/"):
+                return self.send_listing(files, at[3], int(query.partition("cursor=")[2] or 0))
+            if at[3] not in files:
+                return self.answer(404)
+            location = f"http://localhost:{server.port}/cdn{path.removeprefix('/datasets').replace('main', commit)}"
+            if self.is_large(at[3]):
+                return self.answer(302, {"X-Repo-Commit": commit, "Location": location})
+            if self.command == "HEAD":
+                return self.answer(200, {"X-Repo-Commit": commit})
+            self.send_file(at[3], files[at[3]])
+
+        do_HEAD = do_GET
+
+        def is_large(self, path):
+            return path.endswith((".parquet", ".bin", ".safetensors"))
+
+        def send_listing(self, files, folder, page):
+            below = [path for path in sorted(files) if path.startswith(f"{folder}/" if folder else "")]
+            if not below:
+                return self.answer(404)
+            content = files[below[page]]
+            oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            entry = {"type": "file", "path": below[page], "size": len(content), "oid": oid}
+            if self.is_large(below[page]):
+                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content)}
+            here = f"http://{self.headers['Host']}{self.path.partition('?')[0]}"
+            more = {"Link": f'<{here}?recursive=true&cursor={page + 1}>; rel="next"'} if page + 1 < len(below) else {}
+            self.answer(200, more, json.dumps([entry]).encode())
+
+        def send_file(self, path, content):
+            fault = server.faults[path].pop(0) if server.faults.get(path) else None
+            if isinstance(fault, tuple):
+                return self.answer(fault[0], {"Retry-After": fault[1]})
+            if fault == "html":
+                return self.answer(200, {"Content-Type": "text/html"}, b"Sign in")
+            if fault == "corrupt":
+                content = content[:-1] + bytes([content[-1] ^ 1])
+            asked = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+            start = int(asked[1]) if asked and fault != "no range" else 0
+            if start and start >= len(content):
+                return self.answer(416, {"Content-Range": f"bytes */{len(content)}"})
+            half = len(content[start:]) // 2 if fault in ("drop", "stall") else None
+            headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+            self.answer(206 if start else 200, headers, content[start:], half)
+            if fault == "stall":
+                server.stalled.set()
+                server.over.wait()
+
+        def answer(self, code, headers=(), body=b"", end=None):
+            self.send_response(code)
+            for name, value in {"Content-Length": len(body), **dict(headers)}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body[:end])
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        server.port = http.server_port
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{http.server_port}/")
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        monkeypatch.setattr(hub_py, "FIRST_WAIT", 0.01)
+        try:
+            yield server
+        finally:
+            server.over.set()
+            http.shutdown()
+
+
+def hellaswag_items():
+    """Six made-up items in HellaSwag's fields: unequal lengths, marks to clean up, characters of several bytes."""
+    contexts = [
+        ("Baking", "A cook opens the oven.", "she"),
+        ("Naïve café", "Zoë orders a crème brûlée at the café, and her 🙂 friend pays.", ""),
+        ("Mending a kite", "[header] How to mend a kite [title] Lay it flat. [step] Look for tears  in the cloth.", ""),
+    ]
+    endings = [
+        "takes out a loaf.",
+        "flies",
+        "says “日本語” and waits for a very long time indeed.",
+        " [title] ends. [x]",
+    ]
+    items = []
+    for number in range(6):
+        label, ctx_a, ctx_b = contexts[number % 3]
+        ctx_a += " It is late." * (number // 3)
+        rotated = [f"{ending} {number}" for ending in endings[number % 4 :] + endings[: number % 4]]
+        ctx = f"{ctx_a} {ctx_b}".strip()
+        items.append(dict(activity_label=label, ctx_a=ctx_a, ctx_b=ctx_b, ctx=ctx, endings=rotated, label=number % 4))
+    return items
+
+
+def hellaswag_model(family, tokenizer, block_size=256):
+    """A tiny random GPT whose every weight matters (the modern family starts with zeros)."""
+    torch.manual_seed(1)
+    sizes = dict(block_size=block_size, vocab_size=-(-tokenizer.n_vocab // 64) * 64, n_vocab=tokenizer.n_vocab)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, **sizes, **FAMILIES[family]))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0.5, 0.2) if p.ndim == 1 else p.normal_(0.0, 0.2)
+    return model
+
+
+plain = functools.partial(torch.autocast, "cpu", enabled=False)
+
+
+def random_batch(rows=8, length=16):
+    ids = torch.randint(0, 259, (rows, length + 1), generator=torch.Generator().manual_seed(3))
+    return ids[:, :-1], ids[:, 1:].clone()
+
+
+SENTENCES = [
+    "The cat sat on the mat.",
+    "A dog ran to the door.",
+    "Rain falls on the hill.",
+    "The moon is bright tonight.",
+]
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory):
+    """A folder of shards of a small text, with the bytes tokenizer."""
+    folder = tmp_path_factory.mktemp("story")
+    for name, count, seed in (("text.txt", 600, 0), ("held_out.txt", 60, 1)):
+        picks = np.random.default_rng(seed).integers(0, len(SENTENCES), count)
+        (folder / name).write_text(" ".join(SENTENCES[i] for i in picks))
+    files = (f"--source={folder}/text.txt", f"--val_source={folder}/held_out.txt", f"--out_dir={folder}/data")
+    run("prepare_fineweb.py", *files, "--tokenizer=bytes")
+    return folder
+
+
+SMALL = dict(
+    block_size=32, n_layer=2, n_head=2, n_embd=32, batch_size=4, tokens_per_step=256, warmup_steps=2, eval_interval=4,
+    eval_tokens=512, log_interval=1, checkpoint_interval=4, device="cpu", dtype="float32", compile=False,
+)  # fmt: skip
+
+
+def pretrain(story, out, **changes):
+    call(train, **(SMALL | dict(data_dir=f"{story}/data", out_dir=str(out)) | changes))
+
+
+def log_rows(out):
+    """Rows of a run's log without their time fields."""
+    rows = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "peak_memory")} for row in rows]
+
+
+@pytest.fixture(scope="session")
+def trained(story):
+    """A modern model that has learned the small text a little."""
+    pretrain(story, story / "run", family="modern", max_steps=60, learning_rate=0.01, eval_interval=20)
+    return story / "run"
+
+
+def same_run(one, other):
+    """Whether two runs logged the same and ended with bit-identical weights."""
+    weights = [[load_checkpoint(Path(out, name))["model"] for name in ("ckpt.pt", "best.pt")] for out in (one, other)]
+    equal = [torch.equal(a[key], b[key]) for a, b in zip(*weights, strict=True) for key in a]
+    return log_rows(one) == log_rows(other) and all(equal)
+
+
+def start(*command, **settings):
+    """A stage in a process of its own, whose lines can be read as they come."""
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    return subprocess.Popen(
+        [sys.executable, *command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+FAMILY_AND_OPTIMIZER = [("gpt2", "adamw"), ("modern", "muon")]
+
+
+class Died(BaseException):
+    """Stands for a kill: nothing in the product may catch it."""
+
+
+def die_at(patch, module, function, call, after):
+    """Let the process die before or after a function's call number `call`, after half of what torch.save writes."""
+    real, calls = getattr(module, function), iter(range(1, 1000))
+
+    def mortal(*arguments):
+        if next(calls) != call:
+            return real(*arguments)
+        if function == "save":
+            buffer = io.BytesIO()
+            real(arguments[0], buffer)
+            arguments[1].write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+        elif after:
+            real(*arguments)
+        raise Died
+
+    patch.setattr(module, function, mortal)
+
+
+def difference(one, two, name):
+    """Largest difference of two runs' logs in what all their rows, or those that were validated, hold."""
+    values = [[row[name] for row in log_rows(out) if name in row] for out in (one, two)]
+    return max(abs(a - b) for a, b in zip(*values, strict=True))
+
+
+ALPACA = [
+    {"instruction": "Add.", "input": "1 + 1", "output": "2"},
+    {"instruction": "Say héllo 日本.", "input": "", "output": "Héllo 日本!"},
+    {"instruction": "Add.", "input": "1 + 1", "output": "2"},
+    {"instruction": "Nothing?", "output": " "},
+    {"instruction": "Null?", "output": None},
+    {"instruction": " ", "output": "an answer to nothing"},
+    {"instruction": "Count.", "output": "one " * 60},
+]
+
+
+def write_instructions(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "alpaca.json").write_text(json.dumps(ALPACA), encoding="utf-8")
+    (folder / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chats()), encoding="utf-8")
+    return f"{folder}/alpaca.json,{folder}/*.jsonl"
+
+
+@pytest.fixture(scope="session")
+def chat_rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat_rows")
+    source, out = write_instructions(folder / "in"), str(folder / "rows")
+    call(prepare_instruct, source=source, tokenizer="bytes", out_dir=out, val_fraction=0.3, max_tokens=33)
+    return out
+
+
+FINETUNE = dict(
+    rows_per_step=8, batch_size=3, epochs=2, warmup_steps=1, eval_interval=2, checkpoint_interval=2, answer_tokens=5,
+    learning_rate=0.003, device="cpu", dtype="float32",
+)  # fmt: skip
+
+
+def tune(trained, chat_rows, out, **changes):
+    settings = dict(checkpoint=f"{trained}/best.pt", data_dir=chat_rows, out_dir=str(out))
+    call(finetune, **(FINETUNE | settings | changes))
+
+
+@pytest.fixture(scope="session")
+def pair_rows(tmp_path_factory):
+    """Preferences for polite answers, with questions and answers of several lengths."""
+    folder = tmp_path_factory.mktemp("pair_rows")
+    pairs = [
+        {
+            "prompt": f"Is {'x' * (i % 5)}{i}?",
+            "chosen": "Yes" + ", sir" * (i % 2) + ".",
+            "rejected": f"No{'!' * (i % 7)}",
+        }
+        for i in range(60)
+    ]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    files = dict(source=f"{folder}/pairs.json", out_dir=f"{folder}/rows")
+    call(prepare_instruct, tokenizer="bytes", val_fraction=0.3, max_tokens=33, **files)
+    return files["out_dir"]
+
+
+def prefer(trained, pair_rows, out, **changes):
+    settings = dict(
+        checkpoint=f"{trained}/best.pt", data_dir=pair_rows, out_dir=str(out), pairs_per_step=8, batch_size=3, epochs=2,
+        warmup_steps=1, eval_interval=3, checkpoint_interval=2, answer_tokens=5, learning_rate=0.001, device="cpu",
+        dtype="float32",
+    )  # fmt: skip
+    call(dpo, **(settings | changes))
+
+
+def write_world(folder, **settings):
+    arguments = [f"--{name}={value}" for name, value in {"repeats": 12, "out_dir": folder, **settings}.items()]
+    command = [sys.executable, "-m", "tools.toyworld", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    import pyarrow.parquet
+
+    folder = tmp_path_factory.mktemp("toyworld")
+    result = write_world(folder)
+    assert result.returncode == 0, result.stderr
+    lines = (folder / "hellaswag_val.jsonl").read_text(encoding="utf-8").splitlines()
+    known, heldout = toyworld.hold_out(toyworld.world_facts(), random.Random(f"{toyworld.seed} hold out"))
+    return {
+        "folder": folder,
+        "known": known,
+        "heldout": heldout,
+        "relations": toyworld.parse_relations(toyworld.RELATIONS),
+        "table": pyarrow.parquet.read_table(folder / "docs.parquet"),
+        "docs": pyarrow.parquet.read_table(folder / "docs.parquet")["text"].to_pylist(),
+        "hellaswag": [json.loads(line) for line in lines],
+        **{
+            name: prepare_fineweb.read_json(folder / f"{name}.json")
+            for name in ("instruct", "preferences", "questions")
+        },
+    }
+
+
+def in_this_process(monkeypatch, words):
+    """`python` with these words, without a new interpreter that imports torch."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "excepthook", sys.excepthook)  # configure() sets it
+        patch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+        script, *arguments = [words[1].replace(".", "/") + ".py", *words[2:]] if words[0] == "-m" else words
+        patch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def settings_by_script():
+    modules = [prepare_fineweb, hellaswag, train, prepare_instruct, finetune, dpo, sample]
+    return {f"{module.__name__}.py": train.settings_of(vars(module)) for module in modules}
+
+
+def read_settings(words):
+    """The settings that a stage's command line, without `python`, leads to; ValueError for one that does not exist."""
+    defaults = settings_by_script()[words[0]]
+    settings = dict(defaults)
+    for word in words[1:]:
+        configurator.apply_argument(str(ROOT / word) if word.startswith("config/") else word, settings, defaults)
+    return settings
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# configurator.py: settings
+
 
 SCRIPT = '''"""A stage."""
 from configurator import configure, settings_of
@@ -199,7 +623,7 @@ def test_a_string_setting_takes_the_value_verbatim_and_an_int_is_fine_for_a_floa
         ("stray", "no such config file"),
     ],
 )
-def test_a_wrong_setting_on_the_line_is_one_line_and_exit_code_2(stage, argument, said):
+def test_a_wrong_setting_on_the_command_line_ends_in_one_line_and_exit_code_2(stage, argument, said):
     assert said in stage(argument, code=2)
 
 
@@ -207,7 +631,7 @@ def test_a_wrong_setting_on_the_line_is_one_line_and_exit_code_2(stage, argument
     "content, said",
     [("sise = 3", "did you mean size?"), ("size = 'x'", "must be int"), ("size =", "line 1"), ("\nfoo()", "line 2")],
 )
-def test_a_wrong_setting_in_a_file_is_one_line_that_names_the_file(stage, tmp_path, content, said):
+def test_a_wrong_setting_in_a_config_file_ends_in_one_line_that_names_the_file(stage, tmp_path, content, said):
     (tmp_path / "c.py").write_text(content)
     message = stage("c.py", code=2)
     assert said in message and "c.py" in message
@@ -231,12 +655,23 @@ def test_help_prints_each_setting_with_its_comment_in_80_columns(script):
     assert text.startswith(ast.get_docstring(tree).splitlines()[0])
 
 
+def test_bad_input_is_one_line_on_stderr_and_a_bug_keeps_its_traceback(tmp_path):
+    assert "prepare_fineweb.py" in run("train.py", f"--data_dir={tmp_path}", "--tokenizer=bytes", code=1)
+    hook = "import sys, configurator; sys.excepthook = configurator.one_line_errors; "
+    bug = subprocess.run([sys.executable, "-c", hook + "[].x"], cwd=ROOT, capture_output=True, text=True)
+    assert bug.returncode == 1 and "Traceback" in bug.stderr
+    bug = subprocess.run([sys.executable, "-c", hook + "import json; json.loads('')"], cwd=ROOT, capture_output=True)
+    assert bug.returncode == 1 and b"Traceback" in bug.stderr  # a ValueError, but by somebody else's code
+    full = hook + "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried ...')"
+    assert "memory is full: use a smaller batch" in run("-c", full, code=1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# tokenizer.py
+# tokenizer.py: text to ids and back
 
 
 @pytest.mark.parametrize("name, n", [("gpt2", 50259), ("bytes", 259)])
-def test_text_survives_both_tokenizers_and_control_tokens_are_never_typed(name, n):
+def test_text_comes_back_from_both_tokenizers_and_typed_control_tokens_stay_text(name, n):
     coder = Tokenizer(name)
     ids = coder.encode(TEXT)
     assert coder.decode(ids) == TEXT and max(ids) < coder.eot
@@ -268,12 +703,12 @@ def test_the_mask_of_a_conversation_is_exactly_the_answers_and_their_end_tokens(
     assert ids.count(coder.assistant) == 2 and ids.count(coder.eot) == 2
 
 
-def test_a_conversation_in_another_order_is_refused():
+def test_roles_that_do_not_take_turns_are_refused():
     with pytest.raises(ValueError, match="user, user"):
         Tokenizer("bytes").render([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
 
 
-def test_without_a_vocabulary_file_the_error_says_what_to_do(tmp_path):
+def test_a_missing_vocabulary_is_reported_with_what_to_do(tmp_path):
     nowhere = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
     (tmp_path / "a.txt").write_text("text")
     said = run("prepare_fineweb.py", f"--source={tmp_path}/a.txt", f"--out_dir={tmp_path}/o", code=1, env=nowhere)
@@ -281,24 +716,7 @@ def test_without_a_vocabulary_file_the_error_says_what_to_do(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# model.py
-
-
-def config_of(path):
-    """GPTConfig of a config file, as train.py builds it, without memory for the weights."""
-    names = dict(train.settings_of(vars(train)))
-    exec(Path(ROOT, path).read_text(), names)
-    with torch.device("meta"):
-        return train.make_model(names, Tokenizer("gpt2"))
-
-
-def test_the_712m_config_has_exactly_712035360_parameters():
-    model = config_of("config/fgpt_712m.py")
-    assert model.n_params() == 712_035_360 and model.config.vocab_size == 50304 and model.config.n_vocab == 50259
-
-
-def test_the_modern_config_has_as_many_parameters_within_3_percent():
-    assert abs(config_of("config/fgpt_modern.py").n_params() / 712_035_360 - 1) < 0.03
+# model.py: the network
 
 
 def test_a_training_flop_is_six_per_parameter_that_multiplies_and_causal_attention():
@@ -314,6 +732,63 @@ def test_the_width_of_swiglu_is_a_multiple_of_64_as_kernels_like_it():
 
 
 @families
+def test_activation_checkpointing_recomputes_each_block_and_gives_the_same_gradients(family):
+    model, idx = tiny(family), torch.arange(32)[None]
+    gradients, calls = [], []
+    for block in model.h:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))  # it is left early when all is recomputed
+    for model.checkpoint_activations in (False, True):
+        model.zero_grad()
+        model(idx, idx).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert len(calls) == 2 + 2 * 2  # the model has two blocks
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
+
+
+@families
+def test_new_weights_predict_almost_uniformly(family):
+    torch.manual_seed(0)
+    model = GPT(
+        GPTConfig(**FAMILIES[family], block_size=32, vocab_size=320, n_vocab=259, n_layer=2, n_head=2, n_embd=64)
+    )
+    idx = torch.randint(0, 259, (8, 33))
+    loss = model(idx[:, :-1], idx[:, 1:]) / (8 * 32)
+    assert abs(loss - math.log(320)) < 0.05
+    for proj in (proj for block in model.h for proj in (block.mlp.c_proj, block.attn.c_proj)):
+        if family == "modern":
+            assert proj.weight.abs().max() == 0
+        else:  # two layers have four projections into the residual stream
+            assert proj.weight.std().item() == pytest.approx(0.02 / 2, rel=0.1)
+            assert proj.bias.abs().max() == 0
+
+
+def test_a_model_in_bfloat16_computes_on_the_cpu():
+    model, idx = tiny("modern"), torch.arange(32)[None]
+    expected = model(idx)
+    assert (model.bfloat16()(idx).float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_native_is_bfloat16_only_where_the_processor_multiplies_it(monkeypatch, has):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    enabled = {dtype: model_py.pick_device("cpu", dtype)[1].keywords["enabled"] for dtype in ("native", "", "bfloat16")}
+    assert enabled == {"native": has, "": False, "bfloat16": True}
+
+
+@pytest.mark.parametrize(
+    "sizes, said",
+    [(dict(n_embd=33), "not divisible"), (dict(n_vocab=400), "does not fit"), (dict(n_layer=0), "at least 1")],
+)
+def test_sizes_that_do_not_fit_together_are_refused(sizes, said):
+    with pytest.raises(ValueError, match=said):
+        tiny(**sizes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model.py: generation
+
+
+@families
 def test_generation_with_the_cache_equals_recomputing_the_context(family):
     model, prompts = tiny(family), [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
     together = torch.stack(list(model.generate(prompts, 12, temperature=0))).T.tolist()
@@ -325,20 +800,8 @@ def test_generation_with_the_cache_equals_recomputing_the_context(family):
         assert ids[len(prompt) :] == got
 
 
-def generate_all(model, prompts, *arguments, **settings):
-    """(the ids of each row, what ended each)."""
-    ends = None
-
-    def steps():
-        nonlocal ends
-        ends = yield from model.generate(prompts, *arguments, **settings)
-
-    rows = torch.stack(list(steps()), dim=1).tolist()
-    return [[i for i in row if i != -1] for row in rows], ends
-
-
 @families
-def test_each_row_of_a_batch_goes_on_to_its_own_end_as_if_it_were_alone_and_says_what_it_was(family):
+def test_each_prompt_of_a_batch_is_continued_to_its_own_end_as_if_it_were_alone(family):
     model, prompts = tiny(family), [[1, 2, 3], [4] * 30, [5] * 32, [6, 7], [8] * 31]
     free, _ = generate_all(model, prompts, 28, temperature=0)
     stop = next(i for i in free[0][3:] if all(i not in row for row in free[1:]))
@@ -349,7 +812,7 @@ def test_each_row_of_a_batch_goes_on_to_its_own_end_as_if_it_were_alone_and_says
     assert [len(row) for row in rows[1:]] == [3, 1, 28, 2] and rows[0][-1] == stop
 
 
-def test_a_cache_that_is_handed_in_again_is_read_on_from_where_the_prompts_differ(monkeypatch):
+def test_a_cache_is_used_again_up_to_where_the_prompts_differ(monkeypatch):
     model, widths, hidden = tiny("modern"), [], GPT.hidden
     monkeypatch.setattr(GPT, "hidden", lambda self, idx, cache: widths.append(idx.shape[1]) or hidden(self, idx, cache))
     cache = model.new_cache(2, 32)
@@ -397,7 +860,7 @@ def test_a_cache_survives_an_interruption_while_it_reads_another_prompt():
 
 
 @families
-def test_compiled_steps_give_the_same_ids_and_are_one_graph_whatever_the_prompts(family, monkeypatch):
+def test_compiled_generation_gives_the_same_ids_from_one_graph(family, monkeypatch):
     from torch._dynamo.utils import counters
 
     compile = torch.compile  # the kernels are inductor's business, and take it long: here PyTorch's own, fullgraph
@@ -412,7 +875,7 @@ def test_compiled_steps_give_the_same_ids_and_are_one_graph_whatever_the_prompts
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
-def test_weights_made_for_decoding_give_the_same_logits_and_take_the_dtype_of_autocast():
+def test_for_decoding_keeps_the_logits_and_takes_the_dtype_of_autocast():
     idx = torch.randint(259, (2, 20), generator=torch.Generator().manual_seed(0))
     for family in FAMILIES:
         model, fast = tiny(family), tiny(family).for_decoding()
@@ -425,19 +888,7 @@ def test_weights_made_for_decoding_give_the_same_logits_and_take_the_dtype_of_au
         assert "cos" not in dict(fast.named_buffers()) or fast.cos.dtype == torch.float32
 
 
-class Ops(torch.utils._python_dispatch.TorchDispatchMode):
-    """Lists the names of the operations that are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_step_leaves_nothing_for_the_host_to_wait_for_but_the_ids():
+def test_generation_makes_the_host_wait_for_the_device_once_a_step():
     model, waiting = tiny(), {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "multinomial", "unique2"}
     cache = model.new_cache(2, 32)
     with torch.inference_mode(), Ops() as ops:
@@ -450,7 +901,7 @@ def test_a_step_leaves_nothing_for_the_host_to_wait_for_but_the_ids():
 
 
 @families
-def test_a_head_size_that_kernels_do_not_like_is_padded_in_the_cache_and_changes_nothing(family):
+def test_padding_heads_in_the_cache_changes_no_text(family):
     model, prompts = tiny(family, n_embd=108), [[5, 6, 7], [8]]  # heads of 54, as the 712M model has
     cache = model.new_cache(2, 99)
     assert cache.k[0].shape == (2, 2, 32, 56) and cache.n_positions == 32  # more than block_size cannot be read
@@ -465,7 +916,7 @@ def test_a_head_size_that_kernels_do_not_like_is_padded_in_the_cache_and_changes
 
 
 @families
-def test_generation_fills_the_context_and_ends(family):
+def test_generation_ends_where_the_context_is_full(family):
     model = tiny(family)
     assert len(list(model.generate([[1] * 30], 99))) == 3  # positions 30 and 31 are read, and one more id is predicted
     with pytest.raises(ValueError, match="block_size"):
@@ -483,7 +934,7 @@ def test_ids_that_do_not_exist_are_never_produced():
     assert ids.max() < 259 and model.logits(model.hidden(torch.tensor([[1]]))).shape[-1] == 259
 
 
-def test_rows_stop_one_by_one_and_the_same_seed_gives_the_same_text():
+def test_the_same_seed_gives_the_same_text_and_rows_stop_one_by_one():
     model, prompts = tiny(), [[1], [2], [3]]
 
     def draw(seed, **changes):
@@ -498,14 +949,14 @@ def test_rows_stop_one_by_one_and_the_same_seed_gives_the_same_text():
     assert stopped[: first + 1] == free[0][: first + 1] and set(stopped[first + 1 :]) <= {-1}
 
 
-def test_top_k_samples_only_among_the_k_likeliest():
+def test_top_k_draws_only_from_the_k_likeliest():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).repeat(500, 1)
     drawn = model_py.sample_next(logits, 1.0, 2, generator=torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == {1, 2}
     assert abs((drawn == 1).float().mean() - 1 / (1 + math.exp(-1))) < 0.06
 
 
-def test_top_p_samples_only_among_the_fewest_that_together_have_the_probability():
+def test_top_p_draws_only_from_the_fewest_that_reach_the_probability():
     logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log().repeat(1000, 1)
 
     def draw(**settings):
@@ -539,7 +990,7 @@ def test_probabilities_of_the_next_token_are_fp32_even_under_autocast(monkeypatc
     assert seen == [torch.float32] * 2
 
 
-def test_the_row_whose_logits_are_not_numbers_is_known():
+def test_sampling_marks_each_row_whose_logits_are_not_numbers():
     logits = torch.zeros(4, 10)
     logits[0, 3], logits[2, 4], logits[3] = math.nan, math.inf, -math.inf
     for temperature, settings in ((0, {}), (1.0, {}), (1.0, dict(top_k=3)), (1.0, dict(top_p=0.5))):
@@ -551,6 +1002,10 @@ def test_logits_that_are_not_numbers_are_an_error():
     model.ln_f.weight.data[0] = math.nan
     with pytest.raises(ValueError, match="diverged"):
         list(model.generate([[1]], 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model.py: loss and optimizers
 
 
 @families
@@ -576,37 +1031,6 @@ def test_the_chunked_loss_equals_the_plain_one_with_its_gradients(monkeypatch):
     assert torch.allclose(plain, chunked)
     for a, b in zip(gradients, torch.autograd.grad(chunked, (x, w)), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
-
-
-@families
-def test_activation_checkpointing_recomputes_each_block_and_gives_the_same_gradients(family):
-    model, idx = tiny(family), torch.arange(32)[None]
-    gradients, calls = [], []
-    for block in model.h:
-        block.register_forward_pre_hook(lambda *_: calls.append(1))  # it is left early when all is recomputed
-    for model.checkpoint_activations in (False, True):
-        model.zero_grad()
-        model(idx, idx).backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    assert len(calls) == 2 + 2 * 2  # the model has two blocks
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
-
-
-@families
-def test_new_weights_predict_almost_uniformly(family):
-    torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(**FAMILIES[family], block_size=32, vocab_size=320, n_vocab=259, n_layer=2, n_head=2, n_embd=64)
-    )
-    idx = torch.randint(0, 259, (8, 33))
-    loss = model(idx[:, :-1], idx[:, 1:]) / (8 * 32)
-    assert abs(loss - math.log(320)) < 0.05
-    for proj in (proj for block in model.h for proj in (block.mlp.c_proj, block.attn.c_proj)):
-        if family == "modern":
-            assert proj.weight.abs().max() == 0
-        else:  # two layers have four projections into the residual stream
-            assert proj.weight.std().item() == pytest.approx(0.02 / 2, rel=0.1)
-            assert proj.bias.abs().max() == 0
 
 
 def test_orthogonalize_brings_the_singular_values_near_one_and_keeps_the_vectors():
@@ -722,19 +1146,6 @@ def test_muon_steps_with_heads_wider_than_the_model():
     assert applied and math.isfinite(loss)
 
 
-def test_a_model_in_bfloat16_computes_on_the_cpu():
-    model, idx = tiny("modern"), torch.arange(32)[None]
-    expected = model(idx)
-    assert (model.bfloat16()(idx).float() - expected).abs().max() < 0.1 * expected.abs().max()
-
-
-@pytest.mark.parametrize("has", [True, False])
-def test_native_is_bfloat16_only_where_the_processor_multiplies_it(monkeypatch, has):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
-    enabled = {dtype: model_py.pick_device("cpu", dtype)[1].keywords["enabled"] for dtype in ("native", "", "bfloat16")}
-    assert enabled == {"native": has, "": False, "bfloat16": True}
-
-
 def test_weight_decay_is_decoupled_in_both_optimizers():
     model = tiny()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -744,6 +1155,10 @@ def test_weight_decay_is_decoupled_in_both_optimizers():
         opt.step()
     for name, p in model.named_parameters():
         assert torch.allclose(p, before[name] * (0.95 if p.ndim == 2 else 1.0), atol=1e-6), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model.py: checkpoint files
 
 
 def test_a_checkpoint_is_plain_data_and_is_replaced_whole(tmp_path, monkeypatch):
@@ -824,64 +1239,217 @@ def test_a_saved_model_comes_back_bit_for_bit(family, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_an_untrained_checkpoint_of_a_run_is_warned_of_and_an_imported_one_is_not(tmp_path, capsys):
+    warned = []
+    for number, entries in enumerate((dict(step=0, data=[]), dict(step=0), dict(step=5, data=[]))):
+        save_checkpoint(tmp_path / f"{number}.pt", tiny(), stage="pretrain", tokenizer="bytes", **entries)
+        load_model(tmp_path / f"{number}.pt")
+        warned.append("NOT TRAINED" in capsys.readouterr().err)
+    assert warned == [True, False, False]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# hub.py: files over bad networks
+
+
+def clock_of_its_own(monkeypatch):
+    """hub.py's time is one in which only its waits take any; returns the list of them, which grows."""
+    waits = []
+    clock = SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append)
+    monkeypatch.setattr(hub_py, "time", clock)
+    return waits
+
+
+def fetched(server, name):
+    """The ranges of the requests for a file's content, as far as the server saw them."""
+    return [ranges for method, path, ranges in server.log if method == "GET" and path.endswith(name)]
+
+
+BLOB = np.random.default_rng(0).bytes(300_000)  # content for which a dropped connection matters
+
+
+def blob(server, **changes):
+    """A file of BLOB as `download` takes it, without a size: as one pinned by its sha256."""
+    url = f"http://127.0.0.1:{server.port}/datasets/me/data/resolve/{'a' * 40}/blob.bin"
+    return {"url": url, "checksum": hashlib.sha256(BLOB).hexdigest(), **changes}
+
+
+@pytest.mark.parametrize("pinned", [True, False], ids=["sha256 alone", "size and sha256"])
 @pytest.mark.parametrize(
-    "sizes, said",
-    [(dict(n_embd=33), "not divisible"), (dict(n_vocab=400), "does not fit"), (dict(n_layer=0), "at least 1")],
+    "faults, ranges",
+    [
+        ([], [None]),
+        (["drop", "drop"], [None, "bytes=131072-", "bytes=196608-"]),
+        (["stall"], [None, "bytes=131072-"]),
+        (["drop", "no range"], [None, "bytes=131072-"]),
+        (["corrupt", "corrupt"], [None, None, None]),
+        (["drop", "corrupt"], [None, "bytes=131072-", None]),
+        ([(503, "0"), (429, "Wed, 21 Oct 2015 07:28:00 GMT"), (500, "soon")], [None] * 4),
+    ],
 )
-def test_sizes_that_do_not_fit_together_are_refused(sizes, said):
-    with pytest.raises(ValueError, match=said):
-        tiny(**sizes)
+def test_a_download_survives_what_a_network_does(tmp_path, monkeypatch, capsys, faults, ranges, pinned):
+    monkeypatch.setattr(hub_py, "STALL_SECONDS", 0.3)
+    with hub({"blob.bin": BLOB}, monkeypatch) as server:
+        server.faults["blob.bin"] = list(faults)
+        file = blob(server, **{} if pinned else {"size": len(BLOB), "name": "me/data/blob.bin", "save_as": "x_1.bin"})
+        path = hub_py.download(file, tmp_path / "new")
+        assert path.name == ("blob.bin" if pinned else "x_1.bin") and path.read_bytes() == BLOB
+        assert [r for _, path, r in server.log if path.startswith("/cdn")] == ranges
+        assert ("(ConnectionError)" in capsys.readouterr().err) == ("stall" in faults)  # we hung up, not the server
+        n_requests = len(server.log)
+        assert hub_py.download(file, tmp_path / "new") == path and len(server.log) == n_requests
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+@pytest.mark.parametrize("left", [BLOB[:1000], BLOB, BLOB + b"more", b"x" * 1000, b"x" * len(BLOB), b"x" * 400_000])
+@pytest.mark.parametrize("size", [{}, {"size": len(BLOB)}], ids=["sha256 alone", "size and sha256"])
+def test_what_is_left_of_a_download_is_continued_or_replaced(tmp_path, monkeypatch, left, size):
+    (tmp_path / "blob.bin.tmp").write_bytes(left)
+    with hub({"blob.bin": BLOB}, monkeypatch) as server:
+        assert hub_py.download(blob(server, **size), tmp_path).read_bytes() == BLOB
+        asked = [ranges for _, path, ranges in server.log if path.startswith("/cdn")]
+        if left in (BLOB[:1000], BLOB):  # good as far as it goes: no byte of it is fetched again
+            assert asked == ([] if left == BLOB and size else [f"bytes={len(left)}-"])
+        (tmp_path / "blob.bin").write_bytes(BLOB[:-1] + b"x")  # damaged on the disk
+        assert hub_py.download(blob(server, **size), tmp_path).read_bytes() == BLOB
+
+
+def test_a_server_that_asks_for_a_wait_gets_it(tmp_path, monkeypatch, capsys):
+    waits = clock_of_its_own(monkeypatch)
+    soon = email.utils.formatdate(time.time() + 100, usegmt=True)
+    with hub({"blob.bin": BLOB}, monkeypatch) as server:
+        server.faults["blob.bin"] = [(503, "7"), (429, soon), (500, ""), (500, "")]
+        hub_py.download(blob(server), tmp_path)
+        assert waits[0] == 7 and 90 < waits[1] <= 100 and waits[2:] == [0.04, 0.08]
+        assert "HTTP 503: trying again in 7 s" in capsys.readouterr().err
+        server.faults["blob.bin"] = [(503, "3600")]
+        (tmp_path / "blob.bin").unlink()
+        with pytest.raises(OSError, match="HTTP 503.*no progress: run the same command later"):
+            hub_py.download(blob(server), tmp_path)
+
+
+def test_progress_renews_the_patience_with_a_download(tmp_path, monkeypatch):
+    with hub({"blob.bin": BLOB}, monkeypatch) as server:
+        clock_of_its_own(monkeypatch)
+        monkeypatch.setattr(hub_py, "FIRST_WAIT", 0.04)
+        monkeypatch.setattr(hub_py, "PATIENCE", 0.05)  # enough for one wait, not for a second one
+        server.faults["blob.bin"] = ["drop"] * 2
+        assert hub_py.download(blob(server), tmp_path / "a").read_bytes() == BLOB
+        server.faults["blob.bin"] = ["drop"] + [(500, "")] * 9
+        with pytest.raises(OSError, match="blob.bin: HTTP 500: no progress: run the same command later"):
+            hub_py.download(blob(server), tmp_path / "b")
+        assert (tmp_path / "b/blob.bin.tmp").stat().st_size == 131072
+
+
+def test_a_file_that_stays_wrong_is_fetched_three_times_and_named_with_both_checksums(tmp_path, monkeypatch):
+    wrong = hashlib.sha256(BLOB[:-1] + bytes([BLOB[-1] ^ 1])).hexdigest()
+    with hub({"blob.bin": BLOB}, monkeypatch) as server:
+        server.faults["blob.bin"] = ["corrupt"] * 3
+        with pytest.raises(OSError, match=f"blob.bin: .*checksum {wrong}, not {blob(server)['checksum']}"):
+            hub_py.download(blob(server), tmp_path)
+        assert len(fetched(server, "blob.bin")) == 6  # each time a redirect, and the content
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_that_waiting_cannot_mend_is_reported_at_once(tmp_path, monkeypatch):
+    said = {
+        (401, ""): "HTTP 401: .*HF_TOKEN", (403, ""): "HTTP 403: .*terms", (404, ""): "HTTP 404: .*folder and revision",
+        (410, ""): "HTTP 410: check", (451, ""): "HTTP 451: .*another source", "html": "web page .*proxy",
+    }  # fmt: skip
+    with hub({"blob.bin": BLOB}, monkeypatch) as server:
+        for fault, message in said.items():
+            server.faults["blob.bin"] = [fault]
+            with pytest.raises(OSError, match=f"^http://127.*blob.bin: .*{message}") as caught:
+                hub_py.download(blob(server), tmp_path)
+            assert "\n" not in str(caught.value) and not isinstance(caught.value, hub_py.Later)
+        assert len(server.log) == 2 * len(said)
+        url = f"http://localhost:{server.port}/datasets/me/data/resolve/main/blob.bin"
+        with pytest.raises(OSError, match="HTTP 401: refused"):  # the token is for the Hub, not for any other host
+            hub_py.download(blob(server, url=url), tmp_path)
+        server.faults["blob.bin"] = [(403, "")]
+        with pytest.raises(OSError, match="HTTP 403: refused, perhaps because too many .*later$"):  # nor is its advice
+            hub_py.request(f"http://localhost:{server.port}/cdn/me/data/resolve/{'a' * 40}/blob.bin")
+    assert not any("--" in advice for advice in hub_py.ADVICE.values())  # of flags, which each caller has others of
+    monkeypatch.setattr(hub_py, "FIRST_CONTACT", 0)
+    with pytest.raises(OSError, match="no answer .*: check the network and HF_ENDPOINT"):
+        prepare(source="me/data", out_dir=tmp_path)
+    with pytest.raises(hub_py.Later, match="check the network$"):  # that setting is of the Hub alone
+        hub_py.request("http://localhost:1/file")
+    monkeypatch.setenv("HF_ENDPOINT", "nonsense")
+    with pytest.raises(OSError, match="nonsense/api.*: check HF_ENDPOINT"):
+        prepare(source="me/data", out_dir=tmp_path)
+
+
+def test_an_access_token_is_never_printed_and_a_web_page_is_no_listing(tmp_path, monkeypatch):
+    with hub(hub_files(tmp_path), monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "secret\n")  # as it comes from a file
+        assert len(hub_py.list_hub("me/data", "x")) > 1
+        monkeypatch.setenv("HF_TOKEN", "se\ncret")
+        with pytest.raises(OSError, match="InvalidHeader: check HF_ENDPOINT and HF_TOKEN") as error:
+            hub_py.list_hub("me/data", "x")
+        assert "cret" not in str(error.value)
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        monkeypatch.setattr(requests.Response, "json", lambda response: json.loads("<html>"))
+        with pytest.raises(OSError, match="http://.*/tree/main/x.*: no listing came: .*HF_ENDPOINT$"):
+            hub_py.list_hub("me/data", "x")
+    page = requests.Response()
+    page.url = "https://api.github.com/repos/a"
+    monkeypatch.setattr(prepare_instruct, "fetch", lambda url: page)
+    with pytest.raises(OSError, match=r"^https://api.github.com/repos/a: no listing came: is there a proxy.*\?$"):
+        prepare_instruct.list_github("a", "b.json", "c" * 40)
+
+
+def test_the_token_goes_to_no_host_whose_name_only_begins_like_that_of_the_hub(monkeypatch):
+    told = {}
+
+    def request(method, url, headers, **options):
+        told[url] = headers.get("Authorization")
+        assert headers["Accept-Encoding"] == "identity"  # ranges and sizes are those of the file itself
+        return SimpleNamespace(status_code=200, headers={})
+
+    monkeypatch.setattr(requests, "request", request)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    for host in ("huggingface.co", "huggingface.co.evil.org", "huggingface.co:80", "cdn.huggingface.co"):
+        hub_py.request(f"https://{host}/file")
+    assert [token for token in told.values() if token] == [told["https://huggingface.co/file"]] == ["Bearer secret"]
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example/")
+    hub_py.request(f"{hub_py.hub_endpoint()}/file")
+    assert told["https://hub.example/file"] == "Bearer secret"  # nor does a slash too many make it another host
+
+
+@pytest.mark.parametrize("code", [408, 429, 500, 503, 529])
+def test_what_a_server_may_do_later_is_asked_for_again_after_waits_that_grow_up_to_a_minute(monkeypatch, code):
+    waits = clock_of_its_own(monkeypatch)
+    monkeypatch.setattr(requests, "request", lambda *a, **options: SimpleNamespace(status_code=code, headers={}))
+    with pytest.raises(OSError, match=f"https://a/b: HTTP {code}: no progress: run the same command later"):
+        hub_py.fetch("https://a/b")
+    assert waits == [1, 2, 4, 8, 16, 32] + [60] * 8 and 540 < sum(waits) <= 600  # PATIENCE
+
+
+def test_what_a_server_sends_is_added_only_where_it_belongs(tmp_path, monkeypatch):
+    path, asked = tmp_path / "file", []
+    cases = [
+        (206, "bytes 5-9/10", b"56789", None, b"0123456789"),
+        (206, "bytes 3-9/10", b"3456789", "cannot go on from them: begins anew", None),
+        (206, "", b"56789", "cannot go on from them: begins anew", None),
+        (416, "bytes */4", b"", "cannot go on from them: begins anew", None),  # the file is another one now
+        (200, "", b"abcdefghij", None, b"abcdefghij"),
+        (200, "", b"abcd", "ended at 4 of 10 bytes", b"abcd"),  # from where it goes on
+    ]
+    for code, sent, body, said, left in cases:
+        path.write_bytes(b"01234")
+        response = SimpleNamespace(status_code=code, headers={"Content-Range": sent})
+        response.iter_content = lambda size, body=body: [body]
+        monkeypatch.setattr(hub_py, "request", lambda *a, it=response, **o: asked.append(a[1]) or nullcontext(it))
+        with nullcontext() if said is None else pytest.raises(hub_py.Later, match=said):
+            hub_py.receive("url", path, 10, SimpleNamespace(n=0, update=lambda n: None))
+        assert (path.read_bytes() if path.exists() else None) == left
+    assert asked == [5] * 6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prepare_fineweb.py: text to token shards
-
-WORDS = "the of a river stone light under over naïve 東京 🙂 <|endoftext|> moves slowly and 3.14 then".split(" ")
-
-
-def make_texts(n, seed=0):
-    """n different texts of 1 to 60 words, some with odd characters and line ends."""
-    generator = np.random.default_rng(seed)
-    return [f"{seed}.{i} " + " ".join(generator.choice(WORDS, generator.integers(1, 60))) + " \r\n" for i in range(n)]
-
-
-def write_parquet(path, texts, column="text"):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({column: texts, "id": list(range(len(texts)))}), path, row_group_size=50)
-    return path
-
-
-def write_jsonl(path, texts, opener=open):
-    with opener(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
-    return path
-
-
-def prepare(**settings):
-    """Run the stage in this process with the given settings, over fast defaults."""
-    defaults = {"tokenizer": "bytes", "val_fraction": 0.2, "workers": 2}
-    call(prepare_fineweb, **{
-        name: value if isinstance(value, int | float) else str(value) for name, value in (defaults | settings).items()
-    })  # fmt: skip
-    return Path(settings["out_dir"])
-
-
-def documents(folder, split, tokenizer="bytes"):
-    """The texts of a folder's shards, cut at the end token."""
-    encoder, texts = Tokenizer(tokenizer), []
-    for path in prepare_fineweb.find_shards(folder, split):
-        tokens = prepare_fineweb.open_shard(path)
-        starts = [*np.flatnonzero(tokens == encoder.eot), len(tokens)]
-        assert starts[0] == 0
-        texts += [encoder.decode(tokens[a + 1 : b].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
-    return texts
-
-
-def contents(folder):
-    """Every file of a folder by name, with its bytes."""
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
@@ -1136,7 +1704,7 @@ def bad_sources(folder):
     }  # fmt: skip
 
 
-def test_a_bad_source_is_one_line_that_names_it_and_leaves_nothing_half_done(tmp_path):
+def test_a_bad_source_is_reported_in_one_line_and_leaves_nothing_half_done(tmp_path):
     cases = bad_sources(tmp_path)
     for name, (content, settings, message) in cases.items():
         path, out = tmp_path / name, tmp_path / "out"
@@ -1191,116 +1759,10 @@ def test_the_command_line_prepares_and_reports_errors_in_one_line(tmp_path):
     assert run.returncode == 1 and run.stderr.count("\n") == 1 and "choose another --out_dir" in run.stderr
 
 
-@contextmanager
-def hub(files, monkeypatch):
-    """A Hub at 127.0.0.1 whose repositories all hold these files: path -> content. It wants the token "secret".
-
-    Listings have one entry a page; files in LFS are redirected to another host name, which refuses a token. Yields
-    versions: commit -> files, main is the last one. faults: path -> what goes wrong in its next requests, one after
-    the other. log: (method, path, Range header) of all requests. stalled: set when a response stalls, until it is over.
-    """
-    server = SimpleNamespace(versions={"a" * 40: files}, faults={}, log=[])
-    server.stalled, server.over = threading.Event(), threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            path, _, query = unquote(self.path).partition("?")
-            server.log.append((self.command, path, self.headers["Range"]))
-            at = re.fullmatch(r"/(api/\w+/|datasets/|cdn/|)[\w-]+/[\w-]+/(?:tree|resolve)/(\w+)/?(.*)", path)
-            commit = list(server.versions)[-1] if at[2] == "main" else at[2]
-            files = server.versions.get(commit, {})
-            if at[1] == "cdn/":
-                return self.answer(400) if self.headers["Authorization"] else self.send_file(at[3], files[at[3]])
-            if self.headers["Authorization"] != "Bearer secret":
-                return self.answer(401)
-            if at[1].startswith("api/"):
-                return self.send_listing(files, at[3], int(query.partition("cursor=")[2] or 0))
-            if at[3] not in files:
-                return self.answer(404)
-            location = f"http://localhost:{server.port}/cdn{path.removeprefix('/datasets').replace('main', commit)}"
-            if self.is_large(at[3]):
-                return self.answer(302, {"X-Repo-Commit": commit, "Location": location})
-            if self.command == "HEAD":
-                return self.answer(200, {"X-Repo-Commit": commit})
-            self.send_file(at[3], files[at[3]])
-
-        do_HEAD = do_GET
-
-        def is_large(self, path):
-            return path.endswith((".parquet", ".bin", ".safetensors"))
-
-        def send_listing(self, files, folder, page):
-            below = [path for path in sorted(files) if path.startswith(f"{folder}/" if folder else "")]
-            if not below:
-                return self.answer(404)
-            content = files[below[page]]
-            oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-            entry = {"type": "file", "path": below[page], "size": len(content), "oid": oid}
-            if self.is_large(below[page]):
-                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content)}
-            here = f"http://{self.headers['Host']}{self.path.partition('?')[0]}"
-            more = {"Link": f'<{here}?recursive=true&cursor={page + 1}>; rel="next"'} if page + 1 < len(below) else {}
-            self.answer(200, more, json.dumps([entry]).encode())
-
-        def send_file(self, path, content):
-            fault = server.faults[path].pop(0) if server.faults.get(path) else None
-            if isinstance(fault, tuple):
-                return self.answer(fault[0], {"Retry-After": fault[1]})
-            if fault == "html":
-                return self.answer(200, {"Content-Type": "text/html"}, b"Sign in")
-            if fault == "corrupt":
-                content = content[:-1] + bytes([content[-1] ^ 1])
-            asked = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
-            start = int(asked[1]) if asked and fault != "no range" else 0
-            if start and start >= len(content):
-                return self.answer(416, {"Content-Range": f"bytes */{len(content)}"})
-            half = len(content[start:]) // 2 if fault in ("drop", "stall") else None
-            headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
-            self.answer(206 if start else 200, headers, content[start:], half)
-            if fault == "stall":
-                server.stalled.set()
-                server.over.wait()
-
-        def answer(self, code, headers=(), body=b"", end=None):
-            self.send_response(code)
-            for name, value in {"Content-Length": len(body), **dict(headers)}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body[:end])
-
-        def log_message(self, *arguments):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        server.port = http.server_port
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{http.server_port}/")
-        monkeypatch.setenv("HF_TOKEN", "secret")
-        monkeypatch.setattr(hub_py, "FIRST_WAIT", 0.01)
-        try:
-            yield server
-        finally:
-            server.over.set()
-            http.shutdown()
-
-
 def hub_files(folder, n=3, rows=50):
     """Parquet files of a dataset as the Hub has them, and a small JSONL file that is not in LFS."""
     files = {f"x/{i}.parquet": write_parquet(folder / "f", make_texts(rows, seed=i)).read_bytes() for i in range(n)}
     return files | {"x/small.jsonl": write_jsonl(folder / "f", make_texts(rows, seed=n)).read_bytes()}
-
-
-def clock_of_its_own(monkeypatch):
-    """hub.py's time is one in which only its waits take any; returns the list of them, which grows."""
-    waits = []
-    clock = SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append)
-    monkeypatch.setattr(hub_py, "time", clock)
-    return waits
-
-
-def fetched(server, name):
-    """The ranges of the requests for a file's content, as far as the server saw them."""
-    return [ranges for method, path, ranges in server.log if method == "GET" and path.endswith(name)]
 
 
 def test_a_hub_dataset_is_listed_in_pages_downloaded_and_verified_at_one_commit(tmp_path, monkeypatch):
@@ -1342,121 +1804,6 @@ def test_a_folder_goes_on_with_the_commit_it_was_begun_with(tmp_path, monkeypatc
     assert {record["revision"] for record in prepare_fineweb.read_records(out)} == {"a" * 40}
 
 
-BLOB = np.random.default_rng(0).bytes(300_000)  # content for which a dropped connection matters
-
-
-def blob(server, **changes):
-    """A file of BLOB as `download` takes it, without a size: as one pinned by its sha256."""
-    url = f"http://127.0.0.1:{server.port}/datasets/me/data/resolve/{'a' * 40}/blob.bin"
-    return {"url": url, "checksum": hashlib.sha256(BLOB).hexdigest(), **changes}
-
-
-@pytest.mark.parametrize("pinned", [True, False], ids=["sha256 alone", "size and sha256"])
-@pytest.mark.parametrize(
-    "faults, ranges",
-    [
-        ([], [None]),
-        (["drop", "drop"], [None, "bytes=131072-", "bytes=196608-"]),
-        (["stall"], [None, "bytes=131072-"]),
-        (["drop", "no range"], [None, "bytes=131072-"]),
-        (["corrupt", "corrupt"], [None, None, None]),
-        (["drop", "corrupt"], [None, "bytes=131072-", None]),
-        ([(503, "0"), (429, "Wed, 21 Oct 2015 07:28:00 GMT"), (500, "soon")], [None] * 4),
-    ],
-)
-def test_a_download_survives_what_a_network_does(tmp_path, monkeypatch, capsys, faults, ranges, pinned):
-    monkeypatch.setattr(hub_py, "STALL_SECONDS", 0.3)
-    with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        server.faults["blob.bin"] = list(faults)
-        file = blob(server, **{} if pinned else {"size": len(BLOB), "name": "me/data/blob.bin", "save_as": "x_1.bin"})
-        path = hub_py.download(file, tmp_path / "new")
-        assert path.name == ("blob.bin" if pinned else "x_1.bin") and path.read_bytes() == BLOB
-        assert [r for _, path, r in server.log if path.startswith("/cdn")] == ranges
-        assert ("(ConnectionError)" in capsys.readouterr().err) == ("stall" in faults)  # we hung up, not the server
-        n_requests = len(server.log)
-        assert hub_py.download(file, tmp_path / "new") == path and len(server.log) == n_requests
-    assert len(list((tmp_path / "new").iterdir())) == 1
-
-
-@pytest.mark.parametrize("left", [BLOB[:1000], BLOB, BLOB + b"more", b"x" * 1000, b"x" * len(BLOB), b"x" * 400_000])
-@pytest.mark.parametrize("size", [{}, {"size": len(BLOB)}], ids=["sha256 alone", "size and sha256"])
-def test_what_another_process_left_of_a_download_is_gone_on_with_or_replaced(tmp_path, monkeypatch, left, size):
-    (tmp_path / "blob.bin.tmp").write_bytes(left)
-    with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        assert hub_py.download(blob(server, **size), tmp_path).read_bytes() == BLOB
-        asked = [ranges for _, path, ranges in server.log if path.startswith("/cdn")]
-        if left in (BLOB[:1000], BLOB):  # good as far as it goes: no byte of it is fetched again
-            assert asked == ([] if left == BLOB and size else [f"bytes={len(left)}-"])
-        (tmp_path / "blob.bin").write_bytes(BLOB[:-1] + b"x")  # damaged on the disk
-        assert hub_py.download(blob(server, **size), tmp_path).read_bytes() == BLOB
-
-
-def test_a_server_asks_for_a_wait_and_gets_it(tmp_path, monkeypatch, capsys):
-    waits = clock_of_its_own(monkeypatch)
-    soon = email.utils.formatdate(time.time() + 100, usegmt=True)
-    with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        server.faults["blob.bin"] = [(503, "7"), (429, soon), (500, ""), (500, "")]
-        hub_py.download(blob(server), tmp_path)
-        assert waits[0] == 7 and 90 < waits[1] <= 100 and waits[2:] == [0.04, 0.08]
-        assert "HTTP 503: trying again in 7 s" in capsys.readouterr().err
-        server.faults["blob.bin"] = [(503, "3600")]
-        (tmp_path / "blob.bin").unlink()
-        with pytest.raises(OSError, match="HTTP 503.*no progress: run the same command later"):
-            hub_py.download(blob(server), tmp_path)
-
-
-def test_progress_renews_the_patience_and_without_it_a_download_is_given_up(tmp_path, monkeypatch):
-    with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        clock_of_its_own(monkeypatch)
-        monkeypatch.setattr(hub_py, "FIRST_WAIT", 0.04)
-        monkeypatch.setattr(hub_py, "PATIENCE", 0.05)  # enough for one wait, not for a second one
-        server.faults["blob.bin"] = ["drop"] * 2
-        assert hub_py.download(blob(server), tmp_path / "a").read_bytes() == BLOB
-        server.faults["blob.bin"] = ["drop"] + [(500, "")] * 9
-        with pytest.raises(OSError, match="blob.bin: HTTP 500: no progress: run the same command later"):
-            hub_py.download(blob(server), tmp_path / "b")
-        assert (tmp_path / "b/blob.bin.tmp").stat().st_size == 131072
-
-
-def test_a_file_that_stays_wrong_is_fetched_three_times_and_named_with_both_checksums(tmp_path, monkeypatch):
-    wrong = hashlib.sha256(BLOB[:-1] + bytes([BLOB[-1] ^ 1])).hexdigest()
-    with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        server.faults["blob.bin"] = ["corrupt"] * 3
-        with pytest.raises(OSError, match=f"blob.bin: .*checksum {wrong}, not {blob(server)['checksum']}"):
-            hub_py.download(blob(server), tmp_path)
-        assert len(fetched(server, "blob.bin")) == 6  # each time a redirect, and the content
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_waiting_does_not_mend_is_one_line_at_once(tmp_path, monkeypatch):
-    said = {
-        (401, ""): "HTTP 401: .*HF_TOKEN", (403, ""): "HTTP 403: .*terms", (404, ""): "HTTP 404: .*folder and revision",
-        (410, ""): "HTTP 410: check", (451, ""): "HTTP 451: .*another source", "html": "web page .*proxy",
-    }  # fmt: skip
-    with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        for fault, message in said.items():
-            server.faults["blob.bin"] = [fault]
-            with pytest.raises(OSError, match=f"^http://127.*blob.bin: .*{message}") as caught:
-                hub_py.download(blob(server), tmp_path)
-            assert "\n" not in str(caught.value) and not isinstance(caught.value, hub_py.Later)
-        assert len(server.log) == 2 * len(said)
-        url = f"http://localhost:{server.port}/datasets/me/data/resolve/main/blob.bin"
-        with pytest.raises(OSError, match="HTTP 401: refused"):  # the token is for the Hub, not for any other host
-            hub_py.download(blob(server, url=url), tmp_path)
-        server.faults["blob.bin"] = [(403, "")]
-        with pytest.raises(OSError, match="HTTP 403: refused, perhaps because too many .*later$"):  # nor is its advice
-            hub_py.request(f"http://localhost:{server.port}/cdn/me/data/resolve/{'a' * 40}/blob.bin")
-    assert not any("--" in advice for advice in hub_py.ADVICE.values())  # of flags, which each caller has others of
-    monkeypatch.setattr(hub_py, "FIRST_CONTACT", 0)
-    with pytest.raises(OSError, match="no answer .*: check the network and HF_ENDPOINT"):
-        prepare(source="me/data", out_dir=tmp_path)
-    with pytest.raises(hub_py.Later, match="check the network$"):  # that setting is of the Hub alone
-        hub_py.request("http://localhost:1/file")
-    monkeypatch.setenv("HF_ENDPOINT", "nonsense")
-    with pytest.raises(OSError, match="nonsense/api.*: check HF_ENDPOINT"):
-        prepare(source="me/data", out_dir=tmp_path)
-
-
 def test_the_next_file_downloads_while_one_is_tokenized_and_no_more_than_two_are_kept(tmp_path, monkeypatch):
     tokenize_file, kept = prepare_fineweb.tokenize_file, []
 
@@ -1492,7 +1839,7 @@ def test_the_next_file_downloads_while_one_is_tokenized_and_no_more_than_two_are
     assert len(list(few.glob("source_*"))) == 1
 
 
-def test_an_error_of_the_next_download_leaves_what_was_finished(tmp_path, monkeypatch):
+def test_a_failed_download_keeps_what_was_finished(tmp_path, monkeypatch):
     run = {"source": "me/data", "subset": "x", "out_dir": tmp_path / "out"}
     with hub(hub_files(tmp_path), monkeypatch) as server:
         server.faults["x/1.parquet"] = [(451, "")]
@@ -1520,7 +1867,7 @@ def wait_for(condition):
     raise AssertionError("it did not happen in 10 s")
 
 
-def test_killed_anywhere_and_started_again_it_writes_the_same_bytes(tmp_path, monkeypatch):
+def test_prepare_fineweb_killed_anywhere_and_started_again_writes_the_same_bytes(tmp_path, monkeypatch):
     files = hub_files(tmp_path, rows=4000)
     assert min(map(len, files.values())) > 4 * 65536
     out = tmp_path / "out"
@@ -1549,7 +1896,7 @@ def test_killed_anywhere_and_started_again_it_writes_the_same_bytes(tmp_path, mo
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_even_while_a_download_stalls(tmp_path, monkeypatch, number):
+def test_a_signal_ends_prepare_fineweb_even_while_a_download_stalls(tmp_path, monkeypatch, number):
     with hub(hub_files(tmp_path), monkeypatch) as server:
         server.faults["x/1.parquet"] = ["stall"]
         process = start_stage(tmp_path / "out")
@@ -1560,7 +1907,7 @@ def test_a_signal_ends_it_even_while_a_download_stalls(tmp_path, monkeypatch, nu
     assert [record["stem"][0] for record in prepare_fineweb.read_records(tmp_path / "out")] == ["0"]
 
 
-def test_a_bad_file_ends_it_even_while_the_next_download_stalls(tmp_path, monkeypatch):
+def test_a_bad_file_ends_prepare_fineweb_even_while_the_next_download_stalls(tmp_path, monkeypatch):
     files = hub_files(tmp_path) | {"x/0.parquet": write_parquet(tmp_path / "f", ["x"], column="body").read_bytes()}
     with hub(files, monkeypatch) as server:
         server.faults["x/1.parquet"] = ["stall"]
@@ -1569,7 +1916,7 @@ def test_a_bad_file_ends_it_even_while_the_next_download_stalls(tmp_path, monkey
     assert process.returncode == 1 and "no column 'text'" in errors and errors.count("\n") == 1
 
 
-def test_parts_by_several_machines_give_the_bytes_of_one_run(tmp_path, capsys):
+def test_parts_prepared_by_several_machines_equal_one_run(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for i in range(5):
         write_jsonl(tmp_path / f"in/{i}.jsonl", make_texts(40, seed=i % 4))  # the last is a copy of the first
@@ -1586,74 +1933,6 @@ def test_parts_by_several_machines_give_the_bytes_of_one_run(tmp_path, capsys):
             prepare(source=tmp_path / "in", out_dir=tmp_path / "one", part=part)
     prepare(source=tmp_path / "in", out_dir=tmp_path / "none", part="5/8")
     assert "part 5/8 has nothing to do: there are only 4 files" in capsys.readouterr().out
-
-
-def test_a_token_is_never_printed_and_a_page_is_no_listing(tmp_path, monkeypatch):
-    with hub(hub_files(tmp_path), monkeypatch):
-        monkeypatch.setenv("HF_TOKEN", "secret\n")  # as it comes from a file
-        assert len(hub_py.list_hub("me/data", "x")) > 1
-        monkeypatch.setenv("HF_TOKEN", "se\ncret")
-        with pytest.raises(OSError, match="InvalidHeader: check HF_ENDPOINT and HF_TOKEN") as error:
-            hub_py.list_hub("me/data", "x")
-        assert "cret" not in str(error.value)
-        monkeypatch.setenv("HF_TOKEN", "secret")
-        monkeypatch.setattr(requests.Response, "json", lambda response: json.loads("<html>"))
-        with pytest.raises(OSError, match="http://.*/tree/main/x.*: no listing came: .*HF_ENDPOINT$"):
-            hub_py.list_hub("me/data", "x")
-    page = requests.Response()
-    page.url = "https://api.github.com/repos/a"
-    monkeypatch.setattr(prepare_instruct, "fetch", lambda url: page)
-    with pytest.raises(OSError, match=r"^https://api.github.com/repos/a: no listing came: is there a proxy.*\?$"):
-        prepare_instruct.list_github("a", "b.json", "c" * 40)
-
-
-def test_the_token_goes_to_no_host_whose_name_only_begins_like_that_of_the_hub(monkeypatch):
-    told = {}
-
-    def request(method, url, headers, **options):
-        told[url] = headers.get("Authorization")
-        assert headers["Accept-Encoding"] == "identity"  # ranges and sizes are those of the file itself
-        return SimpleNamespace(status_code=200, headers={})
-
-    monkeypatch.setattr(requests, "request", request)
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    for host in ("huggingface.co", "huggingface.co.evil.org", "huggingface.co:80", "cdn.huggingface.co"):
-        hub_py.request(f"https://{host}/file")
-    assert [token for token in told.values() if token] == [told["https://huggingface.co/file"]] == ["Bearer secret"]
-    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example/")
-    hub_py.request(f"{hub_py.hub_endpoint()}/file")
-    assert told["https://hub.example/file"] == "Bearer secret"  # nor does a slash too many make it another host
-
-
-@pytest.mark.parametrize("code", [408, 429, 500, 503, 529])
-def test_what_a_server_may_do_later_is_asked_for_again_after_waits_that_grow_up_to_a_minute(monkeypatch, code):
-    waits = clock_of_its_own(monkeypatch)
-    monkeypatch.setattr(requests, "request", lambda *a, **options: SimpleNamespace(status_code=code, headers={}))
-    with pytest.raises(OSError, match=f"https://a/b: HTTP {code}: no progress: run the same command later"):
-        hub_py.fetch("https://a/b")
-    assert waits == [1, 2, 4, 8, 16, 32] + [60] * 8 and 540 < sum(waits) <= 600  # PATIENCE
-
-
-def test_what_a_server_sends_is_added_only_where_it_belongs(tmp_path, monkeypatch):
-    path, asked = tmp_path / "file", []
-    cases = [
-        (206, "bytes 5-9/10", b"56789", None, b"0123456789"),
-        (206, "bytes 3-9/10", b"3456789", "cannot go on from them: begins anew", None),
-        (206, "", b"56789", "cannot go on from them: begins anew", None),
-        (416, "bytes */4", b"", "cannot go on from them: begins anew", None),  # the file is another one now
-        (200, "", b"abcdefghij", None, b"abcdefghij"),
-        (200, "", b"abcd", "ended at 4 of 10 bytes", b"abcd"),  # from where it goes on
-    ]
-    for code, sent, body, said, left in cases:
-        path.write_bytes(b"01234")
-        response = SimpleNamespace(status_code=code, headers={"Content-Range": sent})
-        response.iter_content = lambda size, body=body: [body]
-        monkeypatch.setattr(hub_py, "request", lambda *a, it=response, **o: asked.append(a[1]) or nullcontext(it))
-        with nullcontext() if said is None else pytest.raises(hub_py.Later, match=said):
-            hub_py.receive("url", path, 10, SimpleNamespace(n=0, update=lambda n: None))
-        assert (path.read_bytes() if path.exists() else None) == left
-    assert asked == [5] * 6
 
 
 def test_a_file_that_another_process_writes_is_left_to_it(tmp_path):
@@ -1742,7 +2021,7 @@ def test_token_shards_beside_text_are_left_out(tmp_path, capsys):
     assert len(documents(out, "train") + documents(out, "val")) == 50
 
 
-def test_what_does_not_fit_on_the_disk_is_refused_before_it_starts(tmp_path, monkeypatch, capsys):
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tmp_path, monkeypatch, capsys):
     run = {"source": "me/data", "subset": "x", "out_dir": tmp_path / "out"}
     files = hub_files(tmp_path)
     sizes = sorted(map(len, files.values()))
@@ -1806,7 +2085,7 @@ def test_a_document_that_does_not_fit_into_memory_is_refused(tmp_path, monkeypat
             prepare(source=path, out_dir=tmp_path / "out", split_blank_lines=name == "b.txt")
 
 
-def test_someone_elses_file_with_the_name_of_a_sidecar_is_named(tmp_path):
+def test_a_foreign_file_named_like_a_sidecar_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "source_notes.json").write_text('{"mine": 1}')
     with pytest.raises(ValueError, match="source_notes.json: not a record by prepare_fineweb.py: move it"):
@@ -1836,51 +2115,8 @@ def test_a_terminal_shows_documents_tokens_speed_and_time_left(tmp_path):
     assert re.search(r"100%\|.* 50 documents, [\d,]+ tokens, [\d,]+ tokens/s \[\d\d:\d\d<00:00\]", shown), shown
 
 
-def test_the_speed_of_preparing_data_is_measured_against_tiktoken_alone(tmp_path):
-    write_parquet(tmp_path / "a.parquet", make_texts(50))
-    [row] = bench.tokenize(str(tmp_path / "*.parquet"), 2, 1)
-    assert row["documents"] == 50 and row["tokens"] > 0 and row["tiktoken alone"] > 0
-    assert row["ratio"] == row["prepare_fineweb.py, tokens/s"] / row["tiktoken alone"]
-    with pytest.raises(ValueError, match="--source"):
-        list(bench.tokenize("", 2, 1))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# hellaswag.py
-
-
-def hellaswag_items():
-    """Six made-up items in HellaSwag's fields: unequal lengths, marks to clean up, characters of several bytes."""
-    contexts = [
-        ("Baking", "A cook opens the oven.", "she"),
-        ("Naïve café", "Zoë orders a crème brûlée at the café, and her 🙂 friend pays.", ""),
-        ("Mending a kite", "[header] How to mend a kite [title] Lay it flat. [step] Look for tears  in the cloth.", ""),
-    ]
-    endings = [
-        "takes out a loaf.",
-        "flies",
-        "says “日本語” and waits for a very long time indeed.",
-        " [title] ends. [x]",
-    ]
-    items = []
-    for number in range(6):
-        label, ctx_a, ctx_b = contexts[number % 3]
-        ctx_a += " It is late." * (number // 3)
-        rotated = [f"{ending} {number}" for ending in endings[number % 4 :] + endings[: number % 4]]
-        ctx = f"{ctx_a} {ctx_b}".strip()
-        items.append(dict(activity_label=label, ctx_a=ctx_a, ctx_b=ctx_b, ctx=ctx, endings=rotated, label=number % 4))
-    return items
-
-
-def hellaswag_model(family, tokenizer, block_size=256):
-    """A tiny random GPT whose every weight matters (the modern family starts with zeros)."""
-    torch.manual_seed(1)
-    sizes = dict(block_size=block_size, vocab_size=-(-tokenizer.n_vocab // 64) * 64, n_vocab=tokenizer.n_vocab)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, **sizes, **FAMILIES[family]))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0.5, 0.2) if p.ndim == 1 else p.normal_(0.0, 0.2)
-    return model
+# hellaswag.py: which ending is likeliest
 
 
 def unigram_model():
@@ -2146,7 +2382,7 @@ def test_hellaswag_scores_are_fp32_even_under_autocast():
     assert sums == pytest.approx([-math.log(8), -math.log(32), -math.log(32), -math.log(64)], abs=1e-5)
 
 
-def test_hellaswag_of_a_diverged_model_is_an_error_not_a_number():
+def test_hellaswag_refuses_a_diverged_model():
     model = unigram_model()
     with torch.no_grad():
         model.ln_f.bias.fill_(float("nan"))
@@ -2302,108 +2538,6 @@ def test_hellaswag_command_chats_with_finetuned_checkpoints_only(tmp_path, monke
     assert record["chat"] is True and record.items() >= expected.items()
 
 
-LONG_CONTEXT = "[header] How to fly a kite [title] Don't run: wait for a steady café wind, then let go."
-
-
-def contexts_found(folder, documents, name, contexts):
-    """Numbers of the contexts that stand in a shard of these documents."""
-    tokenizer = Tokenizer(name)
-    (folder / "meta.json").write_text(json.dumps({"tokenizer": name}))
-    with open(folder / "train_a.bin", "wb") as file:
-        write_shard(file, np.concatenate([tokenizer.encode_document(document) for document in documents]))
-    found, searched, n_tokens = contamination.find_contexts([dict(ctx=ctx) for ctx in contexts], folder)
-    assert n_tokens == len(prepare_fineweb.open_shard(folder / "train_a.bin")) and searched == len(contexts)
-    return found
-
-
-@pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_contexts_are_found_word_for_word_wherever_they_stand(tmp_path, monkeypatch, name):
-    text = "How to Fly a Kite\n\nDon’t run – wait for a   steady café wind; then let go"
-    documents = {
-        "whole": [text],
-        "at a document's start": ["Other.", text + ". And more"],
-        "in the middle": ["Begin. " + text + "! And more", "Other."],
-        "at a document's end": ["A dog. " + text, "Other."],
-    }
-    for chunk in (3, 7, 1000):  # tokens: borders inside characters and words too
-        monkeypatch.setattr(contamination, "CHUNK_TOKENS", chunk)
-        for where, parts in documents.items():
-            assert contexts_found(tmp_path, parts, name, [LONG_CONTEXT]) == [0], (where, chunk)
-
-
-@pytest.mark.parametrize("chunk", [5, 1000])
-def test_contexts_that_nearly_stand_there_are_not_counted(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(contamination, "CHUNK_TOKENS", chunk)
-    words = "a man in a red coat walks slowly over the old bridge".split()
-    context = " ".join(words)
-    near = [
-        " ".join(words[:-1]),  # the last word is missing
-        "x" + context,
-        context + "s",
-        context.replace("red coat", "redcoat"),
-        context.replace("old", "new"),
-        " ".join(words[:4] + words[5:]),
-    ]
-    assert contexts_found(tmp_path, near, "bytes", [context]) == []
-    assert (
-        contexts_found(tmp_path, [" ".join(words[:6]), " ".join(words[6:])], "bytes", [context]) == []
-    )  # two documents
-    others = [context + " again", "and " + context, context, context.replace("old", "new")]  # all begin alike but one
-    assert contexts_found(tmp_path, [near[0], f"So {context}, twice: {context}."], "bytes", others) == [2]
-
-
-def test_the_contamination_command_says_how_many_contexts_stand_in_a_folder_or_one_shard(tmp_path, monkeypatch, capsys):
-    items = tmp_path / "items.jsonl"
-    contexts = [LONG_CONTEXT, "A man in a red coat walks slowly over the bridge", "Too short"]
-    items.write_text("".join(json.dumps({**GOOD_ITEM, "ctx": ctx}) + "\n" for ctx in contexts))
-    contexts_found(tmp_path, ["So a man in a red coat walks slowly over the bridge."], "bytes", contexts[:2])
-    for path in (tmp_path, tmp_path / "train_a.bin"):
-        call(contamination, data_dir=str(path), source=str(items))
-        out = capsys.readouterr().out
-        assert f"1 of 2 contexts (50.00%) stand word for word among the 53 tokens of {path} (1 are too short" in out
-        assert "  A man in a red coat" in out and "kite" not in out
-    items.write_text(json.dumps({**GOOD_ITEM, "ctx": "Too short"}))
-    with pytest.raises(ValueError, match="no context is long enough"):
-        call(contamination, data_dir=str(tmp_path), source=str(items))
-    with pytest.raises(FileNotFoundError, match="no such folder of shards"):
-        contamination.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path / "nothing")
-    with open(tmp_path / "train_a.bin", "wb") as file:
-        write_shard(file, np.array([1, 300], np.uint16))
-    with pytest.raises(ValueError, match="token id 300 is not one of bytes's 259"):
-        contamination.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path)
-
-
-def test_the_training_benchmark_measures_a_step_of_train_py_and_the_ceiling_in_a_process_of_its_own(tmp_path):
-    sizes = "n_layer = n_head = 1\nn_embd = 16\nblock_size = 32\ntokenizer = 'bytes'\ntokens_per_step = 128\n"
-    (tmp_path / "tiny.py").write_text(sizes)
-    changes = dict(device="cpu", dtype="float32", activation_checkpointing=True)
-    [row] = bench.training(f"{tmp_path}/tiny.py", [2], 1, **changes)
-    assert 0.05 < row["peak GB"] < 5 and row["tokens/s"] > 0 and 0 < row["optimizers' share of the time"]
-    assert row["share of that"] == pytest.approx(row["TFLOP/s"] / row["a large product's"]) and "MFU" not in row
-    assert np.isnan(bench.in_child(os._exit, 1)).all()  # as the system ends what takes too much memory
-    with pytest.raises(RuntimeError, match="shape"):  # anything else is an error, not a number
-        bench.in_child(torch.reshape, torch.zeros(2), (3,))
-
-
-def test_the_decode_benchmark_tells_speed_first_token_share_of_the_limit_and_gain_over_recomputing(tmp_path):
-    (tmp_path / "small.py").write_text('tokenizer = "bytes"\nblock_size, n_layer, n_head, n_embd = 64, 1, 2, 32\n')
-    rows = list(bench.decode(f"{tmp_path}/small.py", [1, 3], 99, 1, "cpu", ""))
-    assert [(row["batch"], row["way"]) for row in rows] == [(1, "eager"), (3, "eager")]
-    for row in rows:
-        assert row["tokens/s"] > 0 and row["first token, ms"] > 0 and 0 <= row["of the limit"] < 1
-        assert row["ratio"] == row["tokens/s"] / row["recomputing"]
-
-
-def test_the_hellaswag_benchmark_compares_two_ways_to_the_same_numbers_and_keeps_them_as_json(tmp_path):
-    (tmp_path / "tiny.py").write_text("n_layer = n_head = 1\nn_embd = 16\nblock_size = 100\ntokenizer = 'gpt2'\n")
-    settings = [f"--configs={tmp_path}/tiny.py", "--n_items=3", "--repeats=1", "--device=cpu", "--json"]
-    table, line = run("-m", "tools.bench", "hellaswag", *settings).rsplit("\n", 2)[:2]
-    kept = json.loads(line)
-    [row] = kept["rows"]
-    assert row["ratio"] > 0 and row["sums differ by, nats"] < 1e-4 and kept["command"] == settings
-    assert "| config | items/s |" in table and table.startswith(kept["machine"])
-
-
 def test_hellaswag_command_refuses_a_missing_checkpoint_and_an_unknown_device(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         run_hellaswag(monkeypatch, f"--checkpoint={tmp_path}/best.pt", "--device=cpu")
@@ -2428,14 +2562,14 @@ def shards(folder, *sizes, split="train"):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 1000])
-def test_the_data_order_is_a_permutation_that_depends_on_its_key(n):
+def test_the_order_of_windows_is_a_permutation_that_depends_on_its_key(n):
     placed = train.permute(np.arange(n), n, train.key_of(1, 2))
     assert sorted(placed.tolist()) == list(range(n))
     if n > 16:
         assert placed.tolist() != train.permute(np.arange(n), n, train.key_of(1, 3)).tolist()
 
 
-def test_the_permutation_mixes():
+def test_the_order_of_windows_looks_random():
     n = 5000
     placed = train.permute(np.arange(n), n, train.key_of(7, 0))
     assert abs(np.corrcoef(np.arange(n), placed)[0, 1]) < 0.05
@@ -2516,15 +2650,20 @@ def test_data_that_cannot_be_trained_on_is_refused_by_name(tmp_path):
         train.Windows(paths, 16, 32, seed=1).batch(0, 2)
 
 
+def test_validation_windows_do_not_depend_on_the_seed(story, tmp_path):
+    weights = []
+    for seed in (1, 2):
+        pretrain(story, tmp_path / str(seed), max_steps=1, seed=seed, learning_rate=0.0, muon_learning_rate=0.0)
+        weights.append(load_model(tmp_path / str(seed) / "ckpt.pt"))
+    windows = train.Windows(train.find_shards(story / "data", "val"), 32, 259, seed=0)
+    for (model, _), seed in zip(weights, (1, 2), strict=True):
+        logged = log_rows(tmp_path / str(seed))[1]["val_loss"]
+        expected = train.validation_loss(model, windows, 16, 4, Tokenizer("bytes").token_bytes(), plain)["val_loss"]
+        assert logged == pytest.approx(expected, abs=1e-6)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # train.py: a step
-
-plain = functools.partial(torch.autocast, "cpu", enabled=False)
-
-
-def random_batch(rows=8, length=16):
-    ids = torch.randint(0, 259, (rows, length + 1), generator=torch.Generator().manual_seed(3))
-    return ids[:, :-1], ids[:, 1:].clone()
 
 
 @families
@@ -2574,35 +2713,6 @@ def test_a_compiled_step_learns_as_an_eager_one_and_is_compiled_once_whatever_ru
                 list(model.generate([[1, 2, 3]], 2))
                 losses[compiled].append(step())
     assert losses[True] == pytest.approx(losses[False], abs=1e-5) and losses[True][-1] < losses[True][0]
-
-
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@on_a_gpu
-@families
-def test_on_a_gpu_compiled_and_eager_losses_agree_over_50_steps_and_attention_is_fused(family):
-    losses, (device, autocast) = {}, model_py.pick_device("cuda", "bfloat16")
-    for compiled in (False, True):
-        model = tiny(family, n_embd=108).to(device)  # heads of 54, as the 712M model has
-        optimizers = make_optimizers(model)
-        step = functools.partial(
-            train.train_step, torch.compile(model) if compiled else model, optimizers, random_batch(), 4, 1.0, autocast
-        )
-        losses[compiled] = [step()[0] for _ in range(50)]
-        assert bench.attention_kernels(step) in ("flash", "cuDNN")
-    assert losses[True] == pytest.approx(losses[False], abs=0.05) and losses[True][-1] < losses[True][0] - 1
-
-
-@on_a_gpu
-@families
-def test_on_a_gpu_compiled_generation_gives_the_ids_of_eager_generation(family):
-    model, prompts = tiny(family, n_embd=108).cuda(), [[1, 2, 3], [4]]
-    expected = torch.stack(list(model.generate(prompts, 20, temperature=0)))
-    cache = model.new_cache(2, 32, static=True)
-    for _ in range(3):
-        ids = list(model.generate(prompts, 20, temperature=0, cache=cache, compile=True))
-        assert torch.equal(torch.stack(ids), expected)
 
 
 def test_a_batch_without_targets_changes_nothing_and_makes_no_nan():
@@ -2673,7 +2783,7 @@ def test_targets_that_count_are_counted_as_trained_and_skipped_steps_as_long_as_
 
 
 @families
-def test_one_batch_is_overfitted_to_near_zero(family):
+def test_training_on_one_batch_learns_it_by_heart(family):
     torch.manual_seed(0)
     model = GPT(
         GPTConfig(**FAMILIES[family], block_size=16, vocab_size=320, n_vocab=259, n_layer=2, n_head=2, n_embd=64)
@@ -2713,49 +2823,7 @@ def test_validation_loss_is_the_mean_over_fixed_windows_in_nats_and_bits(tmp_pat
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# train.py, sample.py and the rest, as a user runs them
-
-SENTENCES = [
-    "The cat sat on the mat.",
-    "A dog ran to the door.",
-    "Rain falls on the hill.",
-    "The moon is bright tonight.",
-]
-
-
-@pytest.fixture(scope="session")
-def story(tmp_path_factory):
-    """A folder of shards of a small text, with the bytes tokenizer."""
-    folder = tmp_path_factory.mktemp("story")
-    for name, count, seed in (("text.txt", 600, 0), ("held_out.txt", 60, 1)):
-        picks = np.random.default_rng(seed).integers(0, len(SENTENCES), count)
-        (folder / name).write_text(" ".join(SENTENCES[i] for i in picks))
-    files = (f"--source={folder}/text.txt", f"--val_source={folder}/held_out.txt", f"--out_dir={folder}/data")
-    run("prepare_fineweb.py", *files, "--tokenizer=bytes")
-    return folder
-
-
-SMALL = dict(
-    block_size=32, n_layer=2, n_head=2, n_embd=32, batch_size=4, tokens_per_step=256, warmup_steps=2, eval_interval=4,
-    eval_tokens=512, log_interval=1, checkpoint_interval=4, device="cpu", dtype="float32", compile=False,
-)  # fmt: skip
-
-
-def pretrain(story, out, **changes):
-    call(train, **(SMALL | dict(data_dir=f"{story}/data", out_dir=str(out)) | changes))
-
-
-def log_rows(out):
-    """Rows of a run's log without their time fields."""
-    rows = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "peak_memory")} for row in rows]
-
-
-@pytest.fixture(scope="session")
-def trained(story):
-    """A modern model that has learned the small text a little."""
-    pretrain(story, story / "run", family="modern", max_steps=60, learning_rate=0.01, eval_interval=20)
-    return story / "run"
+# train.py: a run
 
 
 def test_a_training_run_logs_every_step_with_units_and_the_validation_loss_falls(trained):
@@ -2787,248 +2855,6 @@ def test_best_pt_holds_the_weights_of_the_lowest_validation_loss_and_ckpt_pt_the
     assert best["step"] == 2 and best["metrics"]["val_loss"] == 5.0 and last["step"] == 6
     assert torch.equal(best["model"]["wte.weight"], weights[5.0])
     assert torch.equal(last["model"]["wte.weight"], weights[5.25])
-
-
-def test_sampling_continues_a_prompt_the_same_way_for_the_same_seed(trained):
-    ask = ("sample.py", f"--checkpoint={trained}/best.pt", "--prompt=The ", "--max_new_tokens=20", "--device=cpu")
-    one = run(*ask)
-    assert one.startswith("The ") and len(one) > 10
-    assert one == run(*ask) != run(*ask, "--seed=2")
-    assert run(*ask, "--temperature=0", "--num_samples=2").count("The ") >= 2
-
-
-def test_sampling_reads_lines_from_a_pipe_whatever_bytes_they_hold(trained):
-    command = [sys.executable, "sample.py", f"--checkpoint={trained}/best.pt", "--max_new_tokens=5", "--device=cpu"]
-    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
-    done = subprocess.run(command, cwd=ROOT, input=b"A dog\nThe \xff\n", capture_output=True, env=strict)
-    assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) >= 2
-
-
-@pytest.mark.parametrize("stage, chats", [("pretrain", False), ("finetune", True), ("dpo", True)])
-def test_the_stage_of_a_checkpoint_decides_whether_it_chats_unless_told_otherwise(tmp_path, capsys, stage, chats):
-    save_checkpoint(tmp_path / "a.pt", tiny("modern"), stage=stage, tokenizer="bytes", step=1)
-    for chat, expected in ((None, chats), (True, True), (False, False)):
-        call(sample, checkpoint=f"{tmp_path}/a.pt", prompt="Hello", chat=chat, max_new_tokens=1, device="cpu")
-        assert capsys.readouterr().out.startswith("Hello") != expected  # a continued text is shown from its beginning
-
-
-def test_several_samples_are_made_together_and_the_speed_is_told_when_asked(trained, tmp_path, monkeypatch, capsys):
-    batches, generate = [], GPT.generate
-    monkeypatch.setattr(
-        GPT,
-        "generate",
-        lambda self, prompts, **kwargs: batches.append(len(prompts)) or generate(self, prompts, **kwargs),
-    )
-    ask = dict(checkpoint=f"{trained}/best.pt", max_new_tokens=6, device="cpu")
-    call(sample, prompt="The ", num_samples=3, speed=True, **ask)
-    told = capsys.readouterr()
-    answers = re.split(r"--- \d of 3\n", told.out)[1:]
-    assert batches == [3] and len(set(answers)) == 3 and all(answer.startswith("The ") for answer in answers)
-    assert re.fullmatch(r"18 tokens in \d+\.\d\d s: \d+\.\d tokens/s\n", told.err)
-    (tmp_path / "a.txt").write_text("The \n")
-    call(sample, prompt_file=str(tmp_path / "a.txt"), num_samples=3, **ask)
-    assert capsys.readouterr() == (told.out, "")
-    call(sample, prompt="The ", top_p=1e-9, temperature=5.0, **ask)
-    likeliest = capsys.readouterr().out
-    for settings in (dict(temperature=0.0), dict(top_k=1, temperature=5.0)):
-        call(sample, prompt="The ", **settings, **ask)
-        assert capsys.readouterr().out == likeliest
-    with pytest.raises(ValueError, match="the prompt has 41 tokens, into the context fit 32"):
-        call(sample, prompt="long " * 8, **ask)
-    assert not capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (dict(top_p=0.0), "^top_p must be above 0 and at most 1$"),
-        (dict(temperature=-1.0, num_samples=0), "^temperature must be at least 0; num_samples must be at least 1$"),
-        (dict(top_k=-3), "^top_k must be at least 0$"),
-        (dict(max_new_tokens=0), "^max_new_tokens must be at least 1$"),
-        (dict(prompt="a", prompt_file="b"), "exclude one another"),
-        (dict(num_samples=2), "num_samples needs a prompt"),
-        (dict(prompt_file="nowhere.txt"), "prompt_file=nowhere.txt: no such file"),
-        (dict(prompt_file=sys.executable), "is not a text"),
-        (dict(prompt_file=os.devnull), "is empty"),
-    ],
-)
-def test_settings_that_sampling_cannot_use_are_refused(change, said):
-    with pytest.raises((ValueError, OSError), match=said):
-        call(sample, **change)
-
-
-def test_an_untrained_checkpoint_of_a_run_is_warned_of_and_an_imported_one_is_not(tmp_path, capsys):
-    warned = []
-    for number, entries in enumerate((dict(step=0, data=[]), dict(step=0), dict(step=5, data=[]))):
-        save_checkpoint(tmp_path / f"{number}.pt", tiny(), stage="pretrain", tokenizer="bytes", **entries)
-        load_model(tmp_path / f"{number}.pt")
-        warned.append("NOT TRAINED" in capsys.readouterr().err)
-    assert warned == [True, False, False]
-
-
-@families
-def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(story, tmp_path, family):
-    changes = dict(family=family, max_steps=50)
-    pretrain(story, tmp_path / "whole", **changes)
-    settings = SMALL | changes | dict(data_dir=f"{story}/data", out_dir=f"{tmp_path}/parts")
-    command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items())]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            process.send_signal(signal.SIGTERM if family == "modern" else signal.SIGINT)
-            break
-    process.communicate()
-    assert process.returncode == 0
-    assert 3 <= load_checkpoint(tmp_path / "parts/ckpt.pt")["state"]["step"] < 50
-    with open(tmp_path / "parts/log.jsonl", "a") as log:
-        log.write('{"step": 99, "half a li')  # what a kill between two checkpoints leaves behind
-    pretrain(story, tmp_path / "parts", **changes, init_from="resume")
-    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "parts")
-    for name in ("ckpt.pt", "best.pt"):
-        a, b = (load_checkpoint(tmp_path / folder / name) for folder in ("whole", "parts"))
-        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-
-
-def same_run(one, other):
-    """Whether two runs logged the same and ended with bit-identical weights."""
-    weights = [[load_checkpoint(Path(out, name))["model"] for name in ("ckpt.pt", "best.pt")] for out in (one, other)]
-    equal = [torch.equal(a[key], b[key]) for a, b in zip(*weights, strict=True) for key in a]
-    return log_rows(one) == log_rows(other) and all(equal)
-
-
-def start(*command, **settings):
-    """A stage in a process of its own, whose lines can be read as they come."""
-    arguments = [f"--{name}={value}" for name, value in settings.items()]
-    return subprocess.Popen(
-        [sys.executable, *command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-FAMILY_AND_OPTIMIZER = [("gpt2", "adamw"), ("modern", "muon")]
-
-
-def test_a_run_that_was_killed_again_and_again_equals_one_that_was_not(story, tmp_path):
-    changes = dict(family="modern", dtype="bfloat16", max_steps=45, checkpoint_interval=3, eval_interval=5)
-    pretrain(story, tmp_path / "whole", **changes)
-    settings = SMALL | changes | dict(data_dir=story / "data", out_dir=tmp_path / "parts")
-    for begin, target in (("scratch", 5), ("resume", 12), ("resume", 22)):
-        process = start("train.py", init_from=begin, **settings)
-        for line in process.stdout:
-            if re.match(rf"step {target}/", line):
-                break
-        process.kill()  # while it goes on: in a step, or in a write
-        process.communicate()
-    pretrain(story, tmp_path / "parts", **changes, init_from="resume")
-    assert same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-class Died(BaseException):
-    """Stands for a kill: nothing in the product may catch it."""
-
-
-def die_at(patch, module, function, call, after):
-    """Let the process die before or after a function's call number `call`, after half of what torch.save writes."""
-    real, calls = getattr(module, function), iter(range(1, 1000))
-
-    def mortal(*arguments):
-        if next(calls) != call:
-            return real(*arguments)
-        if function == "save":
-            buffer = io.BytesIO()
-            real(arguments[0], buffer)
-            arguments[1].write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-        elif after:
-            real(*arguments)
-        raise Died
-
-    patch.setattr(module, function, mortal)
-
-
-@pytest.mark.parametrize("family, optimizer", FAMILY_AND_OPTIMIZER)
-def test_a_death_inside_the_write_of_a_checkpoint_changes_nothing(story, tmp_path, family, optimizer):
-    changes = dict(family=family, optimizer=optimizer, max_steps=9, checkpoint_interval=2, eval_interval=3)
-    pretrain(story, tmp_path / "whole", **changes)
-    deaths = [(torch, "save", 1, 0), (torch, "save", 4, 0), (torch, "save", 3, 0), (os, "replace", 2, 0)]
-    deaths += [(os, "replace", 2, 1), (os, "fsync", 2, 0), (os, "fsync", 5, 1)]  # of best.pt, ckpt.pt and the log
-    for number, death in enumerate(deaths):
-        out = tmp_path / str(number)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
-            die_at(patch, *death)
-            pretrain(story, out, **changes)
-        pretrain(story, out, **changes, init_from="resume")
-        assert same_run(tmp_path / "whole", out), death
-
-
-def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_its_bytes(tmp_path, monkeypatch):
-    synced, fsync = [], os.fsync
-    with train.open_log(tmp_path / "log.jsonl", 0, {}) as log:
-        log.write(b"a row that waits in the buffer\n")
-        monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file)), fsync(file)))
-        assert train.write(str(tmp_path / "ckpt.pt"), tiny(), {}, log)
-    first, whole = synced[0], (tmp_path / "log.jsonl").stat()
-    assert (first.st_ino, first.st_size) == (whole.st_ino, whole.st_size) and whole.st_size > 30
-
-
-def test_best_pt_keeps_the_lowest_validation_loss_also_over_a_resumption(story, tmp_path, monkeypatch):
-    measured = iter([5.0, 3.0, 4.0, 3.5, 2.0, 2.5])
-    monkeypatch.setattr(train, "validation_loss", lambda *arguments: {"val_loss": next(measured)})
-    for begin, max_steps, best in (("scratch", 2, 1), ("resume", 3, 1), ("resume", 5, 4)):
-        pretrain(story, tmp_path / "run", max_steps=max_steps, eval_interval=1, init_from=begin)
-        assert load_checkpoint(tmp_path / "run/best.pt")["step"] == best
-
-
-def test_a_full_disk_is_reported_and_the_next_checkpoint_is_written(story, tmp_path, monkeypatch, capsys):
-    changes = dict(max_steps=8, checkpoint_interval=2, eval_interval=4)
-    pretrain(story, tmp_path / "whole", **changes)
-    real, log, limits, kept = train.write, tmp_path / "out/log.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE), []
-
-    def full_for_a_while(path, model, entries, *more):
-        full = 2 <= entries["step"] <= 5
-        before = Path(path).read_bytes() if full else b""
-        resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 10 if full else limits[1], limits[1]))
-        written = real(path, model, entries, *more)
-        kept.extend([not written and Path(path).read_bytes() == before] if full else [])
-        if entries["step"] == 6:  # best.pt of step 4 failed, and the log's rows had waited for space
-            kept.append(entries["state"]["best_step"] == 0 and entries["state"]["log_bytes"] == log.stat().st_size)
-        return written
-
-    monkeypatch.setattr(train, "write", full_for_a_while)
-    try:
-        pretrain(story, tmp_path / "out", **changes)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    said = capsys.readouterr().out
-    assert said.count("warning: no new") == 3 and said.count("goes on") == 3
-    assert kept == [True] * 4 and not list((tmp_path / "out").glob("*.tmp"))
-    assert same_run(tmp_path / "whole", tmp_path / "out")
-    monkeypatch.setattr(torch, "save", lambda *arguments: (_ for _ in ()).throw(OSError("No space left on device")))
-    with pytest.raises(OSError, match="disk full.*No space left"):  # the last one must
-        pretrain(story, tmp_path / "out", **changes | dict(max_steps=9, init_from="resume"))
-
-
-def test_a_run_killed_before_its_first_checkpoint_is_resumed_from_its_start(story, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/ckpt.pt.tmp").write_bytes(b"half a checkpo")
-    pretrain(story, tmp_path / "out", max_steps=2, init_from="resume")
-    pretrain(story, tmp_path / "whole", max_steps=2)
-    assert same_run(tmp_path / "whole", tmp_path / "out")
-    (tmp_path / "out/best.pt.tmp").write_bytes(b"half a checkpo")
-    pretrain(story, tmp_path / "out", max_steps=3, eval_interval=0, init_from="resume")
-    assert not list((tmp_path / "out").glob("*.tmp"))
-    (tmp_path / "out/ckpt.pt").unlink()
-    with pytest.raises(FileNotFoundError, match="no such checkpoint"):  # best.pt and the log would be lost
-        pretrain(story, tmp_path / "out", max_steps=2, init_from="resume")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_stops_at_once(number):
-    code = "import os, train; stop = train.stop_request(0); kill = lambda: os.kill(os.getpid(), {})\n"
-    code += "print(stop()); kill(); print(stop(), flush=True); kill(); print('still there')"
-    done = subprocess.run([sys.executable, "-c", code.format(int(number))], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "False\nstopping after this step; once more to stop at once\nTrue\n"
-    assert done.returncode == -number
 
 
 def test_the_length_of_a_run_is_given_in_steps_or_tokens_and_its_time_in_minutes(story, tmp_path, capsys):
@@ -3114,14 +2940,239 @@ def test_a_run_tells_at_the_start_what_it_will_do_and_logs_its_memory(story, tmp
     assert 0.05 < rows[-1]["peak_memory"] < 20 and rows[-1]["peak_memory"] >= rows[2]["peak_memory"]
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(data_dir="nowhere"), "prepare_fineweb.py"),
+        (dict(log_interval=0, learning_rate=-1.0), "learning_rate is -1.0, at least 0.*log_interval is 0, at least 1"),
+        (dict(block_size=0), "block_size is 0"),
+        (dict(beta2=1.5), "beta2 must be below 1"),
+        (dict(head_dim=-8), "head_dim is -8"),
+        (dict(family="modern", rope_theta=0.0), "rope_theta must be above 0"),
+        (dict(compile="false"), "compile must be None, True or False"),
+        (dict(block_size=100000), "multiple of block_size"),
+        (dict(tokens_per_step=100), "multiple of block_size x batch_size"),
+        (dict(family="gpt5"), "family must be one of gpt2, modern"),
+        (dict(optimizer="sgd"), "optimizer must be"),
+        (dict(tokenizer="gpt2"), "was made with the bytes tokenizer"),
+        (dict(n_head=3), "not divisible by n_head 3"),
+        (dict(init_from="resume"), "no such checkpoint"),
+        (dict(init_from="best"), "init_from must be"),
+        (dict(dtype="float8"), "dtype must be"),
+        (dict(device="warp"), "device 'warp' cannot be used"),
+        (dict(schedule="linear"), "schedule must be"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_before_anything_is_written(story, tmp_path, change, said):
+    with pytest.raises((ValueError, OSError), match=said):
+        pretrain(story, tmp_path / "new", **(dict(max_steps=2) | change))
+    assert not (tmp_path / "new").exists()
+
+
+def test_three_steps_that_are_not_finite_end_the_run_with_what_to_try(story, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"not finite since step .*ckpt.pt \(of step \d+\)"):
+        pretrain(story, tmp_path, max_steps=30, learning_rate=1e30, warmup_steps=0, log_interval=100)
+    assert capsys.readouterr().out.count("NOT FINITE, skipped") == 3
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# many processes: two of them, with gloo
+# train.py: stopped, killed and resumed
 
 
-def difference(one, two, name):
-    """Largest difference of two runs' logs in what all their rows, or those that were validated, hold."""
-    values = [[row[name] for row in log_rows(out) if name in row] for out in (one, two)]
-    return max(abs(a - b) for a, b in zip(*values, strict=True))
+@families
+def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(story, tmp_path, family):
+    changes = dict(family=family, max_steps=50)
+    pretrain(story, tmp_path / "whole", **changes)
+    settings = SMALL | changes | dict(data_dir=f"{story}/data", out_dir=f"{tmp_path}/parts")
+    command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items())]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM if family == "modern" else signal.SIGINT)
+            break
+    process.communicate()
+    assert process.returncode == 0
+    assert 3 <= load_checkpoint(tmp_path / "parts/ckpt.pt")["state"]["step"] < 50
+    with open(tmp_path / "parts/log.jsonl", "a") as log:
+        log.write('{"step": 99, "half a li')  # what a kill between two checkpoints leaves behind
+    pretrain(story, tmp_path / "parts", **changes, init_from="resume")
+    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "parts")
+    for name in ("ckpt.pt", "best.pt"):
+        a, b = (load_checkpoint(tmp_path / folder / name) for folder in ("whole", "parts"))
+        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def test_a_run_that_was_killed_again_and_again_equals_one_that_was_not(story, tmp_path):
+    changes = dict(family="modern", dtype="bfloat16", max_steps=45, checkpoint_interval=3, eval_interval=5)
+    pretrain(story, tmp_path / "whole", **changes)
+    settings = SMALL | changes | dict(data_dir=story / "data", out_dir=tmp_path / "parts")
+    for begin, target in (("scratch", 5), ("resume", 12), ("resume", 22)):
+        process = start("train.py", init_from=begin, **settings)
+        for line in process.stdout:
+            if re.match(rf"step {target}/", line):
+                break
+        process.kill()  # while it goes on: in a step, or in a write
+        process.communicate()
+    pretrain(story, tmp_path / "parts", **changes, init_from="resume")
+    assert same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("family, optimizer", FAMILY_AND_OPTIMIZER)
+def test_a_death_while_a_checkpoint_is_written_changes_nothing(story, tmp_path, family, optimizer):
+    changes = dict(family=family, optimizer=optimizer, max_steps=9, checkpoint_interval=2, eval_interval=3)
+    pretrain(story, tmp_path / "whole", **changes)
+    deaths = [(torch, "save", 1, 0), (torch, "save", 4, 0), (torch, "save", 3, 0), (os, "replace", 2, 0)]
+    deaths += [(os, "replace", 2, 1), (os, "fsync", 2, 0), (os, "fsync", 5, 1)]  # of best.pt, ckpt.pt and the log
+    for number, death in enumerate(deaths):
+        out = tmp_path / str(number)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
+            die_at(patch, *death)
+            pretrain(story, out, **changes)
+        pretrain(story, out, **changes, init_from="resume")
+        assert same_run(tmp_path / "whole", out), death
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_its_bytes(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    with train.open_log(tmp_path / "log.jsonl", 0, {}) as log:
+        log.write(b"a row that waits in the buffer\n")
+        monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file)), fsync(file)))
+        assert train.write(str(tmp_path / "ckpt.pt"), tiny(), {}, log)
+    first, whole = synced[0], (tmp_path / "log.jsonl").stat()
+    assert (first.st_ino, first.st_size) == (whole.st_ino, whole.st_size) and whole.st_size > 30
+
+
+def test_best_pt_keeps_the_lowest_validation_loss_also_over_a_resumption(story, tmp_path, monkeypatch):
+    measured = iter([5.0, 3.0, 4.0, 3.5, 2.0, 2.5])
+    monkeypatch.setattr(train, "validation_loss", lambda *arguments: {"val_loss": next(measured)})
+    for begin, max_steps, best in (("scratch", 2, 1), ("resume", 3, 1), ("resume", 5, 4)):
+        pretrain(story, tmp_path / "run", max_steps=max_steps, eval_interval=1, init_from=begin)
+        assert load_checkpoint(tmp_path / "run/best.pt")["step"] == best
+
+
+def test_a_full_disk_is_reported_and_the_next_checkpoint_is_written(story, tmp_path, monkeypatch, capsys):
+    changes = dict(max_steps=8, checkpoint_interval=2, eval_interval=4)
+    pretrain(story, tmp_path / "whole", **changes)
+    real, log, limits, kept = train.write, tmp_path / "out/log.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE), []
+
+    def full_for_a_while(path, model, entries, *more):
+        full = 2 <= entries["step"] <= 5
+        before = Path(path).read_bytes() if full else b""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 10 if full else limits[1], limits[1]))
+        written = real(path, model, entries, *more)
+        kept.extend([not written and Path(path).read_bytes() == before] if full else [])
+        if entries["step"] == 6:  # best.pt of step 4 failed, and the log's rows had waited for space
+            kept.append(entries["state"]["best_step"] == 0 and entries["state"]["log_bytes"] == log.stat().st_size)
+        return written
+
+    monkeypatch.setattr(train, "write", full_for_a_while)
+    try:
+        pretrain(story, tmp_path / "out", **changes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().out
+    assert said.count("warning: no new") == 3 and said.count("goes on") == 3
+    assert kept == [True] * 4 and not list((tmp_path / "out").glob("*.tmp"))
+    assert same_run(tmp_path / "whole", tmp_path / "out")
+    monkeypatch.setattr(torch, "save", lambda *arguments: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError, match="disk full.*No space left"):  # the last one must
+        pretrain(story, tmp_path / "out", **changes | dict(max_steps=9, init_from="resume"))
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_resumed_from_its_start(story, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/ckpt.pt.tmp").write_bytes(b"half a checkpo")
+    pretrain(story, tmp_path / "out", max_steps=2, init_from="resume")
+    pretrain(story, tmp_path / "whole", max_steps=2)
+    assert same_run(tmp_path / "whole", tmp_path / "out")
+    (tmp_path / "out/best.pt.tmp").write_bytes(b"half a checkpo")
+    pretrain(story, tmp_path / "out", max_steps=3, eval_interval=0, init_from="resume")
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    (tmp_path / "out/ckpt.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):  # best.pt and the log would be lost
+        pretrain(story, tmp_path / "out", max_steps=2, init_from="resume")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once(number):
+    code = "import os, train; stop = train.stop_request(0); kill = lambda: os.kill(os.getpid(), {})\n"
+    code += "print(stop()); kill(); print(stop(), flush=True); kill(); print('still there')"
+    done = subprocess.run([sys.executable, "-c", code.format(int(number))], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\nstopping after this step; once more to stop at once\nTrue\n"
+    assert done.returncode == -number
+
+
+def test_a_used_out_dir_is_refused_and_nothing_is_lost(story, tmp_path):
+    out = tmp_path / "run"
+    pretrain(story, out, max_steps=2)
+    before = (out / "ckpt.pt").read_bytes()
+    with pytest.raises(ValueError, match="in use.*--overwrite=True"):
+        pretrain(story, out, max_steps=2)
+    assert (out / "ckpt.pt").read_bytes() == before
+    assert (out / "best.pt").exists()
+    pretrain(story, out, max_steps=3, overwrite=True, eval_interval=0)
+    assert log_rows(out)[-1]["step"] == 3 and not (out / "best.pt").exists()  # it was another run's
+
+
+def test_force_resumes_with_changed_settings_but_never_with_other_sizes(story, tmp_path):
+    pretrain(story, tmp_path, max_steps=2)
+    with pytest.raises(ValueError, match="n_layer 2 -> 3.*: set it back$"):
+        pretrain(story, tmp_path, max_steps=4, init_from="resume", n_layer=3, force=True)
+    pretrain(story, tmp_path, max_steps=4, init_from="resume", weight_decay=0.5, force=True)
+    stored = load_checkpoint(tmp_path / "ckpt.pt")["optimizers"]
+    assert [group["weight_decay"] for opt in stored for group in opt["param_groups"]] == [0.5, 0.0, 0.5, 0.5]
+
+
+def test_resuming_on_other_data_is_refused(story, tmp_path):
+    pretrain(story, tmp_path / "run", max_steps=2)
+    files = dict(source=f"{story}/held_out.txt", val_source=f"{story}/text.txt", out_dir=f"{tmp_path}/data")
+    call(prepare_fineweb, **files, tokenizer="bytes")
+    changes = dict(max_steps=4, init_from="resume", data_dir=f"{tmp_path}/data")
+    with pytest.raises(ValueError, match="the data is not what it was"):
+        pretrain(story, tmp_path / "run", **changes)
+    pretrain(story, tmp_path / "run", **changes, force=True)
+    for path in train.find_shards(tmp_path / "data", "val"):  # other tokens under the same name, as many
+        path.write_bytes(path.read_bytes()[:-2] + b"\1\0")
+    with pytest.raises(ValueError, match="the data is not what it was"):
+        pretrain(story, tmp_path / "run", **changes | dict(max_steps=5))
+
+
+def test_a_run_whose_log_is_lost_goes_on_with_a_new_one_but_not_from_best_pt(story, tmp_path):
+    pretrain(story, tmp_path, max_steps=2)
+    (tmp_path / "log.jsonl").unlink()
+    pretrain(story, tmp_path, max_steps=3, init_from="resume")
+    header, row = log_rows(tmp_path)
+    assert "units" in header and row["step"] == 3
+    (tmp_path / "ckpt.pt").write_bytes((tmp_path / "best.pt").read_bytes())
+    with pytest.raises(ValueError, match="no optimizer state"):
+        pretrain(story, tmp_path, max_steps=4, init_from="resume")
+
+
+def test_resuming_another_run_is_refused_by_naming_the_settings(story, tmp_path):
+    pretrain(story, tmp_path, max_steps=2)
+    with pytest.raises(ValueError, match="n_layer 2 -> 3, seed 1337 -> 1"):
+        pretrain(story, tmp_path, max_steps=4, init_from="resume", n_layer=3, seed=1)
+    pretrain(story, tmp_path, max_steps=4, init_from="resume")
+    assert log_rows(tmp_path)[-1]["step"] == 4
+
+
+def test_a_run_is_resumed_only_with_the_settings_that_its_weights_depend_on():
+    free = "out_dir data_dir init_from overwrite force max_steps max_tokens eval_interval eval_tokens max_minutes "
+    free += "hellaswag_interval hellaswag_source hellaswag_limit sample_interval sample_prompt log_interval "
+    free += "checkpoint_interval"
+    stored, refused = {"settings": train.DEFAULTS, "data": [], "optimizers": []}, set()
+    for name in train.DEFAULTS:
+        record = {"settings": train.DEFAULTS | {name: "another"}, "data": [], "processes": 1}
+        try:
+            train.check_resumable(record, stored, force=False)
+        except ValueError as error:
+            refused.add(name)
+            assert f"{name} {train.DEFAULTS[name]!r} -> 'another'" in str(error)
+    assert refused == train.DEFAULTS.keys() - free.split()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train.py: many processes, over gloo
 
 
 THREE_PROCESSES = """
@@ -3168,7 +3219,7 @@ model.leave_processes()
 """
 
 
-def test_processes_share_rows_and_matrices_even_where_there_are_too_few(tmp_path):
+def test_two_processes_share_rows_and_matrices_even_when_there_are_too_few(tmp_path):
     (tmp_path / "work.py").write_text(SHARED_WORK.format(root=str(ROOT), folder=str(tmp_path)))
     output, errors = start(*TORCHRUN, str(tmp_path / "work.py")).communicate()
     assert output == "printed by 0\n", errors
@@ -3224,271 +3275,56 @@ def test_two_processes_go_on_with_the_run_of_one(story, tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "two/ckpt.pt")["step"] == 50
 
 
-def test_a_used_out_dir_is_refused_and_nothing_is_lost(story, tmp_path):
-    out = tmp_path / "run"
-    pretrain(story, out, max_steps=2)
-    before = (out / "ckpt.pt").read_bytes()
-    with pytest.raises(ValueError, match="in use.*--overwrite=True"):
-        pretrain(story, out, max_steps=2)
-    assert (out / "ckpt.pt").read_bytes() == before
-    assert (out / "best.pt").exists()
-    pretrain(story, out, max_steps=3, overwrite=True, eval_interval=0)
-    assert log_rows(out)[-1]["step"] == 3 and not (out / "best.pt").exists()  # it was another run's
-
-
-def test_force_changes_what_can_be_changed_and_no_sizes(story, tmp_path):
-    pretrain(story, tmp_path, max_steps=2)
-    with pytest.raises(ValueError, match="n_layer 2 -> 3.*: set it back$"):
-        pretrain(story, tmp_path, max_steps=4, init_from="resume", n_layer=3, force=True)
-    pretrain(story, tmp_path, max_steps=4, init_from="resume", weight_decay=0.5, force=True)
-    stored = load_checkpoint(tmp_path / "ckpt.pt")["optimizers"]
-    assert [group["weight_decay"] for opt in stored for group in opt["param_groups"]] == [0.5, 0.0, 0.5, 0.5]
-
-
-def test_resuming_on_other_data_is_refused(story, tmp_path):
-    pretrain(story, tmp_path / "run", max_steps=2)
-    files = dict(source=f"{story}/held_out.txt", val_source=f"{story}/text.txt", out_dir=f"{tmp_path}/data")
-    call(prepare_fineweb, **files, tokenizer="bytes")
-    changes = dict(max_steps=4, init_from="resume", data_dir=f"{tmp_path}/data")
-    with pytest.raises(ValueError, match="the data is not what it was"):
-        pretrain(story, tmp_path / "run", **changes)
-    pretrain(story, tmp_path / "run", **changes, force=True)
-    for path in train.find_shards(tmp_path / "data", "val"):  # other tokens under the same name, as many
-        path.write_bytes(path.read_bytes()[:-2] + b"\1\0")
-    with pytest.raises(ValueError, match="the data is not what it was"):
-        pretrain(story, tmp_path / "run", **changes | dict(max_steps=5))
-
-
-def test_a_lost_log_begins_anew_with_its_units(story, tmp_path):
-    pretrain(story, tmp_path, max_steps=2)
-    (tmp_path / "log.jsonl").unlink()
-    pretrain(story, tmp_path, max_steps=3, init_from="resume")
-    header, row = log_rows(tmp_path)
-    assert "units" in header and row["step"] == 3
-    (tmp_path / "ckpt.pt").write_bytes((tmp_path / "best.pt").read_bytes())
-    with pytest.raises(ValueError, match="no optimizer state"):
-        pretrain(story, tmp_path, max_steps=4, init_from="resume")
-
-
-def test_resuming_another_run_is_refused_by_naming_the_settings(story, tmp_path):
-    pretrain(story, tmp_path, max_steps=2)
-    with pytest.raises(ValueError, match="n_layer 2 -> 3, seed 1337 -> 1"):
-        pretrain(story, tmp_path, max_steps=4, init_from="resume", n_layer=3, seed=1)
-    pretrain(story, tmp_path, max_steps=4, init_from="resume")
-    assert log_rows(tmp_path)[-1]["step"] == 4
-
-
-def test_a_run_is_resumed_only_with_the_settings_that_its_weights_depend_on():
-    free = "out_dir data_dir init_from overwrite force max_steps max_tokens eval_interval eval_tokens max_minutes "
-    free += "hellaswag_interval hellaswag_source hellaswag_limit sample_interval sample_prompt log_interval "
-    free += "checkpoint_interval"
-    stored, refused = {"settings": train.DEFAULTS, "data": [], "optimizers": []}, set()
-    for name in train.DEFAULTS:
-        record = {"settings": train.DEFAULTS | {name: "another"}, "data": [], "processes": 1}
-        try:
-            train.check_resumable(record, stored, force=False)
-        except ValueError as error:
-            refused.add(name)
-            assert f"{name} {train.DEFAULTS[name]!r} -> 'another'" in str(error)
-    assert refused == train.DEFAULTS.keys() - free.split()
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (dict(data_dir="nowhere"), "prepare_fineweb.py"),
-        (dict(log_interval=0, learning_rate=-1.0), "learning_rate is -1.0, at least 0.*log_interval is 0, at least 1"),
-        (dict(block_size=0), "block_size is 0"),
-        (dict(beta2=1.5), "beta2 must be below 1"),
-        (dict(head_dim=-8), "head_dim is -8"),
-        (dict(family="modern", rope_theta=0.0), "rope_theta must be above 0"),
-        (dict(compile="false"), "compile must be None, True or False"),
-        (dict(block_size=100000), "multiple of block_size"),
-        (dict(tokens_per_step=100), "multiple of block_size x batch_size"),
-        (dict(family="gpt5"), "family must be one of gpt2, modern"),
-        (dict(optimizer="sgd"), "optimizer must be"),
-        (dict(tokenizer="gpt2"), "was made with the bytes tokenizer"),
-        (dict(n_head=3), "not divisible by n_head 3"),
-        (dict(init_from="resume"), "no such checkpoint"),
-        (dict(init_from="best"), "init_from must be"),
-        (dict(dtype="float8"), "dtype must be"),
-        (dict(device="warp"), "device 'warp' cannot be used"),
-        (dict(schedule="linear"), "schedule must be"),
-    ],
-)
-def test_a_setting_that_cannot_work_is_refused_before_anything_is_written(story, tmp_path, change, said):
-    with pytest.raises((ValueError, OSError), match=said):
-        pretrain(story, tmp_path / "new", **(dict(max_steps=2) | change))
-    assert not (tmp_path / "new").exists()
-
-
-def test_bad_input_is_one_line_on_stderr_and_a_bug_keeps_its_traceback(tmp_path):
-    assert "prepare_fineweb.py" in run("train.py", f"--data_dir={tmp_path}", "--tokenizer=bytes", code=1)
-    hook = "import sys, configurator; sys.excepthook = configurator.one_line_errors; "
-    bug = subprocess.run([sys.executable, "-c", hook + "[].x"], cwd=ROOT, capture_output=True, text=True)
-    assert bug.returncode == 1 and "Traceback" in bug.stderr
-    bug = subprocess.run([sys.executable, "-c", hook + "import json; json.loads('')"], cwd=ROOT, capture_output=True)
-    assert bug.returncode == 1 and b"Traceback" in bug.stderr  # a ValueError, but by somebody else's code
-    full = hook + "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried ...')"
-    assert "memory is full: use a smaller batch" in run("-c", full, code=1)
-
-
-def test_three_steps_that_are_not_finite_end_the_run_with_what_to_try(story, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"not finite since step .*ckpt.pt \(of step \d+\)"):
-        pretrain(story, tmp_path, max_steps=30, learning_rate=1e30, warmup_steps=0, log_interval=100)
-    assert capsys.readouterr().out.count("NOT FINITE, skipped") == 3
-
-
-def test_validation_windows_do_not_depend_on_the_seed(story, tmp_path):
-    weights = []
-    for seed in (1, 2):
-        pretrain(story, tmp_path / str(seed), max_steps=1, seed=seed, learning_rate=0.0, muon_learning_rate=0.0)
-        weights.append(load_model(tmp_path / str(seed) / "ckpt.pt"))
-    windows = train.Windows(train.find_shards(story / "data", "val"), 32, 259, seed=0)
-    for (model, _), seed in zip(weights, (1, 2), strict=True):
-        logged = log_rows(tmp_path / str(seed))[1]["val_loss"]
-        expected = train.validation_loss(model, windows, 16, 4, Tokenizer("bytes").token_bytes(), plain)["val_loss"]
-        assert logged == pytest.approx(expected, abs=1e-6)
-
-
-def test_streamed_text_never_splits_a_character():
-    for name in ("gpt2", "bytes"):
-        coder = Tokenizer(name)
-        ids = [torch.tensor([i]) for i in [*coder.encode(TEXT), coder.eot, 65]]
-        pieces = list(sample.stream(coder, ids))
-        assert "".join(pieces) == TEXT and not any("\ufffd" in piece for piece in pieces)
-
-
-def test_an_answer_that_fills_the_context_says_so(capsys):
-    model, coder = tiny(), Tokenizer("bytes")
-    for count, noted in ((99, True), (5, False)):
-        "".join(sample.stream(coder, model.generate([[1] * 20], count, temperature=0), room=13))
-        assert ("[the context is full]" in capsys.readouterr().err) == noted
-
-
-def test_a_full_context_drops_the_oldest_whole_turns():
-    coder = Tokenizer("bytes")
-    turn = [{"role": "user", "content": "a" * 10}, {"role": "assistant", "content": "b" * 10}]
-    ids, kept = sample.fit_into_context(coder, "question", turn * 5, 100, 20)
-    assert kept == turn * 3 and len(ids) <= 80 and coder.decode(ids).endswith("<|user|>question<|assistant|>")
-    system = [{"role": "system", "content": "Be brief."}]
-    ids, kept = sample.fit_into_context(coder, "question", system + turn * 5, 100, 20)
-    assert kept == system + turn * 2 and coder.decode(ids).startswith("<|user|>Be brief.\n\naaaa")
-    for history in (turn, system + turn):
-        with pytest.raises(ValueError, match="fit into the context"):
-            sample.fit_into_context(coder, "q" * 100, history, 100, 20)
-
-
-def test_a_chat_remembers_its_turns_and_begins_anew_on_reset_and_system(monkeypatch, capsys):
-    coder, asked = Tokenizer("bytes"), []
-    lines = ["/system Be brief.", "One?", "Two?", "/reset", "Three?", "/system ", "Four?", "/resets", "x" * 80]
-    monkeypatch.setattr(sample, "read_lines", lambda label: lines)
-    sample.converse(lambda ids: asked.append(coder.decode(ids)) or "Yes.", coder, 128, 40)
-    begun = "<|user|>Be brief.\n\nOne?<|assistant|>"
-    assert asked == [
-        begun,
-        begun + "Yes.<|endoftext|><|user|>Two?<|assistant|>",
-        "<|user|>Be brief.\n\nThree?<|assistant|>",
-        "<|user|>Four?<|assistant|>",
-        "<|user|>Four?<|assistant|>Yes.<|endoftext|><|user|>/resets<|assistant|>",  # not a command
-        "<|user|>/resets<|assistant|>Yes.<|endoftext|><|user|>" + "x" * 80 + "<|assistant|>",
-    ]
-    said = capsys.readouterr().out
-    assert said.count("[a new conversation") == 2 and "[the context is full: oldest turns dropped: 1]" in said
-
-
-def test_of_a_conversation_only_what_is_new_is_computed(tmp_path, monkeypatch, capsys):
-    model, widths, hidden = tiny("modern", block_size=128), [], GPT.hidden
-    with torch.no_grad():
-        model.wte.weight[:], model.ln_f.weight[:] = 0, 0  # it answers with zeros
-    save_checkpoint(tmp_path / "chat.pt", model, stage="finetune", tokenizer="bytes")
-    monkeypatch.setattr(GPT, "hidden", lambda self, idx, cache: widths.append(idx.shape[1]) or hidden(self, idx, cache))
-    monkeypatch.setattr(sample, "read_lines", lambda label: ["One?", "Two?"])
-    call(sample, checkpoint=str(tmp_path / "chat.pt"), device="cpu", temperature=0.0, max_new_tokens=7)
-    assert capsys.readouterr().out == ("\0" * 7 + "\n") * 2
-    assert widths == [6, 8]  # <|user|>One?<|assistant|>, then the last \0<|endoftext|><|user|>Two?<|assistant|>
-
-
-class Terminal:
-    """A command at a terminal of its own: text is typed, and what it prints is waited for."""
-
-    def __init__(self, *arguments):
-        self.end, theirs = os.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            env=os.environ | {"TERM": "dumb"}, preexec_fn=self.take_terminal,
-        )  # fmt: skip
-        os.close(theirs)
-        self.shown = ""
-
-    def take_terminal(self):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in what a shell started with &, and inherited
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    def type(self, text):
-        os.write(self.end, text.encode())
-
-    def wait_for(self, text, keys=""):
-        """Everything that was printed until then. keys: pressed, and again every two seconds, as a person would.
-
-        (A signal that comes just before a process waits for a key is seen after the next key only.)
-        """
-        self.type(keys)
-        began = pressed = time.monotonic()
-        while text not in self.shown:
-            if select.select([self.end], [], [], 1)[0]:
-                self.shown += os.read(self.end, 1000).decode(errors="replace")
-            now = time.monotonic()
-            assert now < began + 60, self.shown[-1000:]
-            if keys and now > pressed + 2:
-                self.type(keys)
-                pressed = now
-        before, self.shown = self.shown.split(text, 1)
-        return before
-
-    def leave(self):
-        """The exit code after Ctrl-D."""
-        self.type("\x04")
-        with suppress(OSError):  # the end of it
-            while os.read(self.end, 1000):
-                pass
-        os.close(self.end)
-        return self.process.wait(60)
-
-
-def test_at_a_keyboard_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path):
-    model = tiny("modern", block_size=100_000)  # its answer would take minutes
-    with torch.no_grad():
-        model.wte.weight[:], model.ln_f.weight[:] = 0, 0
-    save_checkpoint(tmp_path / "chat.pt", model, stage="finetune", tokenizer="bytes")
-    settings = (f"--checkpoint={tmp_path}/chat.pt", "--device=cpu", "--temperature=0", "--max_new_tokens=90000")
-    chat = Terminal("sample.py", *settings)
-    assert "/system TEXT" in chat.wait_for("you: ")
-    chat.type("Hé, who\n")
-    chat.wait_for("\0" * 20)  # the answer streams
-    chat.wait_for("[stopped]", "\x03")
-    chat.wait_for("you: ")
-    chat.type("half a line")
-    chat.wait_for("half a line")
-    chat.wait_for("[Ctrl-D leaves]", "\x03")
-    chat.type("/reset\n")
-    chat.wait_for("[the conversation is forgotten]")
-    chat.wait_for("you: ")
-    assert chat.leave() == 0
+@pytest.mark.parametrize("stage", [tune, prefer])
+def test_two_processes_finetune_and_prefer_as_one(trained, chat_rows, pair_rows, tmp_path, stage, monkeypatch):
+    rows, module = (chat_rows, finetune) if stage is tune else (pair_rows, dpo)
+    n = len(finetune.Conversations(rows, "train")) // (1 if stage is tune else 2)
+    size = next(size for size in range(5, n) if n % size == 1)  # a batch of one row for two processes
+    changes = dict(epochs=1, batch_size=2, **{"rows_per_step" if stage is tune else "pairs_per_step": size})
+    stage(trained, rows, tmp_path / "one", **changes)
+    settings = load_checkpoint(tmp_path / "one/ckpt.pt")["settings"] | dict(out_dir=tmp_path / "two")
+    output, errors = start(*TORCHRUN, f"{module.__name__}.py", **settings).communicate()
+    assert "samples.md" in output, errors
+    for name in ("loss", "val_loss", "grad_norm"):
+        assert difference(tmp_path / "one", tmp_path / "two", name) < 1e-4, name
+    assert difference(tmp_path / "one", tmp_path / "two", "tokens") == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# prepare_instruct.py, finetune.py and dpo.py
+# what needs a GPU (skipped where there is none)
 
-ALPACA = [
-    {"instruction": "Add.", "input": "1 + 1", "output": "2"},
-    {"instruction": "Say héllo 日本.", "input": "", "output": "Héllo 日本!"},
-    {"instruction": "Add.", "input": "1 + 1", "output": "2"},
-    {"instruction": "Nothing?", "output": " "},
-    {"instruction": "Null?", "output": None},
-    {"instruction": " ", "output": "an answer to nothing"},
-    {"instruction": "Count.", "output": "one " * 60},
-]
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@on_a_gpu
+@families
+def test_on_a_gpu_compiled_and_eager_losses_agree_over_50_steps_and_attention_is_fused(family):
+    losses, (device, autocast) = {}, model_py.pick_device("cuda", "bfloat16")
+    for compiled in (False, True):
+        model = tiny(family, n_embd=108).to(device)  # heads of 54, as the 712M model has
+        optimizers = make_optimizers(model)
+        step = functools.partial(
+            train.train_step, torch.compile(model) if compiled else model, optimizers, random_batch(), 4, 1.0, autocast
+        )
+        losses[compiled] = [step()[0] for _ in range(50)]
+        assert bench.attention_kernels(step) in ("flash", "cuDNN")
+    assert losses[True] == pytest.approx(losses[False], abs=0.05) and losses[True][-1] < losses[True][0] - 1
+
+
+@on_a_gpu
+@families
+def test_on_a_gpu_compiled_generation_gives_the_ids_of_eager_generation(family):
+    model, prompts = tiny(family, n_embd=108).cuda(), [[1, 2, 3], [4]]
+    expected = torch.stack(list(model.generate(prompts, 20, temperature=0)))
+    cache = model.new_cache(2, 32, static=True)
+    for _ in range(3):
+        ids = list(model.generate(prompts, 20, temperature=0, cache=cache, compile=True))
+        assert torch.equal(torch.stack(ids), expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prepare_instruct.py: conversations and preferences to rows
 
 
 def chats(n=40):
@@ -3497,13 +3333,6 @@ def chats(n=40):
         turns = [f"Question {i // 2}?", f"Answer {i}.", "And then?", f"Then {i}."]
         roles = ["user", "assistant"] * 2
         yield {"messages": [dict(role=r, content=t) for r, t in zip(roles, turns, strict=True)]}
-
-
-def write_instructions(folder):
-    folder.mkdir(exist_ok=True)
-    (folder / "alpaca.json").write_text(json.dumps(ALPACA), encoding="utf-8")
-    (folder / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chats()), encoding="utf-8")
-    return f"{folder}/alpaca.json,{folder}/*.jsonl"
 
 
 def conversations(folder, name):
@@ -3662,7 +3491,7 @@ def test_a_limit_takes_the_same_mixed_records_and_a_larger_one_more_of_them():
     assert few == more[:5] and more == all_[:20] and sorted(all_) == list(range(100)) != all_
 
 
-def test_of_a_preference_both_last_answers_are_learned_and_it_is_on_the_side_of_its_question(tmp_path):
+def test_both_answers_of_a_preference_are_learned_on_the_side_of_its_question(tmp_path):
     earlier = messages("Question 1?", "Fine.", "And?")
     pairs = [{"instruction": f"Question {i}?", "output": "-", "chosen": f"a{i}", "rejected": f"b{i}"}
              for i in range(40)]  # fmt: skip
@@ -3702,12 +3531,8 @@ def test_of_a_preference_both_last_answers_are_learned_and_it_is_on_the_side_of_
     assert not (tmp_path / "both").exists()
 
 
-@pytest.fixture(scope="session")
-def chat_rows(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chat_rows")
-    source, out = write_instructions(folder / "in"), str(folder / "rows")
-    call(prepare_instruct, source=source, tokenizer="bytes", out_dir=out, val_fraction=0.3, max_tokens=33)
-    return out
+# ----------------------------------------------------------------------------------------------------------------------
+# finetune.py: a model that answers
 
 
 def test_an_epoch_of_finetuning_sees_every_conversation_once_and_learns_the_answers_alone(chat_rows):
@@ -3747,17 +3572,6 @@ def test_padding_and_the_other_rows_do_not_change_a_conversations_loss(chat_rows
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     nats = sum(model(*rows.batch(np.array([i]))).item() for i in range(len(rows)))
     assert losses[0] == pytest.approx(nats / int(rows.mask.sum()), rel=1e-5)  # per token of an answer
-
-
-FINETUNE = dict(
-    rows_per_step=8, batch_size=3, epochs=2, warmup_steps=1, eval_interval=2, checkpoint_interval=2, answer_tokens=5,
-    learning_rate=0.003, device="cpu", dtype="float32",
-)  # fmt: skip
-
-
-def tune(trained, chat_rows, out, **changes):
-    settings = dict(checkpoint=f"{trained}/best.pt", data_dir=chat_rows, out_dir=str(out))
-    call(finetune, **(FINETUNE | settings | changes))
 
 
 def test_finetuning_lowers_the_validation_loss_and_answers_ten_questions_before_and_after(trained, chat_rows, tmp_path):
@@ -3897,48 +3711,8 @@ def test_finetuning_into_the_folder_of_its_checkpoint_is_refused(trained, chat_r
     assert (tmp_path / "best.pt").read_bytes() == (trained / "best.pt").read_bytes()
 
 
-def test_chat_takes_several_turns_and_forgets_on_reset(trained, chat_rows, tmp_path):
-    tune(trained, chat_rows, tmp_path / "chat")
-    ask = (
-        "sample.py",
-        f"--checkpoint={tmp_path}/chat/best.pt",
-        "--max_new_tokens=8",
-        "--device=cpu",
-        "--temperature=0",
-    )
-    said = run(*ask, input="Question 3?\nAnd then?\n/reset\nQuestion 3?\n" + "long " * 20 + "\n").splitlines()
-    assert "[the conversation is forgotten]" in said
-    forgotten = said.index("[the conversation is forgotten]")
-    assert said[0] == said[forgotten + 1]  # the same question in a new conversation, the same answer
-    assert "fit into the context" in said[-1]
-    assert run(*ask, "--prompt=Question 3?").strip() == said[0].strip()
-
-
-@pytest.fixture(scope="session")
-def pair_rows(tmp_path_factory):
-    """Preferences for polite answers, with questions and answers of several lengths."""
-    folder = tmp_path_factory.mktemp("pair_rows")
-    pairs = [
-        {
-            "prompt": f"Is {'x' * (i % 5)}{i}?",
-            "chosen": "Yes" + ", sir" * (i % 2) + ".",
-            "rejected": f"No{'!' * (i % 7)}",
-        }
-        for i in range(60)
-    ]
-    (folder / "pairs.json").write_text(json.dumps(pairs))
-    files = dict(source=f"{folder}/pairs.json", out_dir=f"{folder}/rows")
-    call(prepare_instruct, tokenizer="bytes", val_fraction=0.3, max_tokens=33, **files)
-    return files["out_dir"]
-
-
-def prefer(trained, pair_rows, out, **changes):
-    settings = dict(
-        checkpoint=f"{trained}/best.pt", data_dir=pair_rows, out_dir=str(out), pairs_per_step=8, batch_size=3, epochs=2,
-        warmup_steps=1, eval_interval=3, checkpoint_interval=2, answer_tokens=5, learning_rate=0.001, device="cpu",
-        dtype="float32",
-    )  # fmt: skip
-    call(dpo, **(settings | changes))
+# ----------------------------------------------------------------------------------------------------------------------
+# dpo.py: a model that knows what is preferred
 
 
 def direct_dpo_loss(policy, reference, pairs, beta, smoothing, normalized):
@@ -4053,501 +3827,888 @@ def test_conversations_and_preferences_are_not_taken_for_one_another(trained, ch
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("stage", [tune, prefer])
-def test_two_processes_finetune_as_one_also_where_a_batch_is_too_small_for_both(
-    trained, chat_rows, pair_rows, tmp_path, stage, monkeypatch
-):
-    rows, module = (chat_rows, finetune) if stage is tune else (pair_rows, dpo)
-    n = len(finetune.Conversations(rows, "train")) // (1 if stage is tune else 2)
-    size = next(size for size in range(5, n) if n % size == 1)  # a batch of one row for two processes
-    changes = dict(epochs=1, batch_size=2, **{"rows_per_step" if stage is tune else "pairs_per_step": size})
-    stage(trained, rows, tmp_path / "one", **changes)
-    settings = load_checkpoint(tmp_path / "one/ckpt.pt")["settings"] | dict(out_dir=tmp_path / "two")
-    output, errors = start(*TORCHRUN, f"{module.__name__}.py", **settings).communicate()
-    assert "samples.md" in output, errors
-    for name in ("loss", "val_loss", "grad_norm"):
-        assert difference(tmp_path / "one", tmp_path / "two", name) < 1e-4, name
-    assert difference(tmp_path / "one", tmp_path / "two", "tokens") == 0
+# ----------------------------------------------------------------------------------------------------------------------
+# sample.py: completion and chat
+
+
+def test_sampling_continues_a_prompt_the_same_way_for_the_same_seed(trained):
+    ask = ("sample.py", f"--checkpoint={trained}/best.pt", "--prompt=The ", "--max_new_tokens=20", "--device=cpu")
+    one = run(*ask)
+    assert one.startswith("The ") and len(one) > 10
+    assert one == run(*ask) != run(*ask, "--seed=2")
+    assert run(*ask, "--temperature=0", "--num_samples=2").count("The ") >= 2
+
+
+def test_sampling_reads_lines_from_a_pipe_whatever_bytes_they_hold(trained):
+    command = [sys.executable, "sample.py", f"--checkpoint={trained}/best.pt", "--max_new_tokens=5", "--device=cpu"]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, cwd=ROOT, input=b"A dog\nThe \xff\n", capture_output=True, env=strict)
+    assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) >= 2
+
+
+@pytest.mark.parametrize("stage, chats", [("pretrain", False), ("finetune", True), ("dpo", True)])
+def test_the_stage_of_a_checkpoint_decides_whether_it_chats_unless_told_otherwise(tmp_path, capsys, stage, chats):
+    save_checkpoint(tmp_path / "a.pt", tiny("modern"), stage=stage, tokenizer="bytes", step=1)
+    for chat, expected in ((None, chats), (True, True), (False, False)):
+        call(sample, checkpoint=f"{tmp_path}/a.pt", prompt="Hello", chat=chat, max_new_tokens=1, device="cpu")
+        assert capsys.readouterr().out.startswith("Hello") != expected  # a continued text is shown from its beginning
+
+
+def test_several_samples_are_made_together_and_the_speed_is_told_when_asked(trained, tmp_path, monkeypatch, capsys):
+    batches, generate = [], GPT.generate
+    monkeypatch.setattr(
+        GPT,
+        "generate",
+        lambda self, prompts, **kwargs: batches.append(len(prompts)) or generate(self, prompts, **kwargs),
+    )
+    ask = dict(checkpoint=f"{trained}/best.pt", max_new_tokens=6, device="cpu")
+    call(sample, prompt="The ", num_samples=3, speed=True, **ask)
+    told = capsys.readouterr()
+    answers = re.split(r"--- \d of 3\n", told.out)[1:]
+    assert batches == [3] and len(set(answers)) == 3 and all(answer.startswith("The ") for answer in answers)
+    assert re.fullmatch(r"18 tokens in \d+\.\d\d s: \d+\.\d tokens/s\n", told.err)
+    (tmp_path / "a.txt").write_text("The \n")
+    call(sample, prompt_file=str(tmp_path / "a.txt"), num_samples=3, **ask)
+    assert capsys.readouterr() == (told.out, "")
+    call(sample, prompt="The ", top_p=1e-9, temperature=5.0, **ask)
+    likeliest = capsys.readouterr().out
+    for settings in (dict(temperature=0.0), dict(top_k=1, temperature=5.0)):
+        call(sample, prompt="The ", **settings, **ask)
+        assert capsys.readouterr().out == likeliest
+    with pytest.raises(ValueError, match="the prompt has 41 tokens, into the context fit 32"):
+        call(sample, prompt="long " * 8, **ask)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(top_p=0.0), "^top_p must be above 0 and at most 1$"),
+        (dict(temperature=-1.0, num_samples=0), "^temperature must be at least 0; num_samples must be at least 1$"),
+        (dict(top_k=-3), "^top_k must be at least 0$"),
+        (dict(max_new_tokens=0), "^max_new_tokens must be at least 1$"),
+        (dict(prompt="a", prompt_file="b"), "exclude one another"),
+        (dict(num_samples=2), "num_samples needs a prompt"),
+        (dict(prompt_file="nowhere.txt"), "prompt_file=nowhere.txt: no such file"),
+        (dict(prompt_file=sys.executable), "is not a text"),
+        (dict(prompt_file=os.devnull), "is empty"),
+    ],
+)
+def test_settings_that_sampling_cannot_use_are_refused(change, said):
+    with pytest.raises((ValueError, OSError), match=said):
+        call(sample, **change)
+
+
+def test_streamed_text_never_splits_a_character():
+    for name in ("gpt2", "bytes"):
+        coder = Tokenizer(name)
+        ids = [torch.tensor([i]) for i in [*coder.encode(TEXT), coder.eot, 65]]
+        pieces = list(sample.stream(coder, ids))
+        assert "".join(pieces) == TEXT and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_an_answer_that_fills_the_context_says_so(capsys):
+    model, coder = tiny(), Tokenizer("bytes")
+    for count, noted in ((99, True), (5, False)):
+        "".join(sample.stream(coder, model.generate([[1] * 20], count, temperature=0), room=13))
+        assert ("[the context is full]" in capsys.readouterr().err) == noted
+
+
+def test_a_full_context_drops_the_oldest_whole_turns():
+    coder = Tokenizer("bytes")
+    turn = [{"role": "user", "content": "a" * 10}, {"role": "assistant", "content": "b" * 10}]
+    ids, kept = sample.fit_into_context(coder, "question", turn * 5, 100, 20)
+    assert kept == turn * 3 and len(ids) <= 80 and coder.decode(ids).endswith("<|user|>question<|assistant|>")
+    system = [{"role": "system", "content": "Be brief."}]
+    ids, kept = sample.fit_into_context(coder, "question", system + turn * 5, 100, 20)
+    assert kept == system + turn * 2 and coder.decode(ids).startswith("<|user|>Be brief.\n\naaaa")
+    for history in (turn, system + turn):
+        with pytest.raises(ValueError, match="fit into the context"):
+            sample.fit_into_context(coder, "q" * 100, history, 100, 20)
+
+
+def test_a_chat_remembers_its_turns_and_begins_anew_on_reset_and_system(monkeypatch, capsys):
+    coder, asked = Tokenizer("bytes"), []
+    lines = ["/system Be brief.", "One?", "Two?", "/reset", "Three?", "/system ", "Four?", "/resets", "x" * 80]
+    monkeypatch.setattr(sample, "read_lines", lambda label: lines)
+    sample.converse(lambda ids: asked.append(coder.decode(ids)) or "Yes.", coder, 128, 40)
+    begun = "<|user|>Be brief.\n\nOne?<|assistant|>"
+    assert asked == [
+        begun,
+        begun + "Yes.<|endoftext|><|user|>Two?<|assistant|>",
+        "<|user|>Be brief.\n\nThree?<|assistant|>",
+        "<|user|>Four?<|assistant|>",
+        "<|user|>Four?<|assistant|>Yes.<|endoftext|><|user|>/resets<|assistant|>",  # not a command
+        "<|user|>/resets<|assistant|>Yes.<|endoftext|><|user|>" + "x" * 80 + "<|assistant|>",
+    ]
+    said = capsys.readouterr().out
+    assert said.count("[a new conversation") == 2 and "[the context is full: oldest turns dropped: 1]" in said
+
+
+def test_a_chat_computes_only_what_is_new(tmp_path, monkeypatch, capsys):
+    model, widths, hidden = tiny("modern", block_size=128), [], GPT.hidden
+    with torch.no_grad():
+        model.wte.weight[:], model.ln_f.weight[:] = 0, 0  # it answers with zeros
+    save_checkpoint(tmp_path / "chat.pt", model, stage="finetune", tokenizer="bytes")
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx, cache: widths.append(idx.shape[1]) or hidden(self, idx, cache))
+    monkeypatch.setattr(sample, "read_lines", lambda label: ["One?", "Two?"])
+    call(sample, checkpoint=str(tmp_path / "chat.pt"), device="cpu", temperature=0.0, max_new_tokens=7)
+    assert capsys.readouterr().out == ("\0" * 7 + "\n") * 2
+    assert widths == [6, 8]  # <|user|>One?<|assistant|>, then the last \0<|endoftext|><|user|>Two?<|assistant|>
+
+
+class Terminal:
+    """A command at a terminal of its own: text is typed, and what it prints is waited for."""
+
+    def __init__(self, *arguments):
+        self.end, theirs = os.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            env=os.environ | {"TERM": "dumb"}, preexec_fn=self.take_terminal,
+        )  # fmt: skip
+        os.close(theirs)
+        self.shown = ""
+
+    def take_terminal(self):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in what a shell started with &, and inherited
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    def type(self, text):
+        os.write(self.end, text.encode())
+
+    def wait_for(self, text, keys=""):
+        """Everything that was printed until then. keys: pressed, and again every two seconds, as a person would.
+
+        (A signal that comes just before a process waits for a key is seen after the next key only.)
+        """
+        self.type(keys)
+        began = pressed = time.monotonic()
+        while text not in self.shown:
+            if select.select([self.end], [], [], 1)[0]:
+                self.shown += os.read(self.end, 1000).decode(errors="replace")
+            now = time.monotonic()
+            assert now < began + 60, self.shown[-1000:]
+            if keys and now > pressed + 2:
+                self.type(keys)
+                pressed = now
+        before, self.shown = self.shown.split(text, 1)
+        return before
+
+    def leave(self):
+        """The exit code after Ctrl-D."""
+        self.type("\x04")
+        with suppress(OSError):  # the end of it
+            while os.read(self.end, 1000):
+                pass
+        os.close(self.end)
+        return self.process.wait(60)
+
+
+def test_at_a_keyboard_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path):
+    model = tiny("modern", block_size=100_000)  # its answer would take minutes
+    with torch.no_grad():
+        model.wte.weight[:], model.ln_f.weight[:] = 0, 0
+    save_checkpoint(tmp_path / "chat.pt", model, stage="finetune", tokenizer="bytes")
+    settings = (f"--checkpoint={tmp_path}/chat.pt", "--device=cpu", "--temperature=0", "--max_new_tokens=90000")
+    chat = Terminal("sample.py", *settings)
+    assert "/system TEXT" in chat.wait_for("you: ")
+    chat.type("Hé, who\n")
+    chat.wait_for("\0" * 20)  # the answer streams
+    chat.wait_for("[stopped]", "\x03")
+    chat.wait_for("you: ")
+    chat.type("half a line")
+    chat.wait_for("half a line")
+    chat.wait_for("[Ctrl-D leaves]", "\x03")
+    chat.type("/reset\n")
+    chat.wait_for("[the conversation is forgotten]")
+    chat.wait_for("you: ")
+    assert chat.leave() == 0
+
+
+def test_chat_takes_several_turns_and_forgets_on_reset(trained, chat_rows, tmp_path):
+    tune(trained, chat_rows, tmp_path / "chat")
+    ask = (
+        "sample.py",
+        f"--checkpoint={tmp_path}/chat/best.pt",
+        "--max_new_tokens=8",
+        "--device=cpu",
+        "--temperature=0",
+    )
+    said = run(*ask, input="Question 3?\nAnd then?\n/reset\nQuestion 3?\n" + "long " * 20 + "\n").splitlines()
+    assert "[the conversation is forgotten]" in said
+    forgotten = said.index("[the conversation is forgotten]")
+    assert said[0] == said[forgotten + 1]  # the same question in a new conversation, the same answer
+    assert "fit into the context" in said[-1]
+    assert run(*ask, "--prompt=Question 3?").strip() == said[0].strip()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# tools/toyworld.py: the built-in data
+# space/app.py: the page in the browser
 
 
-def write_world(folder, **settings):
-    arguments = [f"--{name}={value}" for name, value in {"repeats": 12, "out_dir": folder, **settings}.items()]
-    command = [sys.executable, "-m", "tools.toyworld", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def words(text):
-    return f" {' '.join(re.findall(r'[a-z0-9+]+', text.lower()))} "
-
-
-def tells(text, fact):
-    """Whether the text has both the subject and the answer of a fact, as whole words."""
-    return words(fact[1]) in words(text) and words(fact[2]) in words(text)
+CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
+QUIET += ["--disable-component-update", "--disable-sync"]
+MARKUP = "<b>1</b><script>x()</script> &lt;  **a** ![i](http://127.0.0.1:9/i.png) $$x$$ <img src=http://127.0.0.1:9>"
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    import pyarrow.parquet
-
-    folder = tmp_path_factory.mktemp("toyworld")
-    result = write_world(folder)
-    assert result.returncode == 0, result.stderr
-    lines = (folder / "hellaswag_val.jsonl").read_text(encoding="utf-8").splitlines()
-    known, heldout = toyworld.hold_out(toyworld.world_facts(), random.Random(f"{toyworld.seed} hold out"))
-    return {
-        "folder": folder,
-        "known": known,
-        "heldout": heldout,
-        "relations": toyworld.parse_relations(toyworld.RELATIONS),
-        "table": pyarrow.parquet.read_table(folder / "docs.parquet"),
-        "docs": pyarrow.parquet.read_table(folder / "docs.parquet")["text"].to_pylist(),
-        "hellaswag": [json.loads(line) for line in lines],
-        **{
-            name: prepare_fineweb.read_json(folder / f"{name}.json")
-            for name in ("instruct", "preferences", "questions")
-        },
-    }
+def chromium():
+    """A context of a headless Chromium, the system's: its pages share the cache, and nothing that counts here."""
+    pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("no chromium here: apt-get install chromium")
+    with playwright.sync_playwright() as p:
+        context = p.chromium.launch(executable_path=CHROMIUM, args=QUIET).new_context()
+        context.set_default_timeout(60_000)
+        yield context
 
 
-def test_toyworld_files_have_the_columns_and_fields_of_the_real_formats(world):
-    types = {"text": "string", "id": "string", "dump": "string", "url": "string", "file_path": "string"}
-    types |= {"language": "string", "language_score": "double", "token_count": "int64"}
-    types |= {"score": "double", "int_score": "int64"}
-    assert {field.name: str(field.type) for field in world["table"].schema} == types
-    assert all(list(row) == ["instruction", "input", "output"] for row in world["instruct"])
-    assert all(list(row) == ["instruction", "input", "chosen", "rejected"] for row in world["preferences"])
-    assert all(list(row) == ["question", "answer"] for row in world["questions"])
-    fields = "ind activity_label ctx_a ctx_b ctx endings source_id split split_type label".split()
-    assert all(list(item) == fields and len(item["endings"]) == 4 for item in world["hellaswag"])
-    assert all(item["ctx"] == f"{item['ctx_a']} {item['ctx_b']}" for item in world["hellaswag"])
-    assert any(row["input"] for row in world["instruct"])
-    assert all(2 <= len(re.findall(r"[.](?: |$)", text)) <= 8 for text in world["docs"])
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
-def test_toyworld_is_the_same_for_the_same_seed_and_another_for_another_seed(world, tmp_path):
-    names = ["docs.parquet", "hellaswag_val.jsonl", "instruct.json", "preferences.json", "questions.json"]
-    assert sorted(path.name for path in world["folder"].iterdir()) == names
-    assert write_world(tmp_path / "same").returncode == 0
-    assert write_world(tmp_path / "other", seed=7).returncode == 0
-    for name in names:
-        content = (world["folder"] / name).read_bytes()
-        assert (tmp_path / "same" / name).read_bytes() == content, name
-        assert (tmp_path / "other" / name).read_bytes() != content, name
+class Site:
+    """A served page and its visitors. Its model writes `script` token by token, as many as `let` allows."""
+
+    def __init__(self, chromium, stage, **sizes):
+        self.model, self.coder, self.chromium = tiny(**dict(block_size=160) | sizes), Tokenizer("bytes"), chromium
+        self.script, self.gate, self.ended = "", threading.Semaphore(0), threading.Event()
+        self.prompts, self.controls, self.running = [], [], 0
+        self.most_running, self.requests, self.regular, self.guests = 0, [], None, []
+        self.model.generate = self.generate
+        stored = dict(stage=stage, tokenizer="bytes", tokens=12_345, metrics=dict(val_loss=1.23456, hellaswag_acc=0.25))
+        self.page, self.address = space_app.launch(self.model, self.coder, stored, 1, "", free_port())
+
+    def generate(self, prompts, max_new_tokens, temperature, top_k, stop):
+        self.controls.append((max_new_tokens, temperature, top_k))
+        room = min(max_new_tokens, self.model.config.block_size + 1 - len(prompts[0]))
+        self.prompts.append(self.coder.decode(prompts[0]))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            for token in [*self.coder.encode(self.script), stop][:room]:
+                assert self.gate.acquire(timeout=60)
+                yield torch.tensor([token])
+        finally:
+            self.running -= 1
+            self.ended.set()
+
+    def let(self, tokens):
+        self.gate.release(tokens)
+
+    @contextmanager
+    def flow(self):
+        """The model writes on by itself, at most 20 tokens a second."""
+        over = threading.Event()
+
+        def write():
+            while not over.wait(0.05):
+                self.let(1)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            yield
+        finally:
+            over.set()
+            writer.join()
+
+    def visit(self):
+        """A new visitor's page."""
+        page = self.chromium.new_page()
+        self.guests.append(page)
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.goto(self.address)
+        page.get_by_role("button", name="Stop").wait_for()
+        return page
+
+    def usual(self):
+        """The page of a visitor who stays from test to test, since loading one takes seconds; as if it were new."""
+        if not self.regular:
+            self.regular = self.visit()
+            self.guests.clear()
+        self.regular.set_viewport_size(dict(width=1280, height=800))
+        if self.regular.get_by_label("Clear").is_visible():
+            with self.regular.expect_response(lambda response: "predict" in response.url):
+                self.regular.get_by_label("Clear").click()
+        self.regular.get_by_role("textbox").first.fill("")
+        return self.regular
+
+    def rest(self):
+        """Guests leave, and what is still being generated ends: the next test finds an idle server."""
+        while self.guests:
+            self.guests.pop().close()
+        give_up = time.monotonic() + 30
+        while self.running:
+            assert time.monotonic() < give_up, "it does not end"
+            self.let(1)
+            time.sleep(0.01)
+        self.gate, self.script, self.most_running = threading.Semaphore(0), "", 0
+        self.prompts.clear(), self.controls.clear(), self.ended.clear()
 
 
-def test_toyworld_holds_out_a_fifth_of_the_facts_of_each_relation(world):
-    assert len(world["questions"]) == len(world["heldout"]) >= 60
-    for relation in world["relations"]:
-        known, heldout = ([fact for fact in world[side] if fact[0] == relation] for side in ("known", "heldout"))
-        assert 0.1 < len(heldout) / len(known + heldout) < 0.3, relation
-    # 2 + 3 and 3 + 2 are one fact
-    subjects = {fact[1] for fact in world["heldout"] if fact[0] == "sum"}
-    assert subjects == {" + ".join(reversed(subject.split(" + "))) for subject in subjects}
+@pytest.fixture(scope="session")
+def sites(chromium):
+    """{stage: Site}: a chat and a completion page, both served by this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(space_app, "UPDATE_SECONDS", 0)  # each token is shown
+        served = {stage: Site(chromium, stage) for stage in ("finetune", "pretrain")}
+        yield served
+        for site in served.values():
+            site.page.close(verbose=False)
 
 
-def test_toyworld_tells_heldout_facts_in_docs_and_nowhere_else(world):
-    asked = [" ".join([row["instruction"], row["input"], row["output"]]) for row in world["instruct"]]
-    asked += [" ".join([row["instruction"], row["chosen"], row["rejected"]]) for row in world["preferences"]]
-    assert not any("?" in text for text in world["docs"])
-    told = "\n".join(world["docs"])
-    for fact in world["heldout"]:
-        relation = world["relations"][fact[0]]
-        assert sum(told.count(toyworld.tell(pattern, fact)) for pattern in relation[""] if "{name}" not in pattern) > 5
-        leaks = [text for text in asked if tells(text, fact)]
-        assert not leaks, (fact, leaks)
-        questions = {toyworld.tell(question, fact) for question in relation["?"]}
-        assert not questions & {row["instruction"] for row in world["instruct"] + world["preferences"]}
-        assert not any(question in told for question in questions)
+@pytest.fixture
+def chat_site(sites):
+    yield sites["finetune"]
+    sites["finetune"].rest()
 
 
-def test_toyworld_asks_every_known_fact_and_gives_each_answer_in_one_form(world):
-    answers = {}
-    for row in world["instruct"]:
-        answers.setdefault(row["output"], set()).add(row["instruction"])
-    for fact in world["known"]:
-        relation = world["relations"][fact[0]]
-        assert answers[toyworld.tell(relation[""][0], fact)] == {toyworld.tell(q, fact) for q in relation["?"]}
-    reference = {toyworld.tell(world["relations"][fact[0]][""][0], fact) for fact in world["heldout"]}
-    assert {row["answer"] for row in world["questions"]} == reference
+@pytest.fixture
+def base_site(sites):
+    yield sites["pretrain"]
+    sites["pretrain"].rest()
 
 
-def test_toyworld_statements_are_many_and_mostly_name_the_subject_first(world):
-    for name, relation in world["relations"].items():
-        statements = relation[""]
-        first = [max(p.find("{s}"), p.find("{x}")) < p.find("{a}") for p in statements]
-        assert len(set(statements)) >= 8 and 0.6 < sum(first) / len(first) < 1, name
+def ask(page, question):
+    page.get_by_placeholder("Your question").fill(question)
+    page.get_by_placeholder("Your question").press("Enter")
 
 
-def test_toyworld_right_endings_are_true_and_wrong_ones_false_and_labels_uniform(world):
-    facts = world["known"] + world["heldout"]
-    labels = [item["label"] for item in world["hellaswag"]]
-    assert [labels.count(label) for label in range(4)] == [len(labels) / 4] * 4
-    for item in world["hellaswag"]:
-        about = [f for f in facts if f[0] == item["activity_label"].lower() and words(f[1]) in words(item["ctx"])]
-        if item["activity_label"] == "Sum":
-            x, y = re.findall(r"\d+", item["ctx_b"])
-            about = [("sum", f"{x} + {y}", str(int(x) + int(y)))]
-        true = {fact[2] for fact in about}
-        right = [any(words(answer) in words(ending) for answer in true) for ending in item["endings"]]
-        assert right == [label == item["label"] for label in range(4)], item
-        assert item["ctx"] + " " + item["endings"][item["label"]] not in world["docs"]
-    # always taking the longest or the shortest ending must not do much better than chance
-    lengths = [([len(ending) for ending in item["endings"]], item["label"]) for item in world["hellaswag"]]
-    for extreme in (max, min):
-        hits = [(n[label] == extreme(n)) / n.count(extreme(n)) for n, label in lengths]
-        assert sum(hits) / len(hits) < 0.35
+def expect(page, text, where="", count=None):
+    """Wait until the last of these (`count`) elements holds exactly this text; without `where`, until it is there."""
+    if not where:
+        return page.get_by_text(text).first.wait_for()
+    found = "const found = [...document.querySelectorAll(where)]; return found.at(-1)?.textContent.trim() == text"
+    script = f"([where, text, count]) => {{ {found} && (count === null || found.length == count) }}"
+    page.wait_for_function(script, arg=[where, text, count])
 
 
-def test_toyworld_preferences_differ_in_style_and_never_in_truth(world):
-    outputs = {row["output"] for row in world["instruct"]}
-    for row in world["preferences"]:
-        assert row["chosen"] in outputs
-        assert row["chosen"] in row["rejected"] and len(row["rejected"]) > len(row["chosen"])
+def stop(page, site):
+    """Press Stop, and let the model go on until it has ended: after the step under way, or one or two more."""
+    with page.expect_request(lambda request: request.url.endswith("/cancel")):
+        page.get_by_role("button", name="Stop").click()
+    for _ in range(20):
+        site.let(1)
+        if site.ended.wait(timeout=0.5):
+            return
+    raise AssertionError("it was not stopped")
 
 
-def test_toyworld_refuses_zero_repeats_in_one_line(tmp_path):
-    result = write_world(tmp_path / "none", repeats=0)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "repeats" in result.stderr
-    assert not (tmp_path / "none").exists()
+USER, BOT = "[data-testid=user]", "[data-testid=bot]"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# runs/quickstart.sh
-
-
-def test_the_quick_start_runs_every_stage_and_sums_up_what_it_measured(tmp_path):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["bash", "runs/quickstart.sh", str(tmp_path / "q"), "--max_minutes=0.02"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "q/summary.json").read_text())
-    shares = {"hellaswag_before", "hellaswag_after", "hellaswag_finetuned", "preference_before", "preference_after"}
-    shares |= {"heldout_base", "heldout_finetuned", "heldout_dpo"}
-    assert result.keys() == shares | {"val_loss_before", "val_loss_after", "seconds"}
-    assert result["preference_before"] == 0.5  # a tie, as nothing has been learned yet
-    assert all(0 <= result[name] <= 1 for name in shares) and result["val_loss_before"] > 5
-    stages = ["toyworld", "prepare_fineweb", "train", "prepare_instruct", "finetune", "dpo", "sample", "plot"]
-    assert list(result["seconds"]) == stages
-    for stage in (*stages[1:3], "dpo", "sample"):
-        assert f"$ python {stage}.py" in done.stdout  # each command is printed as it runs
-    assert done.stdout.count("64 held-out questions") == done.stdout.count("HellaSwag format") == 2
-    for line in ("validation loss", "preferences of held-out pairs", "checkpoints:", "picture:"):
-        assert line in done.stdout
-    assert (tmp_path / "q/loss.png").stat().st_size > 10_000
-
-
-def test_a_signal_ends_the_quick_start_and_not_only_its_stage(tmp_path):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["bash", "runs/quickstart.sh", str(tmp_path / "q")]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+def test_a_typed_question_is_answered_as_a_stream_and_the_conversation_goes_on(chat_site):
+    page, chat_site.script = chat_site.usual(), "Hé, you"
+    expect(
+        page,
+        "12,345 answer tokens seen in finetuning · validation loss 1.235 nats per answer token · HellaSwag acc 25.0%",
     )
-    for line in process.stdout:
-        if line.startswith("step 0/"):
-            os.killpg(process.pid, signal.SIGTERM)  # to all of the group, as a terminal sends Ctrl-C
-            break
-    output, errors = process.communicate()
-    assert process.returncode == 130 and "not complete" in errors and "prepare_instruct" not in output
-    help_ = subprocess.run(["bash", "runs/quickstart.sh", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert help_.returncode == 2 and "usage" in help_.stderr and not (ROOT / "--help").exists()
+    assert page.get_by_text(f"{chat_site.model.n_params():,} parameters").count() == 1
+    ask(page, "Who?")
+    expect(page, "Who?", USER)
+    chat_site.let(3)
+    expect(page, "Hé", BOT)  # while the model writes
+    assert chat_site.running == 1 and page.get_by_placeholder("Your question").input_value() == ""
+    chat_site.let(6)
+    expect(page, "Hé, you", BOT)
+    page.get_by_text(finetune.QUESTIONS[0]).click()  # an example
+    page.get_by_role("button", name="Send").click()
+    chat_site.let(9)
+    expect(page, finetune.QUESTIONS[0], USER)
+    expect(page, "Hé, you", BOT, 2)
+    before = "<|user|>Who?<|assistant|>Hé, you<|endoftext|>"
+    assert chat_site.prompts == ["<|user|>Who?<|assistant|>", f"{before}<|user|>{finetune.QUESTIONS[0]}<|assistant|>"]
+    page.get_by_label("Clear").click()
+    chat_site.let(9)
+    ask(page, "New?")
+    expect(page, "Hé, you", BOT, 1)
+    assert chat_site.prompts[-1] == "<|user|>New?<|assistant|>"
 
 
-def test_the_quick_start_does_not_clear_a_folder_that_holds_something_else(tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
-    done = subprocess.run(["bash", "runs/quickstart.sh", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "holds something else" in done.stderr and (tmp_path / "mine.txt").exists()
+def test_clear_while_an_answer_is_written_ends_it_and_forgets_all(chat_site):
+    page, chat_site.script = chat_site.usual(), "c" * 150
+    ask(page, "Old?")
+    with chat_site.flow():
+        page.wait_for_function(f"document.querySelector('{BOT}')?.textContent.length > 3")
+        page.get_by_label("Clear").click()
+        page.locator(USER).wait_for(state="detached")
+        assert chat_site.ended.wait(timeout=30)
+        page.wait_for_timeout(500)
+        assert page.locator(f"{USER}, {BOT}").count() == 0 and len(chat_site.prompts) == 1
+        chat_site.script = "ok"
+        ask(page, "New?")
+        expect(page, "ok", BOT, 1)
+    assert chat_site.prompts[1:] == ["<|user|>New?<|assistant|>"]
 
 
-def test_the_real_run_makes_what_is_missing_resumes_what_was_begun_and_uses_all_gpus(tmp_path):
-    shutil.copytree(ROOT / "runs", tmp_path / "runs")
-    (tmp_path / "bin").mkdir()
-    for name in ("python", "torchrun"):  # write down what they are asked to do
-        (tmp_path / f"bin/{name}").write_text(f'#!/bin/sh\necho "{name} $*" >> "{tmp_path}/asked"\n')
-        (tmp_path / f"bin/{name}").chmod(0o755)
-
-    def asked(*arguments, **variables):
-        (tmp_path / "asked").unlink(missing_ok=True)
-        environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"} | variables
-        subprocess.run(["bash", "runs/fgpt_712m.sh", *arguments], cwd=tmp_path, env=environment, check=True)
-        commands = (tmp_path / "asked").read_text().splitlines()
-        for command in commands:  # of settings that exist
-            words = command.split("torchrun --standalone --nproc_per_node=8 ")[-1].removeprefix("python ").split()
-            if words[0] in settings_by_script():
-                read_settings(words)
-        return commands
-
-    first = asked("--max_tokens=1024")
-    scripts = [command.split()[1] for command in first]
-    assert scripts[:2] == ["prepare_fineweb.py", "prepare_instruct.py"] and scripts[5] == "finetune.py"
-    assert scripts[2:5] == ["train.py", "hellaswag.py", "hellaswag.py"] and first[4].endswith("--style=harness")
-    assert "config/fgpt_712m.py" in first[2] and first[2].endswith(" --max_tokens=1024") and "resume" not in first[2]
-    for name in ("data/fineweb", "data/instruct"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "meta.json").write_text("{}")
-    for name in ("fgpt_712m", "fgpt_712m_chat"):
-        (tmp_path / "out" / name).mkdir(parents=True)
-    again = asked(GPUS="8")
-    runs = [command for command in again if "--nproc_per_node=8" in command]
-    assert [command.split()[3] for command in runs] == ["train.py", "hellaswag.py", "hellaswag.py", "finetune.py"]
-    assert again[0] == runs[0] and "--init_from=resume" in runs[0] and "--init_from=resume" in runs[3]
-    other = asked(NAME="mine", CONFIG="config/fgpt_modern.py")
-    assert "config/fgpt_modern.py" in other[0] and "out/mine/best.pt" in other[3] and "resume" not in other[0]
+def test_what_a_cleared_answer_still_writes_reaches_no_new_conversation(monkeypatch):
+    monkeypatch.setattr(space_app, "UPDATE_SECONDS", 0)
+    talk, model = space_app.new_talk(), tiny()
+    answer = space_app.chat(model, Tokenizer("bytes"), "Old?", talk, 8, 0, 0)
+    next(answer), next(answer)
+    talk = space_app.new_talk()  # as Clear does
+    assert list(answer) and talk == space_app.new_talk()
 
 
-def test_held_out_accuracy_counts_right_answers_whatever_their_case(monkeypatch, tmp_path):
-    model_py.save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
-    monkeypatch.setattr(summary, "answers", lambda model, coder, asked, *_: [f" {q.upper()} " for q in asked])
-    questions = [dict(question="Paris.", answer="paris."), dict(question="Rome", answer="Rom")]
-    assert summary.held_out_accuracy(tmp_path / "a.pt", questions, 5) == 0.5
+def test_what_is_typed_while_an_answer_is_written_stays_in_the_box(chat_site):
+    page, chat_site.script = chat_site.usual(), "abc"
+    ask(page, "One?")
+    chat_site.let(1)
+    expect(page, "a", BOT)
+    page.get_by_placeholder("Your question").fill("Two")
+    chat_site.let(1)
+    expect(page, "ab", BOT)
+    chat_site.let(2)
+    expect(page, "abc", BOT)
+    page.wait_for_timeout(300)
+    assert page.get_by_placeholder("Your question").input_value() == "Two"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# README.md and config/
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-LOCAL_AND_SMALL = {  # command of the README: the settings that make it small, and local
-    "train.py": "--max_steps=2 --n_layer=1 --eval_tokens=512 --device=cpu",
-    "hellaswag.py": "--limit=4 --source=items.jsonl",
-    "prepare_fineweb.py": "",
-    "prepare_instruct.py": "",
-    "finetune.py": "--epochs=1 --scored_answers=2 --answer_tokens=2 --device=cpu",
-    "dpo.py": "--answer_tokens=2 --device=cpu",
-    "sample.py": "--max_new_tokens=4 --device=cpu",
-    "space.app": "",
-    "tools.plot": "",
-    "tools.convert_hf": "",
-    "tools.contamination": "--source=items.jsonl",
-    "tools.memory": "--config=tiny.py --batch_sizes=1",
-    "tools.bench race": "--race_config=tiny.py --seeds=1 --learning_rates=1e-3 --device=cpu",
-    "tools.bench decode": "--configs=tiny.py --decode_batches=1 --new_tokens=8 --repeats=1 --device=cpu",
-    "tools.bench hellaswag": "--configs=tiny.py --n_items=2 --repeats=1 --device=cpu",
-    "tools.bench tokenize": "--repeats=1",
-}
-NOT_RUN = {  # beginning of a command: why
-    "pip install": ".ci/run",
-    "python test_all.py": "this file",
-    "bash runs/quickstart.sh": "a test above",
-    "python sample.py --checkpoint=out/quickstart/dpo/best.pt": "the quick start's test",
-    "bash runs/fgpt_712m.sh": "GPU, Hub; a test above sees what it asks for",
-    "GPUS=8 bash runs/fgpt_712m.sh": "GPUs",
-    "torchrun --nproc_per_node=8": "GPUs; tests above run two and three processes",
-    "python -m tools.convert_hf import": "Hub; a test above has one",
-    "python prepare_fineweb.py --source=kjj0": "Hub; a test above has one",
-    "python prepare_fineweb.py --out_dir=data/fineweb": "Hub; a test above has one",
-    "python -m space.app --checkpoint=out/chat/best.pt": "tests above look at the page",
-    "python app.py": "a test above runs it",
-    "python -m tools.bench train": "a test above runs it",
-    "hf ": "Hub",
-}
-TINY_CONFIG = """
-tokenizer, block_size, n_layer, n_head, n_embd = "bytes", 32, 1, 1, 16
-tokens_per_step, batch_size, max_steps, eval_interval, eval_tokens = 64, 2, 3, 1, 64
-"""
+def test_the_sliders_reach_the_model_and_the_notice_says_why_it_ended(chat_site):
+    page, chat_site.script = chat_site.visit(), "s" * 200
+    chat_site.let(200)
+    ask(page, "1")
+    expect(page, "The context is full.", ".notice")  # 160 tokens are asked for, and 158 fit
+    for name, value in (("Length", "7"), ("Temperature", "1.25"), ("Top k", "3")):
+        page.get_by_label(f"number input for {name}").fill(value)
+        page.get_by_label(f"number input for {name}").press("Tab")
+    ask(page, "2")
+    forgot = "The context is full: oldest turns forgotten: 1. "
+    expect(page, forgot + "Cut after 7 tokens, the length that you set.", ".notice")
+    assert page.locator(BOT).last.inner_text() == "s" * 7
+    assert chat_site.controls == [(160, 0.8, 50), (7, 1.25, 3)]
 
 
-def readme_commands():
-    """(command, its comment) of the README's blocks, then of its text."""
-    blocks = "".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S)).replace("\\\n", " ")
-    lines = [re.split(r"  +# ?", line) for line in blocks.splitlines()]
-    inline = re.findall(r"`((?:python|bash|pip|torchrun|hf) [^`]+)`", re.sub(r"```.*?```", "", README, flags=re.S))
-    return [(line[0].strip(), line[-1] if len(line) > 1 else "") for line in lines] + [(text, "") for text in inline]
+def test_two_answers_never_compute_at_the_same_time(monkeypatch):
+    model, running = tiny(), []
 
+    def step(*_, **__):
+        for _ in range(3):
+            running.append(1)
+            time.sleep(0.05)
+            most.append(len(running))
+            running.pop()
+            yield torch.tensor([65])
 
-def why_not_run(command):
-    return next((why for start, why in NOT_RUN.items() if command.startswith(start)), "")
-
-
-def in_this_process(monkeypatch, words):
-    """`python` with these words, without a new interpreter that imports torch."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "excepthook", sys.excepthook)  # configure() sets it
-        patch.setattr(sys, "stdin", io.StringIO("Hello\n"))
-        script, *arguments = [words[1].replace(".", "/") + ".py", *words[2:]] if words[0] == "-m" else words
-        patch.setattr(sys, "argv", [script, *arguments])
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def write_what_the_readme_takes_for_granted(folder):
-    rng, words = random.Random(0), "the a cat dog sat ran on in mat log big red old new it was and so but then".split()
-    texts = [" ".join(rng.choices(words, k=80)) for _ in range(3000)]
-    (folder / "texts").mkdir()
-    write_parquet(folder / "texts/a.parquet", texts)
-    (folder / "input.txt").write_text(("\n\n".join(texts) * 2)[:1_115_394])
-    asked = [dict(instruction=f"What is {i} + 1?", output=f"{i + 1}.") for i in range(60)]
-    (folder / "mine.json").write_text(json.dumps(asked))
-    pairs = [dict(prompt=f"What is {i} + 2?", chosen=f"{i + 2}.", rejected="Who knows?") for i in range(60)]
-    (folder / "preferences.json").write_text(json.dumps(pairs))
-    items = [dict(ctx=text[:60], endings=["a cat", "a dog", "ran", "it was"], label=0) for text in texts[:8]]
-    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    (folder / "tiny.py").write_text(TINY_CONFIG)
-    (folder / "config").symlink_to(ROOT / "config")
-    (folder / "my_config.py").write_text(readme_python("# my_config.py"))
-
-
-def readme_python(start):
-    return next(code for code in re.findall(r"```python\n(.*?)```", README, flags=re.S) if code.startswith(start))
-
-
-def test_every_command_of_the_readme_works_one_after_the_other(tmp_path, monkeypatch):
-    write_what_the_readme_takes_for_granted(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    commands = list(dict.fromkeys(command for command, _ in readme_commands()))
-    used = {start for start in NOT_RUN for command in commands if command.startswith(start)}
-    assert used == NOT_RUN.keys(), "NOT_RUN has what the README has not"
-    for command in commands:
-        if why_not_run(command):
-            continue
-        piped, _, last = command.rpartition(" | ")
-        words = shlex.split(last)
-        if words[0] != "python":
-            subprocess.run(["bash", "-euc", command], env=environment, check=True)
-            continue
-        names = [" ".join(words[1 + (words[1] == "-m") :][:n]) for n in (2, 1)]
-        small = next(
-            LOCAL_AND_SMALL[name] for name in names if name in LOCAL_AND_SMALL
-        )  # KeyError: give the new command small settings
-        print("README:", command, flush=True)
-        in_this_process(monkeypatch, [*words[1:], *small.split()])
-
-
-def test_a_command_of_the_readme_that_was_not_run_here_says_what_it_needs():
-    for command, comment in readme_commands():
-        if re.search("GPU|Hub", why_not_run(command)) and f"`{command}`" not in README:
-            assert re.match("GPU|Hub", comment), command
-
-
-def settings_by_script():
-    modules = [prepare_fineweb, hellaswag, train, prepare_instruct, finetune, dpo, sample]
-    return {f"{module.__name__}.py": train.settings_of(vars(module)) for module in modules}
-
-
-def read_settings(words):
-    """The settings that a stage's command line, without `python`, leads to; ValueError for one that does not exist."""
-    defaults = settings_by_script()[words[0]]
-    settings = dict(defaults)
-    for word in words[1:]:
-        configurator.apply_argument(str(ROOT / word) if word.startswith("config/") else word, settings, defaults)
-    return settings
-
-
-def test_the_commands_of_the_readme_that_are_not_run_name_settings_that_exist():
-    commands = [shlex.split(command) for command, _ in readme_commands() if why_not_run(command)]
-    commands = [words[1:] for words in commands if words[0] == "python" and words[1] in settings_by_script()]
-    for words in commands:
-        read_settings(words)
-    assert ["prepare_fineweb.py", "--source=kjj0/finewebedu10B-gpt2"] in commands
-
-
-def test_the_readmes_own_config_trains(tmp_path, monkeypatch):
-    write_what_the_readme_takes_for_granted(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    prepare(source=tmp_path / "texts/a.parquet", out_dir=tmp_path / "data/mine")
-    in_this_process(monkeypatch, ["train.py", "my_config.py", "--max_steps=1", "--eval_tokens=512", "--device=cpu"])
-    assert (tmp_path / "out/my_config/best.pt").exists()
-
-
-def test_model_py_and_its_muon_work_alone_in_an_empty_folder(tmp_path):
-    shutil.copy(ROOT / "model.py", tmp_path)
-    code = readme_python("import torch\nfrom model import")
-    code += "import model; print(len(ids), model.__file__)"
-    assert run("-c", code, cwd=tmp_path) == f"8 {tmp_path}/model.py\n"
-
-
-def test_the_records_that_the_readme_shows_are_read_as_it_says():
-    records = [record for block in re.findall(r"```json\n(.*?)```", README, flags=re.S) for record in json.loads(block)]
-    rows = [prepare_instruct.to_conversations(record, "README") for record in records]
-    assert [len(sides) for sides in rows] == [1, 1, 2]
-    assert rows[0][0] == [
-        dict(role="user", content="What is the capital of France?"),
-        dict(role="assistant", content="Paris."),
+    most, model.generate = [], step
+    threads = [
+        threading.Thread(target=lambda: list(space_app.grow(model, Tokenizer("bytes"), [1], 3, 0, 0))) for _ in range(3)
     ]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert most == [1] * 9
 
 
-def table(heading):
-    """Rows of the README's table whose first header is `heading`, as lists of cells."""
-    lines = README[README.index(f"\n| {heading} |") + 1 :].split("\n\n")[0].splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+def test_stop_ends_an_answer_which_the_conversation_keeps_as_it_is(chat_site):
+    page, chat_site.script = chat_site.usual(), "ab" + "c" * 50
+    ask(page, "Long?")
+    chat_site.let(2)
+    expect(page, "ab", BOT)
+    stop(page, chat_site)
+    assert re.fullmatch("abc*", page.locator(BOT).inner_text())
+    chat_site.script = "ok"
+    chat_site.let(9)
+    ask(page, "Next?")
+    expect(page, "ok", BOT, 2)
+    assert re.fullmatch(r"<\|user\|>Long\?<\|assistant\|>abc*<\|endoftext\|>.*", chat_site.prompts[1])
 
 
-def test_the_tour_names_every_file_with_about_as_many_lines_as_it_has():
-    rows = {row[0].strip("`"): int(row[1]) for row in table("file")}
-    for name, lines in rows.items():
-        assert lines == pytest.approx(len((ROOT / name).read_text(encoding="utf-8").splitlines()), rel=0.05), name
-    assert rows.keys() == {path.name for path in ROOT.glob("*.py")} | {"space/app.py"}
-    for path in TOOLS + list((ROOT / "tools").glob("race.py")):
-        assert path.stem in README
+def test_two_pages_at_once_take_turns_and_a_third_is_told_to_wait(chat_site):
+    one, two, three = chat_site.usual(), chat_site.visit(), chat_site.visit()
+    chat_site.script = "12"
+    ask(one, "one")
+    chat_site.let(1)
+    expect(one, "1", BOT)
+    ask(two, "two")
+    expect(two, "queue: 1/1")
+    ask(three, "three")
+    expect(three, "currently busy")  # one may wait here
+    assert three.get_by_placeholder("Your question").input_value() == "three" and len(chat_site.prompts) == 1
+    chat_site.let(2)
+    expect(one, "12", BOT)
+    chat_site.let(3)
+    expect(two, "12", BOT)
+    assert chat_site.most_running == 1 and chat_site.prompts[1] == "<|user|>two<|assistant|>"  # and of nobody else
+    ask(three, "three")
+    chat_site.let(1)
+    expect(three, "1", BOT)
+    three.close()  # who leaves holds nobody up
+    chat_site.let(4)
+    ask(one, "again")
+    expect(one, "12", BOT, 2)
 
 
-def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
-    measured = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    figures = [figure for row in table("what") for cell in row[1:3] for figure in re.findall(r"\d+\.\d+", cell)]
-    assert len(figures) > 10 and [figure for figure in figures if figure not in measured] == []
-    transcript = README.split("```")[3]
-    for figure in re.findall(r"\d+\.\d%", transcript):
-        assert figure in measured, figure
+def test_an_empty_and_an_overlong_question_stay_in_the_box_with_a_message(chat_site):
+    page = chat_site.usual()
+    ask(page, " ")
+    expect(page, "Type a question first.", ".notice")
+    ask(page, "x" * 130)  # 132 tokens; a quarter of 160 is for the answer
+    expect(page, "That is 132 tokens; with an answer only 120 fit into the context.", ".notice")
+    ask(page, "y" * 100_000)
+    expect(page, "That is 100,000 characters; the context holds 160 tokens: shorten the text.", ".notice")
+    assert page.get_by_placeholder("Your question").input_value() == "y" * 100_000
+    assert not chat_site.prompts and page.locator(USER).count() == 0
 
 
-def test_what_the_readme_computes_of_the_712m_model_follows_from_its_sizes():
-    settings = read_settings(["train.py", "config/fgpt_712m.py"])
-    with torch.device("meta"):
-        model = train.make_model(settings, SimpleNamespace(n_vocab=50259))
-    assert f"{model.flops_per_token() / 1e9:.2f} GFLOPs a token" in README and "(165, 362, 989 TFLOP/s)" in README
-    assert f"{4 * model.n_params() / 1e9:.2f} GB ({model.n_params():,} x 4 bytes" in README
-    peaks = {"RTX 4090": 165e12, "L40S": 362e12, "H100": 989e12, "H200": 989e12}
-    rows = table("GPU")
-    assert len(rows) == len(peaks)
-    for (gpu, micro_batch, _, speed, *hours), (name, peak) in zip(rows, peaks.items(), strict=True):
-        per_second = 0.4 * peak / model.flops_per_token()
-        assert name in gpu and settings["tokens_per_step"] // settings["block_size"] % int(micro_batch) == 0
-        assert int(speed.replace(",", "")) == pytest.approx(per_second, rel=0.03)
-        assert [int(h) for h in hours] == [round(n / per_second / 3600) for n in (10e9, 30e9)]
+def test_the_oldest_turns_are_dropped_with_a_notice_when_the_context_is_full(chat_site):
+    page, chat_site.script = chat_site.usual(), "z" * 30
+    chat_site.let(200)
+    for number, notice in enumerate(["", "", "The context is full: oldest turns forgotten: 1."]):
+        ask(page, str(number) * 20)
+        expect(page, "z" * 30, BOT, number + 1)
+        expect(page, notice, ".notice")
+    assert page.locator(USER).count() == 3  # the page still shows what the model no longer sees
+    turns = [f"<|user|>{str(n) * 20}<|assistant|>{'z' * 30}<|endoftext|>" for n in range(2)]
+    assert chat_site.prompts[1] == turns[0] + f"<|user|>{'1' * 20}<|assistant|>"
+    assert chat_site.prompts[2] == turns[1] + f"<|user|>{'2' * 20}<|assistant|>"
 
 
-def test_the_quick_starts_model_and_data_are_as_the_readme_says(world):
+def test_what_people_and_models_write_is_shown_as_text_and_never_a_control_token(chat_site):
+    page, chat_site.script = chat_site.usual(), MARKUP
+    chat_site.let(len(MARKUP) + 1)
+    question = "<i>" + MARKUP[:17] + "<|endoftext|>\n  x\x85y"
+    page.get_by_placeholder("Your question").fill(question)
+    page.get_by_role("button", name="Send").click()
+    expect(page, MARKUP, BOT)
+    assert page.locator(USER).inner_text() == question and page.locator(BOT).inner_text() == MARKUP
+    assert page.locator(f"{USER}, {BOT}").locator("b, i, img, script, em, strong, math").count() == 0
+    assert chat_site.prompts == [f"<|user|>{question}<|assistant|>"]
+    ids, _ = space_app.fit_into_context(chat_site.coder, question, [], 160, 9)
+    assert chat_site.coder.eot not in ids
+
+
+@pytest.mark.parametrize("stage", ["finetune", "pretrain"])
+def test_on_a_phone_nothing_is_wider_than_the_screen(sites, stage):
+    site = sites[stage]
+    page, site.script = site.usual(), "w" * 90
+    page.set_viewport_size(dict(width=360, height=800))
+    site.let(100)
+    if stage == "finetune":
+        ask(page, "W" * 60)
+        expect(page, "w" * 90, BOT)
+    else:
+        page.get_by_label("Text").fill("W" * 60)
+        page.get_by_role("button", name="Continue").click()
+        page.wait_for_function("document.querySelector('textarea').value.endsWith('w')")
+        page.locator(".bars button").nth(9).wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    edges = "[...document.querySelectorAll('body *')].map(element => element.getBoundingClientRect().right)"
+    assert max(page.evaluate(edges)) <= 360  # nor cut off
+    site.rest()
+
+
+def bars_of(page):
+    """[(name, share)] as the page shows them."""
+    texts = (page.locator(f".bars button {part}").all_inner_texts() for part in ("code", "span"))
+    return list(zip(*texts, strict=True))
+
+
+@torch.inference_mode()
+def right_bars(site, text):
+    """What bars_of should be."""
+    ids = torch.tensor([[site.coder.eot, *site.coder.encode(text)]])
+    values, tokens = site.model(ids)[0, -1, :259].softmax(dim=-1).topk(10)
+    return [(space_app.readable(site.coder, int(t))[0], f"{p:.1%}") for p, t in zip(values, tokens, strict=True)]
+
+
+def test_a_base_page_shows_the_ten_likeliest_next_tokens_of_the_text(base_site):
+    page = base_site.usual()
+
+    def expect_bars(text):
+        right = right_bars(base_site, text)
+        expect(page, right[0][1], ".bars button:first-of-type span")
+        expect(page, right[9][0], ".bars button:last-of-type code")
+        assert bars_of(page) == right and len(right) == 10
+
+    expect_bars("")  # how a document begins
+    page.get_by_label("Text").fill("A dog ran")
+    expect_bars("A dog ran")
+    choice = next(bar for bar in page.locator(".bars button").all() if bar.get_attribute("data-text"))
+    more = choice.get_attribute("data-text")
+    choice.click()
+    expect_bars("A dog ran" + more)
+    assert page.get_by_label("Text").input_value() == "A dog ran" + more
+    widths = [bar.bounding_box()["width"] for bar in page.locator(".bars b").all()]
+    assert widths == sorted(widths, reverse=True) and widths[0] > widths[9]
+    page.get_by_label("Text").fill("x" * 200)
+    expect(page, "That is 200 characters; the context holds 160 tokens: shorten the text.", ".bars .prose")
+
+
+def test_a_bar_adds_what_its_token_is_and_one_that_adds_nothing_is_disabled(base_site, monkeypatch):
+    tokens, coder, page = [*b"\"<&'\n\t \r\0", base_site.coder.eot], base_site.coder, base_site.usual()
+    logits = torch.full((1, 259), -9.0)
+    logits[0, tokens] = torch.arange(10, 0, -1.0)
+    monkeypatch.setattr(base_site.model, "logits", lambda hidden: logits)
+    page.get_by_label("Text").fill("x")
+    expect(page, space_app.readable(coder, tokens[0])[0], ".bars button:first-of-type code")
+    names, adds = zip(*(space_app.readable(coder, token) for token in tokens), strict=True)
+    assert adds == (*"\"<&'\n\t ", "", "", "") and page.locator(".bars code").all_inner_texts() == list(names)
+    buttons = page.locator(".bars button").all()
+    assert [bar.get_attribute("data-text") for bar in buttons] == list(adds)
+    assert [bar.is_disabled() for bar in buttons] == [not text for text in adds]
+    for bar, text in zip(buttons, adds, strict=True):
+        bar.click(force=True)  # also where it is disabled
+        page.wait_for_timeout(50)
+        before = "x" + "".join(adds[: adds.index(text)]) if text else "x" + "".join(adds)
+        page.wait_for_function("text => document.querySelector('textarea').value == text", arg=before + text)
+
+
+@pytest.mark.parametrize("how", ["a bar is clicked", "the text is edited"])
+def test_changing_the_text_while_the_model_writes_stops_the_writing(base_site, how):
+    page, base_site.script = base_site.usual(), "c" * 150
+    page.get_by_label("Text").fill("A dog")
+    expect(page, right_bars(base_site, "A dog")[0][1], ".bars button:first-of-type span")
+    page.get_by_role("button", name="Continue").click()
+    with base_site.flow():
+        page.wait_for_function("document.querySelector('textarea').value.endsWith('ccc')")
+        if how == "a bar is clicked":
+            bar = page.locator(".bars button:enabled").first
+            more = bar.get_attribute("data-text")
+            bar.click()
+        else:
+            more = "Z"
+            page.get_by_label("Text").press_sequentially(more)
+        assert base_site.ended.wait(timeout=30)
+        page.wait_for_timeout(500)
+        text = page.get_by_label("Text").input_value()
+    # an update on its way may still take back what is typed, but nothing is written after a token was appended
+    assert re.search(f"{re.escape(more)}$" if how == "a bar is clicked" else "[cZ]$", text)
+    assert len(text) < 150 and base_site.running == 0
+    expect(page, right_bars(base_site, text)[0][1], ".bars button:first-of-type span")
+
+
+def test_bars_do_not_wait_in_the_queue_of_the_answers(base_site):
+    one, two, three = base_site.usual(), base_site.visit(), base_site.visit()
+    base_site.script = "a" * 150
+    one.get_by_role("button", name="Continue").click()
+    base_site.let(1)
+    one.wait_for_function("document.querySelector('textarea').value == 'a'")
+    two.get_by_role("button", name="Continue").click()
+    expect(two, "queue: 1/1")
+    with base_site.flow():  # bars wait for the step under way
+        three.get_by_label("Text").fill("xyz")
+        expect(three, right_bars(base_site, "xyz")[0][1], ".bars button:first-of-type span")
+        assert len(base_site.prompts) == 1 and three.get_by_text("currently busy").count() == 0
+
+
+def test_a_base_page_continues_the_text_until_it_is_stopped_or_ends(base_site):
+    page, base_site.script = base_site.usual(), MARKUP + "c" * 50
+    text = page.get_by_label("Text")
+    text.fill("A dog")
+    page.get_by_role("button", name="Continue").click()
+    base_site.let(len(MARKUP))
+    script = "text => document.querySelector('textarea').value == text"
+    page.wait_for_function(script, arg="A dog" + MARKUP)
+    bars_before = bars_of(page)
+    stop(page, base_site)
+    assert re.fullmatch(re.escape("A dog" + MARKUP) + "c*", text.input_value())
+    first = right_bars(base_site, text.input_value())[0]
+    expect(page, first[1], ".bars button:first-of-type span")
+    assert bars_of(page) == right_bars(base_site, text.input_value()) != bars_before
+    base_site.script = ""
+    base_site.let(1)
+    page.get_by_role("button", name="Continue").click()
+    expect(page, "The model ended at once.", ".notice")
+    text.fill("x" * 160)
+    page.get_by_role("button", name="Continue").click()
+    expect(page, "That is 161 tokens; the context holds 160: shorten the text.", ".notice")
+    assert [p[:18] for p in base_site.prompts] == ["<|endoftext|>A dog"] * 2
+
+
+def test_the_pages_ask_only_their_own_server(sites):
+    for site in sites.values():
+        page = site.usual()
+        site.requests.clear()
+        page.reload()
+        page.get_by_role("button", name="Stop").wait_for()
+        assert len(site.requests) > 20
+        assert not [url for url in site.requests if not url.startswith((site.address, "data:", "blob:"))]
+        posted = requests.post(f"{site.address}gradio_api/upload", files={"files": b"of a stranger"})
+        assert posted.status_code == 413  # nobody fills the disk
+
+
+def test_what_the_page_is_given_is_text_spelt_in_html_and_no_html(monkeypatch):
+    (shown,) = space_app.on_page([dict(role="user", content=MARKUP + " \n")])
+    assert not set(shown["content"]) & set("<> \n") and unescape(shown["content"]) == MARKUP + " \n"
+    monkeypatch.setattr(space_app, "readable", lambda tokenizer, token: (MARKUP, f'"{MARKUP}'))
+    page = space_app.bars(tiny(), Tokenizer("bytes"), "x")
+    assert re.findall("<code>(.*?)</code>", page) == [escape(MARKUP)] * 10
+    assert re.findall('data-text="(.*?)"', page) == [escape(f'"{MARKUP}')] * 10
+
+
+def test_a_space_tells_nothing_of_the_machine_it_was_made_on(tmp_path):
+    stored = dict(stage="finetune", tokenizer="bytes", step=7, tokens=9, metrics={}, processes=1, data=["/home/me"])
+    space_app.write_space(tiny(), stored | dict(settings=dict(data_dir="/home/me")), tmp_path / "space")
+    content = load_checkpoint(tmp_path / "space/best.pt")
+    assert content.keys() == {"format_version", "config", "model", "stage", "tokenizer", "step", "tokens", "metrics"}
+    assert not any(b"/home/me" in path.read_bytes() for path in (tmp_path / "space").iterdir())
+
+
+def test_a_tokens_name_shows_what_cannot_be_seen():
+    coder = Tokenizer("gpt2")
+    ids = {text: coder.encode(text)[0] for text in (" the", "\n", "\t", "日", "é")}
+    assert space_app.readable(coder, ids[" the"]) == ("␣the", " the")
+    assert space_app.readable(coder, ids["\n"]) == ("↵", "\n") and space_app.readable(coder, ids["\t"]) == ("⇥", "\t")
+    assert space_app.readable(coder, ids["é"]) == ("é", "é")
+    assert space_app.readable(coder, coder.encode("👩")[0]) == ("F0 9F 91", "")
+    assert space_app.readable(coder, coder.eot) == ("<|endoftext|>", "")
+    assert space_app.readable(Tokenizer("bytes"), 7) == ("\\x07", "")
+    assert space_app.readable(Tokenizer("bytes"), 13) == ("\\r", "")
+
+
+def test_what_is_said_about_a_model_has_the_units_of_its_stage():
+    def about(stage, tokens, **metrics):
+        return space_app.about(tiny(), dict(stage=stage, tokens=tokens, metrics=metrics)).split(" · ")[3:]
+
+    assert about("pretrain", 1234, val_loss=3.2, val_bpb=1.1) == [
+        "1,234 tokens seen", "validation loss 3.200 nats per token", "1.100 bits per byte"
+    ]  # fmt: skip
+    assert about("finetune", 1234, val_loss=1.5, hellaswag_acc=0.25) == [
+        "1,234 answer tokens seen in finetuning", "validation loss 1.500 nats per answer token", "HellaSwag acc 25.0%"
+    ]  # fmt: skip
+    assert about("dpo", 12, val_loss=0.6, val_reward_margin=0.1, val_preference_accuracy=0.75) == [
+        "12 pairs seen in preference tuning", "validation loss 0.600 nats per pair", "preference accuracy 75.0%"
+    ]  # fmt: skip
+    assert about("pretrain", 0) == []  # imported
+
+
+def test_the_page_is_served_to_this_machine_alone_unless_told_otherwise(sites):
+    port = int(sites["finetune"].address.strip("/").rpartition(":")[2])
+    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    with pytest.raises(ConnectionRefusedError):  # 127.0.0.2 is this machine too, and stands for its other addresses
+        socket.create_connection(("127.0.0.2", port), timeout=5)
+    with pytest.raises(OSError, match="name another --port="):
+        space_app.launch(tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1, "", port)
+    port = free_port()
+    page, _ = space_app.launch(tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1, "0.0.0.0", port)
+    socket.create_connection(("127.0.0.2", port), timeout=5).close()
+    page.close(verbose=False)
+
+
+def test_an_assembled_space_works_with_its_own_files_alone_and_reports_to_nobody(chromium, tmp_path, capsys):
+    kept = dict(stage="finetune", tokenizer="gpt2", step=7, tokens=9, metrics=dict(val_loss=1.5))
+    weights = tiny(n_vocab=50259, vocab_size=50304)
+    save_checkpoint(tmp_path / "ckpt.pt", weights, **kept, settings=dict(data_dir="/home/me"), optimizers=[{}])
+    folder = tmp_path / "parts" / "space"
+    call(space_app, checkpoint=f"{tmp_path}/ckpt.pt", assemble=str(folder))
+    names = "README.md app.py best.pt configurator.py gpt2_vocabulary model.py questions.txt requirements.txt sample.py"
+    assert sorted(path.name for path in folder.iterdir()) == [*names.split(), "tokenizer.py"]
+    said = capsys.readouterr().out
+    assert str(folder) in said and f"{(folder / 'best.pt').stat().st_size / 1e6:.1f} MB" in said
+    model, stored = load_model(folder / "best.pt")
+    assert stored.keys() == kept.keys() | {"format_version", "config"}  # no settings: they name folders
+    assert torch.equal(model.wte.weight, weights.wte.weight)
+    with pytest.raises(FileExistsError, match="not empty"):
+        call(space_app, checkpoint=f"{tmp_path}/ckpt.pt", assemble=str(folder))
+    with socket.create_server(("127.0.0.1", 0)) as outside:  # whoever wants to reach another machine is sent here
+        proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
+        unset = ("PYTHONPATH", "HF_HUB_OFFLINE", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")
+        environment = {k: v for k, v in os.environ.items() if k not in unset} | dict(TMPDIR=str(tmp_path))
+        environment |= dict(HTTP_PROXY=proxy, HTTPS_PROXY=proxy, NO_PROXY="127.0.0.0/8,localhost,0.0.0.0")
+        environment |= dict(GRADIO_SERVER_NAME="0.0.0.0")  # as on the Hub
+        command = [sys.executable, "app.py", f"--port={(port := free_port())}"]
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+        try:
+            page = chromium.new_page()
+            assert select.select([process.stdout], [], [], 120)[0], "it says nothing"
+            assert f":{port}" in process.stdout.readline()
+            page.goto(f"http://127.0.0.2:{port}")
+            expect(page, "9 answer tokens seen in finetuning · validation loss 1.500 nats per answer token")
+            expect(page, finetune.QUESTIONS[9])
+            ask(page, "Hi?")
+            page.wait_for_function(f"document.querySelector('{BOT}')?.textContent.length > 3")
+            page.close()
+        finally:
+            process.kill()  # one that waits for an answer from outside would not end by itself
+            process.communicate()
+        outside.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            outside.accept()
+
+
+def test_the_requirements_of_a_space_are_those_of_the_project():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    needed = [line for line in (ROOT / "space/requirements.txt").read_text().splitlines() if line[0] not in "#-"]
+    project = re.findall('"([^"]+)"', re.search("dependencies = (.*)", text)[1])
+    assert set(needed) < set(project)
+    card = (ROOT / "space/README.md").read_text(encoding="utf-8")
+    header = dict(line.split(": ", 1) for line in card.split("---\n")[1].splitlines())
+    assert header["sdk"] == "gradio" and (ROOT / "space" / header["app_file"]).is_file()
+    python = [header["python_version"].strip('"'), re.search('requires-python = ">=(.*)"', text)[1]]
+    assert [int(part) for part in python[0].split(".")] >= [int(part) for part in python[1].split(".")]
+    assert re.search(r'app = \["(.*)"\]', text)[1] in card  # how to install it elsewhere
+    sdk = header["sdk_version"]
+    low, high = re.search(r'app = \["gradio>=([\d.]+),<(\d+)"\]', text).groups()
+    numbers = [[int(part) for part in version.split(".")] for version in (low, sdk, high)]
+    assert numbers[0] <= numbers[1] < numbers[2]
+    pytest.importorskip("gradio")
+    assert importlib.metadata.version("gradio").split(".")[:2] >= low.split(".")[:2]
+
+
+def test_the_page_computes_in_the_dtype_asked_for_and_so_are_the_weights_of_a_space(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="bytes")
+    served, page = [], SimpleNamespace(block_thread=lambda: None)
+    monkeypatch.setattr(space_app, "gradio", lambda: None)
+    monkeypatch.setattr(space_app, "launch", lambda model, *more: served.append(model) or (page, "address"))
+    for dtype in ("bfloat16", "float32"):
+        call(space_app, checkpoint=f"{tmp_path}/a.pt", dtype=dtype)
+    assert [str(model.wte.weight.dtype) for model in served] == ["torch.bfloat16", "torch.float32"]
+    monkeypatch.setattr(space_app, "UPDATE_SECONDS", 0)
+    writing = space_app.grow(served[0], Tokenizer("bytes"), [256, 65], 8, 0, 0)
+    for _ in range(4):  # as Gradio does, each step in a thread of its own
+        step = threading.Thread(target=lambda: next(writing))
+        step.start(), step.join()
+    assert next(writing)
     sizes = {}
-    for name in ("quickstart", "shakespeare", "shakespeare_nanogpt", "small"):
-        settings = read_settings(["train.py", f"config/{name}.py"])
-        with torch.device("meta"):
-            coder = Tokenizer(settings["tokenizer"] or "gpt2")
-            sizes[name] = round(train.make_model(settings, coder).n_params() / 1e6, 1), settings["block_size"]
-    assert sizes["quickstart"] == (0.9, 128) and sizes["shakespeare"][0] == sizes["shakespeare_nanogpt"][0] == 0.8
-    assert sizes["small"] == (7.3, 256)  # hence --max_tokens=257
-    asked = [record["instruction"] for record in world["instruct"]]
-    assert sum(question in asked for question in finetune.QUESTIONS) == 8
+    for dtype in ("", "bfloat16"):
+        path = tmp_path / f"space{dtype}/best.pt"
+        call(space_app, checkpoint=f"{tmp_path}/a.pt", dtype=dtype, assemble=str(path.parent))
+        assert not (path.parent / "gpt2_vocabulary").exists()
+        sizes[dtype] = sum(p.nbytes for p in load_checkpoint(path)["model"].values())
+    assert sizes["bfloat16"] * 2 == sizes[""] and path.stat().st_size < 1.2 * sizes["bfloat16"] + 20_000
+    model, _ = load_model(path)  # computes in fp32
+    near = torch.allclose(model.wte.weight, tiny().wte.weight, rtol=0.01)
+    assert near and model.wte.weight.dtype == torch.float32 and list(model.generate([[1, 2]], 3))
 
 
-def test_every_config_file_sets_only_settings_of_its_stage_and_fits_together():
-    known = settings_by_script()
-    for path in sorted((ROOT / "config").glob("*.py")):
-        stage = {"chat": "finetune.py", "dpo": "dpo.py"}.get(path.stem.split("_")[-1], "train.py")
-        settings = dict(known[stage])
-        configurator.apply_file(str(path), settings, known[stage])
-        train.check_settings(settings)
-        if stage == "train.py":
-            train.check_batch(settings["tokens_per_step"], settings["block_size"], settings["batch_size"], world=1)
-            with torch.device("meta"):
-                train.make_model(settings, Tokenizer("bytes"))
+def test_the_page_refuses_what_it_cannot_do_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "gradio.py").write_text("raise ImportError")  # as if it were not installed
+    save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="bytes")
+    without = os.environ | {"PYTHONPATH": str(tmp_path)}
+    said = run("-m", "space.app", f"--checkpoint={tmp_path}/a.pt", code=1, env=without)
+    assert said == "app.py: gradio is not installed: pip install -e '.[app]'\n"
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        call(space_app, checkpoint=f"{tmp_path}/none.pt")
+    with pytest.raises(ValueError, match="port must be 1 to 65535, not 80000"):
+        call(space_app, checkpoint=f"{tmp_path}/a.pt", port=80000)
+    monkeypatch.setattr(space_app, "load_model", lambda *_: pytest.fail("the weights are read before that is known"))
+    save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="other")
+    with pytest.raises(ValueError, match="tokenizer must be"):
+        call(space_app, checkpoint=f"{tmp_path}/a.pt")
 
 
-def test_learning_rates_that_are_said_to_be_those_of_another_config_are():
-    names = {"learning_rate", "muon_learning_rate"}
-    rates = {name: runpy.run_path(ROOT / f"config/{name}.py", {"family": "gpt2", "optimizer": "muon"})
-             for name in ("gpt2_124m", "race_gpu", "fgpt_712m", "fgpt_modern")}  # fmt: skip
-    for one, other in (("gpt2_124m", "race_gpu"), ("fgpt_712m", "fgpt_modern")):
-        assert {name: rates[one][name] for name in names} == {name: rates[other][name] for name in names}
+def test_the_page_says_when_the_weights_have_diverged_or_a_question_is_too_long(monkeypatch):
+    model, coder = tiny(n_vocab=50259, vocab_size=50304), Tokenizer("gpt2")
+    answer = space_app.chat(model, coder, "word" + " word" * 89, space_app.new_talk(), 4, 0, 0)
+    assert [part[2] for part in answer] == ["That is 92 tokens; with an answer only 28 fit into the context."]
+    answer = space_app.chat(model, coder, "x" * 5000, space_app.new_talk(), 4, 0, 0)
+    assert "5,000 characters" in next(answer)[2]
+    assert "5,000 characters" in space_app.bars(model, coder, "x" * 5000)
+    assert space_app.bars(model, coder, "<b>").count("<button") == 10
+    model.wte.weight.data.fill_(math.nan)
+    *_, last = space_app.chat(model, coder, "Hi", space_app.new_talk(), 4, 0, 0)
+    assert last[2].startswith("The model's logits are not numbers")
+    *_, last = space_app.complete(model, coder, "Hi", 4, 0, 0)
+    assert last == ("Hi", last[1]) and last[1].startswith("The model's logits are not numbers")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # tools/convert_hf.py: Hugging Face in and out
+
 
 CHAT = [
     dict(role="system", content=" Be kind.\n"),
@@ -4817,7 +4978,7 @@ def test_a_model_without_a_counterpart_is_not_exported(tmp_path, family, flags, 
     assert not (tmp_path / "hf").exists()
 
 
-def test_folders_that_cannot_be_imported_are_one_line_that_says_why(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_imported_is_refused_in_one_line(tmp_path, monkeypatch):
     from safetensors.torch import load_file, save_file
 
     gpt2_of_transformers(tmp_path / "hf", "transformers")
@@ -4950,105 +5111,122 @@ def test_export_and_import_work_as_commands_and_overwrite_nothing_unasked(traine
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# tools/race.py
+# tools/toyworld.py: the built-in data
 
 
-def made_log(losses, steps=100, seconds=1.0, compiling=0.0):
-    """Rows of a log whose validation loss takes these values, every `steps` steps."""
-    rows = [{"step": 0, "tokens": 0, "val_loss": 9.0}]
-    for step in range(1, steps * len(losses) + 1):
-        rows.append({"step": step, "tokens": 10 * step, "seconds": compiling + seconds * step, "loss": 1.0})
-        rows[-1] |= {} if step % steps else {"val_loss": losses[step // steps - 1]}
-    return rows
+def words(text):
+    return f" {' '.join(re.findall(r'[a-z0-9+]+', text.lower()))} "
 
 
-@pytest.mark.parametrize(
-    "line, said",
-    [
-        ("train --configs=config/none.py", "config/none.py: no such config file"),
-        ("train --batch_sizes=0", "batch_sizes must be above 0"),
-        ("train --batch_sizes=a", "batch_sizes must be above 0 .*, not 'a'"),
-        ("decode --repeats=0", "repeats must be above 0"),
-        ("decode --decode_batches=", "decode_batches must be above 0"),
-        ("decode --configs=config/shakespeare.py --new_tokens=4", "4 tokens after a prompt of 16 are too few"),
-        ("decod", "WHAT one of train, .*: 'decod' is none of them"),
-        ("", "python -m tools.bench WHAT"),
-    ],
-)
-def test_the_benchmarks_refuse_a_wrong_setting_in_one_line(line, said):
-    assert re.search(said, run("-m", "tools.bench", *line.split(), code=1))
+def tells(text, fact):
+    """Whether the text has both the subject and the answer of a fact, as whole words."""
+    return words(fact[1]) in words(text) and words(fact[2]) in words(text)
 
 
-@pytest.mark.parametrize("compiling", [0.0, 70.0])
-def test_the_race_finds_where_a_curve_first_reaches_a_loss_whatever_compilation_took(compiling):
-    curve = race.curve(made_log([4.0, 3.0, 3.5, 2.0], seconds=0.5, compiling=compiling))
-    assert race.first_reached(curve, 3.25).tolist() == [1750, 87.5]
-    assert race.first_reached(curve, 4.0).tolist() == [1000, 50] and race.first_reached(curve, 2.0).tolist() == [
-        4000,
-        200,
-    ]
-    assert np.isnan(race.first_reached(curve, 1.9)).all()
+def test_toyworld_files_have_the_columns_and_fields_of_the_real_formats(world):
+    types = {"text": "string", "id": "string", "dump": "string", "url": "string", "file_path": "string"}
+    types |= {"language": "string", "language_score": "double", "token_count": "int64"}
+    types |= {"score": "double", "int_score": "int64"}
+    assert {field.name: str(field.type) for field in world["table"].schema} == types
+    assert all(list(row) == ["instruction", "input", "output"] for row in world["instruct"])
+    assert all(list(row) == ["instruction", "input", "chosen", "rejected"] for row in world["preferences"])
+    assert all(list(row) == ["question", "answer"] for row in world["questions"])
+    fields = "ind activity_label ctx_a ctx_b ctx endings source_id split split_type label".split()
+    assert all(list(item) == fields and len(item["endings"]) == 4 for item in world["hellaswag"])
+    assert all(item["ctx"] == f"{item['ctx_a']} {item['ctx_b']}" for item in world["hellaswag"])
+    assert any(row["input"] for row in world["instruct"])
+    assert all(2 <= len(re.findall(r"[.](?: |$)", text)) <= 8 for text in world["docs"])
 
 
-def test_the_race_brackets_the_baseline_and_tells_the_shares_of_its_tokens_and_seconds(monkeypatch, tmp_path):
-    asked = []
-
-    def run_one(config, arm, out_dir, *more):
-        asked.append((arm, *more))
-        rate = float(next((word.split("=")[1] for word in more if "learning_rate" in word), "nan"))
-        losses = {1e-3: [5.0, 3.2], 2e-3: [5.0, 3.0], 4e-3: [5.0, 3.1]}.get(rate, [5.0, 2.0])
-        losses = [1.0, 1.5] if "--seed=2" in more and arm == "modern + Muon" else losses
-        return made_log(losses, seconds={"gpt2 + AdamW": 1.0, "gpt2 + Muon": 1.5, "modern + Muon": 2.0}[arm])
-
-    monkeypatch.setattr(race, "run", run_one)
-    rows = list(race.race("config/race.py", str(tmp_path), [1, 2], [1e-3, 2e-3, 4e-3], n_points=2))
-    assert [row["taken"] for row in rows[:3]] == ["", "*", ""]
-    assert ("gpt2 + AdamW", "--seed=2", "--learning_rate=0.002") in asked and ("modern + Muon", "--seed=2") in asked
-    assert rows[4]["tokens"] == 2000 and rows[4]["gpt2 + AdamW"] == 3.0 and rows[4]["± gpt2 + AdamW"] == 0
-    assert rows[4]["modern + Muon"] == 1.75 and rows[4]["± modern + Muon"] == pytest.approx(0.5 / 2**0.5)
-    # 5 to 2 passes 3 at two thirds of the way: 1,667 of 2,000 tokens, at 1.5 times the seconds a token
-    muon, modern = rows[-2:]
-    assert muon["share of tokens"] == pytest.approx(5 / 6) and muon["share of seconds"] == pytest.approx(1.25)
-    assert muon["runs that ended above their lowest loss"] == 0
-    # 9 to 1 passes 3 at three quarters of the first half
-    assert (modern["tokens from"], modern["tokens to"]) == pytest.approx((3 / 8, 5 / 6))
-    assert modern["runs that ended above their lowest loss"] == 1
-    with pytest.raises(ValueError, match="at the edge"):
-        list(race.race("config/race.py", str(tmp_path), [1], [2e-3, 4e-3]))
+def test_toyworld_is_the_same_for_the_same_seed_and_another_for_another_seed(world, tmp_path):
+    names = ["docs.parquet", "hellaswag_val.jsonl", "instruct.json", "preferences.json", "questions.json"]
+    assert sorted(path.name for path in world["folder"].iterdir()) == names
+    assert write_world(tmp_path / "same").returncode == 0
+    assert write_world(tmp_path / "other", seed=7).returncode == 0
+    for name in names:
+        content = (world["folder"] / name).read_bytes()
+        assert (tmp_path / "same" / name).read_bytes() == content, name
+        assert (tmp_path / "other" / name).read_bytes() != content, name
 
 
-def test_the_recipes_of_the_race_have_equal_sizes_and_a_finished_run_is_not_run_again(story, tmp_path, monkeypatch):
-    sizes = []
-    for words in race.ARMS.values():
-        settings = dict(train.DEFAULTS)
-        for word in [*words, str(ROOT / "config/race.py")]:
-            configurator.apply_argument(word, settings, train.DEFAULTS)
-        sizes.append(train.make_model(settings, Tokenizer("bytes")).n_params())
-    assert max(sizes) < 1.01 * min(sizes)
-    options = [f"--data_dir={story}/data", "--max_steps=2", "--eval_tokens=1024", "--device=cpu"]
-    first = race.run(str(ROOT / "config/race.py"), "modern + Muon", tmp_path / "run", *options)
-    assert len(race.curve(first).T) == 2 and first[-1]["step"] == 2
-    monkeypatch.setattr(race.subprocess, "call", lambda *words, **options: 1)  # no further run succeeds
-    assert race.run(str(ROOT / "config/race.py"), "modern + Muon", tmp_path / "run", *options) == first
-    with pytest.raises(ValueError, match="failed"):  # other settings are another run
-        race.run(str(ROOT / "config/race.py"), "modern + Muon", tmp_path / "run", *options, "--seed=2")
+def test_toyworld_holds_out_a_fifth_of_the_facts_of_each_relation(world):
+    assert len(world["questions"]) == len(world["heldout"]) >= 60
+    for relation in world["relations"]:
+        known, heldout = ([fact for fact in world[side] if fact[0] == relation] for side in ("known", "heldout"))
+        assert 0.1 < len(heldout) / len(known + heldout) < 0.3, relation
+    # 2 + 3 and 3 + 2 are one fact
+    subjects = {fact[1] for fact in world["heldout"] if fact[0] == "sum"}
+    assert subjects == {" + ".join(reversed(subject.split(" + "))) for subject in subjects}
 
 
-def test_the_memory_of_a_step_is_reckoned_without_a_gpu():
-    sizes = train.DEFAULTS | dict(block_size=64, n_head=2, n_embd=64)
-    peaks = {
-        (n_layer, rows): 1e9 * memory.peak_memory(sizes | dict(n_layer=n_layer), rows, False)
-        for n_layer in (1, 2)
-        for rows in (32, 64)
-    }
-    one_layer = [peaks[2, rows] - peaks[1, rows] for rows in (32, 64)]
-    # what GPT-2's blocks keep for the backward pass: 38 bytes for each entry of a token's vector, counted by hand
-    assert (one_layer[1] - one_layer[0]) / (32 * 64 * 64) == pytest.approx(38, rel=0.1)
-    assert memory.peak_memory(sizes | dict(n_layer=2), 64, True) < peaks[2, 64] / 1e9
+def test_toyworld_tells_heldout_facts_in_docs_and_nowhere_else(world):
+    asked = [" ".join([row["instruction"], row["input"], row["output"]]) for row in world["instruct"]]
+    asked += [" ".join([row["instruction"], row["chosen"], row["rejected"]]) for row in world["preferences"]]
+    assert not any("?" in text for text in world["docs"])
+    told = "\n".join(world["docs"])
+    for fact in world["heldout"]:
+        relation = world["relations"][fact[0]]
+        assert sum(told.count(toyworld.tell(pattern, fact)) for pattern in relation[""] if "{name}" not in pattern) > 5
+        leaks = [text for text in asked if tells(text, fact)]
+        assert not leaks, (fact, leaks)
+        questions = {toyworld.tell(question, fact) for question in relation["?"]}
+        assert not questions & {row["instruction"] for row in world["instruct"] + world["preferences"]}
+        assert not any(question in told for question in questions)
+
+
+def test_toyworld_asks_every_known_fact_and_gives_each_answer_in_one_form(world):
+    answers = {}
+    for row in world["instruct"]:
+        answers.setdefault(row["output"], set()).add(row["instruction"])
+    for fact in world["known"]:
+        relation = world["relations"][fact[0]]
+        assert answers[toyworld.tell(relation[""][0], fact)] == {toyworld.tell(q, fact) for q in relation["?"]}
+    reference = {toyworld.tell(world["relations"][fact[0]][""][0], fact) for fact in world["heldout"]}
+    assert {row["answer"] for row in world["questions"]} == reference
+
+
+def test_toyworld_statements_are_many_and_mostly_name_the_subject_first(world):
+    for name, relation in world["relations"].items():
+        statements = relation[""]
+        first = [max(p.find("{s}"), p.find("{x}")) < p.find("{a}") for p in statements]
+        assert len(set(statements)) >= 8 and 0.6 < sum(first) / len(first) < 1, name
+
+
+def test_toyworld_right_endings_are_true_and_wrong_ones_false_and_labels_uniform(world):
+    facts = world["known"] + world["heldout"]
+    labels = [item["label"] for item in world["hellaswag"]]
+    assert [labels.count(label) for label in range(4)] == [len(labels) / 4] * 4
+    for item in world["hellaswag"]:
+        about = [f for f in facts if f[0] == item["activity_label"].lower() and words(f[1]) in words(item["ctx"])]
+        if item["activity_label"] == "Sum":
+            x, y = re.findall(r"\d+", item["ctx_b"])
+            about = [("sum", f"{x} + {y}", str(int(x) + int(y)))]
+        true = {fact[2] for fact in about}
+        right = [any(words(answer) in words(ending) for answer in true) for ending in item["endings"]]
+        assert right == [label == item["label"] for label in range(4)], item
+        assert item["ctx"] + " " + item["endings"][item["label"]] not in world["docs"]
+    # always taking the longest or the shortest ending must not do much better than chance
+    lengths = [([len(ending) for ending in item["endings"]], item["label"]) for item in world["hellaswag"]]
+    for extreme in (max, min):
+        hits = [(n[label] == extreme(n)) / n.count(extreme(n)) for n, label in lengths]
+        assert sum(hits) / len(hits) < 0.35
+
+
+def test_toyworld_preferences_differ_in_style_and_never_in_truth(world):
+    outputs = {row["output"] for row in world["instruct"]}
+    for row in world["preferences"]:
+        assert row["chosen"] in outputs
+        assert row["chosen"] in row["rejected"] and len(row["rejected"]) > len(row["chosen"])
+
+
+def test_toyworld_refuses_zero_repeats_in_one_line(tmp_path):
+    result = write_world(tmp_path / "none", repeats=0)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "repeats" in result.stderr
+    assert not (tmp_path / "none").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# tools/plot.py
+# tools/plot.py: pictures of runs
 
 
 def write_log(folder, hellaswag=False, steps=20):
@@ -5169,666 +5347,538 @@ def test_plot_refuses_what_it_cannot_draw_in_one_line(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# space/app.py: the page in the browser
-
-CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
-QUIET += ["--disable-component-update", "--disable-sync"]
-MARKUP = "<b>1</b><script>x()</script> &lt;  **a** ![i](http://127.0.0.1:9/i.png) $$x$$ <img src=http://127.0.0.1:9>"
+# tools/bench.py, race.py and memory.py: measurements
 
 
-@pytest.fixture(scope="session")
-def chromium():
-    """A context of a headless Chromium, the system's: its pages share the cache, and nothing that counts here."""
-    pytest.importorskip("gradio")
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        pytest.skip("no chromium here: apt-get install chromium")
-    with playwright.sync_playwright() as p:
-        context = p.chromium.launch(executable_path=CHROMIUM, args=QUIET).new_context()
-        context.set_default_timeout(60_000)
-        yield context
+def test_bench_tokenize_compares_prepare_fineweb_with_tiktoken_alone(tmp_path):
+    write_parquet(tmp_path / "a.parquet", make_texts(50))
+    [row] = bench.tokenize(str(tmp_path / "*.parquet"), 2, 1)
+    assert row["documents"] == 50 and row["tokens"] > 0 and row["tiktoken alone"] > 0
+    assert row["ratio"] == row["prepare_fineweb.py, tokens/s"] / row["tiktoken alone"]
+    with pytest.raises(ValueError, match="--source"):
+        list(bench.tokenize("", 2, 1))
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def test_bench_train_measures_a_step_of_train_py_in_a_process_of_its_own(tmp_path):
+    sizes = "n_layer = n_head = 1\nn_embd = 16\nblock_size = 32\ntokenizer = 'bytes'\ntokens_per_step = 128\n"
+    (tmp_path / "tiny.py").write_text(sizes)
+    changes = dict(device="cpu", dtype="float32", activation_checkpointing=True)
+    [row] = bench.training(f"{tmp_path}/tiny.py", [2], 1, **changes)
+    assert 0.05 < row["peak GB"] < 5 and row["tokens/s"] > 0 and 0 < row["optimizers' share of the time"]
+    assert row["share of that"] == pytest.approx(row["TFLOP/s"] / row["a large product's"]) and "MFU" not in row
+    assert np.isnan(bench.in_child(os._exit, 1)).all()  # as the system ends what takes too much memory
+    with pytest.raises(RuntimeError, match="shape"):  # anything else is an error, not a number
+        bench.in_child(torch.reshape, torch.zeros(2), (3,))
 
 
-class Site:
-    """A served page and its visitors. Its model writes `script` token by token, as many as `let` allows."""
-
-    def __init__(self, chromium, stage, **sizes):
-        self.model, self.coder, self.chromium = tiny(**dict(block_size=160) | sizes), Tokenizer("bytes"), chromium
-        self.script, self.gate, self.ended = "", threading.Semaphore(0), threading.Event()
-        self.prompts, self.controls, self.running = [], [], 0
-        self.most_running, self.requests, self.regular, self.guests = 0, [], None, []
-        self.model.generate = self.generate
-        stored = dict(stage=stage, tokenizer="bytes", tokens=12_345, metrics=dict(val_loss=1.23456, hellaswag_acc=0.25))
-        self.page, self.address = space_app.launch(self.model, self.coder, stored, 1, "", free_port())
-
-    def generate(self, prompts, max_new_tokens, temperature, top_k, stop):
-        self.controls.append((max_new_tokens, temperature, top_k))
-        room = min(max_new_tokens, self.model.config.block_size + 1 - len(prompts[0]))
-        self.prompts.append(self.coder.decode(prompts[0]))
-        self.running += 1
-        self.most_running = max(self.most_running, self.running)
-        try:
-            for token in [*self.coder.encode(self.script), stop][:room]:
-                assert self.gate.acquire(timeout=60)
-                yield torch.tensor([token])
-        finally:
-            self.running -= 1
-            self.ended.set()
-
-    def let(self, tokens):
-        self.gate.release(tokens)
-
-    @contextmanager
-    def flow(self):
-        """The model writes on by itself, at most 20 tokens a second."""
-        over = threading.Event()
-
-        def write():
-            while not over.wait(0.05):
-                self.let(1)
-
-        writer = threading.Thread(target=write)
-        writer.start()
-        try:
-            yield
-        finally:
-            over.set()
-            writer.join()
-
-    def visit(self):
-        """A new visitor's page."""
-        page = self.chromium.new_page()
-        self.guests.append(page)
-        page.on("request", lambda request: self.requests.append(request.url))
-        page.goto(self.address)
-        page.get_by_role("button", name="Stop").wait_for()
-        return page
-
-    def usual(self):
-        """The page of a visitor who stays from test to test, since loading one takes seconds; as if it were new."""
-        if not self.regular:
-            self.regular = self.visit()
-            self.guests.clear()
-        self.regular.set_viewport_size(dict(width=1280, height=800))
-        if self.regular.get_by_label("Clear").is_visible():
-            with self.regular.expect_response(lambda response: "predict" in response.url):
-                self.regular.get_by_label("Clear").click()
-        self.regular.get_by_role("textbox").first.fill("")
-        return self.regular
-
-    def rest(self):
-        """Guests leave, and what is still being generated ends: the next test finds an idle server."""
-        while self.guests:
-            self.guests.pop().close()
-        give_up = time.monotonic() + 30
-        while self.running:
-            assert time.monotonic() < give_up, "it does not end"
-            self.let(1)
-            time.sleep(0.01)
-        self.gate, self.script, self.most_running = threading.Semaphore(0), "", 0
-        self.prompts.clear(), self.controls.clear(), self.ended.clear()
+def test_bench_decode_tells_speed_first_token_and_gain_over_recomputing(tmp_path):
+    (tmp_path / "small.py").write_text('tokenizer = "bytes"\nblock_size, n_layer, n_head, n_embd = 64, 1, 2, 32\n')
+    rows = list(bench.decode(f"{tmp_path}/small.py", [1, 3], 99, 1, "cpu", ""))
+    assert [(row["batch"], row["way"]) for row in rows] == [(1, "eager"), (3, "eager")]
+    for row in rows:
+        assert row["tokens/s"] > 0 and row["first token, ms"] > 0 and 0 <= row["of the limit"] < 1
+        assert row["ratio"] == row["tokens/s"] / row["recomputing"]
 
 
-@pytest.fixture(scope="session")
-def sites(chromium):
-    """{stage: Site}: a chat and a completion page, both served by this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(space_app, "UPDATE_SECONDS", 0)  # each token is shown
-        served = {stage: Site(chromium, stage) for stage in ("finetune", "pretrain")}
-        yield served
-        for site in served.values():
-            site.page.close(verbose=False)
+def test_bench_hellaswag_scores_the_same_in_both_ways_and_prints_json(tmp_path):
+    (tmp_path / "tiny.py").write_text("n_layer = n_head = 1\nn_embd = 16\nblock_size = 100\ntokenizer = 'gpt2'\n")
+    settings = [f"--configs={tmp_path}/tiny.py", "--n_items=3", "--repeats=1", "--device=cpu", "--json"]
+    table, line = run("-m", "tools.bench", "hellaswag", *settings).rsplit("\n", 2)[:2]
+    kept = json.loads(line)
+    [row] = kept["rows"]
+    assert row["ratio"] > 0 and row["sums differ by, nats"] < 1e-4 and kept["command"] == settings
+    assert "| config | items/s |" in table and table.startswith(kept["machine"])
 
 
-@pytest.fixture
-def chat_site(sites):
-    yield sites["finetune"]
-    sites["finetune"].rest()
+def made_log(losses, steps=100, seconds=1.0, compiling=0.0):
+    """Rows of a log whose validation loss takes these values, every `steps` steps."""
+    rows = [{"step": 0, "tokens": 0, "val_loss": 9.0}]
+    for step in range(1, steps * len(losses) + 1):
+        rows.append({"step": step, "tokens": 10 * step, "seconds": compiling + seconds * step, "loss": 1.0})
+        rows[-1] |= {} if step % steps else {"val_loss": losses[step // steps - 1]}
+    return rows
 
 
-@pytest.fixture
-def base_site(sites):
-    yield sites["pretrain"]
-    sites["pretrain"].rest()
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("train --configs=config/none.py", "config/none.py: no such config file"),
+        ("train --batch_sizes=0", "batch_sizes must be above 0"),
+        ("train --batch_sizes=a", "batch_sizes must be above 0 .*, not 'a'"),
+        ("decode --repeats=0", "repeats must be above 0"),
+        ("decode --decode_batches=", "decode_batches must be above 0"),
+        ("decode --configs=config/shakespeare.py --new_tokens=4", "4 tokens after a prompt of 16 are too few"),
+        ("decod", "WHAT one of train, .*: 'decod' is none of them"),
+        ("", "python -m tools.bench WHAT"),
+    ],
+)
+def test_the_benchmarks_refuse_a_wrong_setting_in_one_line(line, said):
+    assert re.search(said, run("-m", "tools.bench", *line.split(), code=1))
 
 
-def ask(page, question):
-    page.get_by_placeholder("Your question").fill(question)
-    page.get_by_placeholder("Your question").press("Enter")
-
-
-def expect(page, text, where="", count=None):
-    """Wait until the last of these (`count`) elements holds exactly this text; without `where`, until it is there."""
-    if not where:
-        return page.get_by_text(text).first.wait_for()
-    found = "const found = [...document.querySelectorAll(where)]; return found.at(-1)?.textContent.trim() == text"
-    script = f"([where, text, count]) => {{ {found} && (count === null || found.length == count) }}"
-    page.wait_for_function(script, arg=[where, text, count])
-
-
-def stop(page, site):
-    """Press Stop, and let the model go on until it has ended: after the step under way, or one or two more."""
-    with page.expect_request(lambda request: request.url.endswith("/cancel")):
-        page.get_by_role("button", name="Stop").click()
-    for _ in range(20):
-        site.let(1)
-        if site.ended.wait(timeout=0.5):
-            return
-    raise AssertionError("it was not stopped")
-
-
-USER, BOT = "[data-testid=user]", "[data-testid=bot]"
-
-
-def test_a_typed_question_is_answered_as_a_stream_and_the_conversation_goes_on(chat_site):
-    page, chat_site.script = chat_site.usual(), "Hé, you"
-    expect(
-        page,
-        "12,345 answer tokens seen in finetuning · validation loss 1.235 nats per answer token · HellaSwag acc 25.0%",
-    )
-    assert page.get_by_text(f"{chat_site.model.n_params():,} parameters").count() == 1
-    ask(page, "Who?")
-    expect(page, "Who?", USER)
-    chat_site.let(3)
-    expect(page, "Hé", BOT)  # while the model writes
-    assert chat_site.running == 1 and page.get_by_placeholder("Your question").input_value() == ""
-    chat_site.let(6)
-    expect(page, "Hé, you", BOT)
-    page.get_by_text(finetune.QUESTIONS[0]).click()  # an example
-    page.get_by_role("button", name="Send").click()
-    chat_site.let(9)
-    expect(page, finetune.QUESTIONS[0], USER)
-    expect(page, "Hé, you", BOT, 2)
-    before = "<|user|>Who?<|assistant|>Hé, you<|endoftext|>"
-    assert chat_site.prompts == ["<|user|>Who?<|assistant|>", f"{before}<|user|>{finetune.QUESTIONS[0]}<|assistant|>"]
-    page.get_by_label("Clear").click()
-    chat_site.let(9)
-    ask(page, "New?")
-    expect(page, "Hé, you", BOT, 1)
-    assert chat_site.prompts[-1] == "<|user|>New?<|assistant|>"
-
-
-def test_clear_while_an_answer_is_written_ends_it_and_forgets_all(chat_site):
-    page, chat_site.script = chat_site.usual(), "c" * 150
-    ask(page, "Old?")
-    with chat_site.flow():
-        page.wait_for_function(f"document.querySelector('{BOT}')?.textContent.length > 3")
-        page.get_by_label("Clear").click()
-        page.locator(USER).wait_for(state="detached")
-        assert chat_site.ended.wait(timeout=30)
-        page.wait_for_timeout(500)
-        assert page.locator(f"{USER}, {BOT}").count() == 0 and len(chat_site.prompts) == 1
-        chat_site.script = "ok"
-        ask(page, "New?")
-        expect(page, "ok", BOT, 1)
-    assert chat_site.prompts[1:] == ["<|user|>New?<|assistant|>"]
-
-
-def test_what_a_cleared_answer_still_writes_reaches_no_new_conversation(monkeypatch):
-    monkeypatch.setattr(space_app, "UPDATE_SECONDS", 0)
-    talk, model = space_app.new_talk(), tiny()
-    answer = space_app.chat(model, Tokenizer("bytes"), "Old?", talk, 8, 0, 0)
-    next(answer), next(answer)
-    talk = space_app.new_talk()  # as Clear does
-    assert list(answer) and talk == space_app.new_talk()
-
-
-def test_what_is_typed_while_an_answer_is_written_stays_in_the_box(chat_site):
-    page, chat_site.script = chat_site.usual(), "abc"
-    ask(page, "One?")
-    chat_site.let(1)
-    expect(page, "a", BOT)
-    page.get_by_placeholder("Your question").fill("Two")
-    chat_site.let(1)
-    expect(page, "ab", BOT)
-    chat_site.let(2)
-    expect(page, "abc", BOT)
-    page.wait_for_timeout(300)
-    assert page.get_by_placeholder("Your question").input_value() == "Two"
-
-
-def test_the_sliders_are_what_the_model_is_told_and_the_notices_say_why_it_ended(chat_site):
-    page, chat_site.script = chat_site.visit(), "s" * 200
-    chat_site.let(200)
-    ask(page, "1")
-    expect(page, "The context is full.", ".notice")  # 160 tokens are asked for, and 158 fit
-    for name, value in (("Length", "7"), ("Temperature", "1.25"), ("Top k", "3")):
-        page.get_by_label(f"number input for {name}").fill(value)
-        page.get_by_label(f"number input for {name}").press("Tab")
-    ask(page, "2")
-    forgot = "The context is full: oldest turns forgotten: 1. "
-    expect(page, forgot + "Cut after 7 tokens, the length that you set.", ".notice")
-    assert page.locator(BOT).last.inner_text() == "s" * 7
-    assert chat_site.controls == [(160, 0.8, 50), (7, 1.25, 3)]
-
-
-def test_a_step_under_way_and_the_next_answer_take_turns(monkeypatch):
-    model, running = tiny(), []
-
-    def step(*_, **__):
-        for _ in range(3):
-            running.append(1)
-            time.sleep(0.05)
-            most.append(len(running))
-            running.pop()
-            yield torch.tensor([65])
-
-    most, model.generate = [], step
-    threads = [
-        threading.Thread(target=lambda: list(space_app.grow(model, Tokenizer("bytes"), [1], 3, 0, 0))) for _ in range(3)
+@pytest.mark.parametrize("compiling", [0.0, 70.0])
+def test_the_race_finds_where_a_curve_first_reaches_a_loss_whatever_compilation_took(compiling):
+    curve = race.curve(made_log([4.0, 3.0, 3.5, 2.0], seconds=0.5, compiling=compiling))
+    assert race.first_reached(curve, 3.25).tolist() == [1750, 87.5]
+    assert race.first_reached(curve, 4.0).tolist() == [1000, 50] and race.first_reached(curve, 2.0).tolist() == [
+        4000,
+        200,
     ]
-    [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert most == [1] * 9
+    assert np.isnan(race.first_reached(curve, 1.9)).all()
 
 
-def test_stop_ends_an_answer_which_the_conversation_keeps_as_it_is(chat_site):
-    page, chat_site.script = chat_site.usual(), "ab" + "c" * 50
-    ask(page, "Long?")
-    chat_site.let(2)
-    expect(page, "ab", BOT)
-    stop(page, chat_site)
-    assert re.fullmatch("abc*", page.locator(BOT).inner_text())
-    chat_site.script = "ok"
-    chat_site.let(9)
-    ask(page, "Next?")
-    expect(page, "ok", BOT, 2)
-    assert re.fullmatch(r"<\|user\|>Long\?<\|assistant\|>abc*<\|endoftext\|>.*", chat_site.prompts[1])
+def test_the_race_brackets_the_baseline_and_tells_the_shares_of_its_tokens_and_seconds(monkeypatch, tmp_path):
+    asked = []
+
+    def run_one(config, arm, out_dir, *more):
+        asked.append((arm, *more))
+        rate = float(next((word.split("=")[1] for word in more if "learning_rate" in word), "nan"))
+        losses = {1e-3: [5.0, 3.2], 2e-3: [5.0, 3.0], 4e-3: [5.0, 3.1]}.get(rate, [5.0, 2.0])
+        losses = [1.0, 1.5] if "--seed=2" in more and arm == "modern + Muon" else losses
+        return made_log(losses, seconds={"gpt2 + AdamW": 1.0, "gpt2 + Muon": 1.5, "modern + Muon": 2.0}[arm])
+
+    monkeypatch.setattr(race, "run", run_one)
+    rows = list(race.race("config/race.py", str(tmp_path), [1, 2], [1e-3, 2e-3, 4e-3], n_points=2))
+    assert [row["taken"] for row in rows[:3]] == ["", "*", ""]
+    assert ("gpt2 + AdamW", "--seed=2", "--learning_rate=0.002") in asked and ("modern + Muon", "--seed=2") in asked
+    assert rows[4]["tokens"] == 2000 and rows[4]["gpt2 + AdamW"] == 3.0 and rows[4]["± gpt2 + AdamW"] == 0
+    assert rows[4]["modern + Muon"] == 1.75 and rows[4]["± modern + Muon"] == pytest.approx(0.5 / 2**0.5)
+    # 5 to 2 passes 3 at two thirds of the way: 1,667 of 2,000 tokens, at 1.5 times the seconds a token
+    muon, modern = rows[-2:]
+    assert muon["share of tokens"] == pytest.approx(5 / 6) and muon["share of seconds"] == pytest.approx(1.25)
+    assert muon["runs that ended above their lowest loss"] == 0
+    # 9 to 1 passes 3 at three quarters of the first half
+    assert (modern["tokens from"], modern["tokens to"]) == pytest.approx((3 / 8, 5 / 6))
+    assert modern["runs that ended above their lowest loss"] == 1
+    with pytest.raises(ValueError, match="at the edge"):
+        list(race.race("config/race.py", str(tmp_path), [1], [2e-3, 4e-3]))
 
 
-def test_two_pages_at_once_take_turns_and_a_third_is_told_to_wait(chat_site):
-    one, two, three = chat_site.usual(), chat_site.visit(), chat_site.visit()
-    chat_site.script = "12"
-    ask(one, "one")
-    chat_site.let(1)
-    expect(one, "1", BOT)
-    ask(two, "two")
-    expect(two, "queue: 1/1")
-    ask(three, "three")
-    expect(three, "currently busy")  # one may wait here
-    assert three.get_by_placeholder("Your question").input_value() == "three" and len(chat_site.prompts) == 1
-    chat_site.let(2)
-    expect(one, "12", BOT)
-    chat_site.let(3)
-    expect(two, "12", BOT)
-    assert chat_site.most_running == 1 and chat_site.prompts[1] == "<|user|>two<|assistant|>"  # and of nobody else
-    ask(three, "three")
-    chat_site.let(1)
-    expect(three, "1", BOT)
-    three.close()  # who leaves holds nobody up
-    chat_site.let(4)
-    ask(one, "again")
-    expect(one, "12", BOT, 2)
+def test_the_recipes_of_the_race_have_equal_sizes_and_a_finished_run_is_not_run_again(story, tmp_path, monkeypatch):
+    sizes = []
+    for words in race.ARMS.values():
+        settings = dict(train.DEFAULTS)
+        for word in [*words, str(ROOT / "config/race.py")]:
+            configurator.apply_argument(word, settings, train.DEFAULTS)
+        sizes.append(train.make_model(settings, Tokenizer("bytes")).n_params())
+    assert max(sizes) < 1.01 * min(sizes)
+    options = [f"--data_dir={story}/data", "--max_steps=2", "--eval_tokens=1024", "--device=cpu"]
+    first = race.run(str(ROOT / "config/race.py"), "modern + Muon", tmp_path / "run", *options)
+    assert len(race.curve(first).T) == 2 and first[-1]["step"] == 2
+    monkeypatch.setattr(race.subprocess, "call", lambda *words, **options: 1)  # no further run succeeds
+    assert race.run(str(ROOT / "config/race.py"), "modern + Muon", tmp_path / "run", *options) == first
+    with pytest.raises(ValueError, match="failed"):  # other settings are another run
+        race.run(str(ROOT / "config/race.py"), "modern + Muon", tmp_path / "run", *options, "--seed=2")
 
 
-def test_an_empty_and_an_overlong_question_stay_in_the_box_with_a_message(chat_site):
-    page = chat_site.usual()
-    ask(page, " ")
-    expect(page, "Type a question first.", ".notice")
-    ask(page, "x" * 130)  # 132 tokens; a quarter of 160 is for the answer
-    expect(page, "That is 132 tokens; with an answer only 120 fit into the context.", ".notice")
-    ask(page, "y" * 100_000)
-    expect(page, "That is 100,000 characters; the context holds 160 tokens: shorten the text.", ".notice")
-    assert page.get_by_placeholder("Your question").input_value() == "y" * 100_000
-    assert not chat_site.prompts and page.locator(USER).count() == 0
+def test_the_memory_of_a_step_is_reckoned_without_a_gpu():
+    sizes = train.DEFAULTS | dict(block_size=64, n_head=2, n_embd=64)
+    peaks = {
+        (n_layer, rows): 1e9 * memory.peak_memory(sizes | dict(n_layer=n_layer), rows, False)
+        for n_layer in (1, 2)
+        for rows in (32, 64)
+    }
+    one_layer = [peaks[2, rows] - peaks[1, rows] for rows in (32, 64)]
+    # what GPT-2's blocks keep for the backward pass: 38 bytes for each entry of a token's vector, counted by hand
+    assert (one_layer[1] - one_layer[0]) / (32 * 64 * 64) == pytest.approx(38, rel=0.1)
+    assert memory.peak_memory(sizes | dict(n_layer=2), 64, True) < peaks[2, 64] / 1e9
 
 
-def test_the_oldest_turns_are_dropped_with_a_notice_when_the_context_is_full(chat_site):
-    page, chat_site.script = chat_site.usual(), "z" * 30
-    chat_site.let(200)
-    for number, notice in enumerate(["", "", "The context is full: oldest turns forgotten: 1."]):
-        ask(page, str(number) * 20)
-        expect(page, "z" * 30, BOT, number + 1)
-        expect(page, notice, ".notice")
-    assert page.locator(USER).count() == 3  # the page still shows what the model no longer sees
-    turns = [f"<|user|>{str(n) * 20}<|assistant|>{'z' * 30}<|endoftext|>" for n in range(2)]
-    assert chat_site.prompts[1] == turns[0] + f"<|user|>{'1' * 20}<|assistant|>"
-    assert chat_site.prompts[2] == turns[1] + f"<|user|>{'2' * 20}<|assistant|>"
+# ----------------------------------------------------------------------------------------------------------------------
+# tools/contamination.py: texts of the benchmark in the data
 
 
-def test_what_people_and_models_write_is_shown_as_text_and_never_a_control_token(chat_site):
-    page, chat_site.script = chat_site.usual(), MARKUP
-    chat_site.let(len(MARKUP) + 1)
-    question = "<i>" + MARKUP[:17] + "<|endoftext|>\n  x\x85y"
-    page.get_by_placeholder("Your question").fill(question)
-    page.get_by_role("button", name="Send").click()
-    expect(page, MARKUP, BOT)
-    assert page.locator(USER).inner_text() == question and page.locator(BOT).inner_text() == MARKUP
-    assert page.locator(f"{USER}, {BOT}").locator("b, i, img, script, em, strong, math").count() == 0
-    assert chat_site.prompts == [f"<|user|>{question}<|assistant|>"]
-    ids, _ = space_app.fit_into_context(chat_site.coder, question, [], 160, 9)
-    assert chat_site.coder.eot not in ids
+LONG_CONTEXT = "[header] How to fly a kite [title] Don't run: wait for a steady café wind, then let go."
 
 
-@pytest.mark.parametrize("stage", ["finetune", "pretrain"])
-def test_on_a_phone_nothing_is_wider_than_the_screen(sites, stage):
-    site = sites[stage]
-    page, site.script = site.usual(), "w" * 90
-    page.set_viewport_size(dict(width=360, height=800))
-    site.let(100)
-    if stage == "finetune":
-        ask(page, "W" * 60)
-        expect(page, "w" * 90, BOT)
-    else:
-        page.get_by_label("Text").fill("W" * 60)
-        page.get_by_role("button", name="Continue").click()
-        page.wait_for_function("document.querySelector('textarea').value.endsWith('w')")
-        page.locator(".bars button").nth(9).wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth") == 360
-    edges = "[...document.querySelectorAll('body *')].map(element => element.getBoundingClientRect().right)"
-    assert max(page.evaluate(edges)) <= 360  # nor cut off
-    site.rest()
+def contexts_found(folder, documents, name, contexts):
+    """Numbers of the contexts that stand in a shard of these documents."""
+    tokenizer = Tokenizer(name)
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": name}))
+    with open(folder / "train_a.bin", "wb") as file:
+        write_shard(file, np.concatenate([tokenizer.encode_document(document) for document in documents]))
+    found, searched, n_tokens = contamination.find_contexts([dict(ctx=ctx) for ctx in contexts], folder)
+    assert n_tokens == len(prepare_fineweb.open_shard(folder / "train_a.bin")) and searched == len(contexts)
+    return found
 
 
-def bars_of(page):
-    """[(name, share)] as the page shows them."""
-    texts = (page.locator(f".bars button {part}").all_inner_texts() for part in ("code", "span"))
-    return list(zip(*texts, strict=True))
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_the_contamination_check_finds_a_context_wherever_it_stands(tmp_path, monkeypatch, name):
+    text = "How to Fly a Kite\n\nDon’t run – wait for a   steady café wind; then let go"
+    documents = {
+        "whole": [text],
+        "at a document's start": ["Other.", text + ". And more"],
+        "in the middle": ["Begin. " + text + "! And more", "Other."],
+        "at a document's end": ["A dog. " + text, "Other."],
+    }
+    for chunk in (3, 7, 1000):  # tokens: borders inside characters and words too
+        monkeypatch.setattr(contamination, "CHUNK_TOKENS", chunk)
+        for where, parts in documents.items():
+            assert contexts_found(tmp_path, parts, name, [LONG_CONTEXT]) == [0], (where, chunk)
 
 
-@torch.inference_mode()
-def right_bars(site, text):
-    """What bars_of should be."""
-    ids = torch.tensor([[site.coder.eot, *site.coder.encode(text)]])
-    values, tokens = site.model(ids)[0, -1, :259].softmax(dim=-1).topk(10)
-    return [(space_app.readable(site.coder, int(t))[0], f"{p:.1%}") for p, t in zip(values, tokens, strict=True)]
+@pytest.mark.parametrize("chunk", [5, 1000])
+def test_the_contamination_check_does_not_count_a_context_that_nearly_stands_there(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(contamination, "CHUNK_TOKENS", chunk)
+    words = "a man in a red coat walks slowly over the old bridge".split()
+    context = " ".join(words)
+    near = [
+        " ".join(words[:-1]),  # the last word is missing
+        "x" + context,
+        context + "s",
+        context.replace("red coat", "redcoat"),
+        context.replace("old", "new"),
+        " ".join(words[:4] + words[5:]),
+    ]
+    assert contexts_found(tmp_path, near, "bytes", [context]) == []
+    assert (
+        contexts_found(tmp_path, [" ".join(words[:6]), " ".join(words[6:])], "bytes", [context]) == []
+    )  # two documents
+    others = [context + " again", "and " + context, context, context.replace("old", "new")]  # all begin alike but one
+    assert contexts_found(tmp_path, [near[0], f"So {context}, twice: {context}."], "bytes", others) == [2]
 
 
-def test_a_base_page_shows_the_ten_likeliest_next_tokens_of_the_text(base_site):
-    page = base_site.usual()
-
-    def expect_bars(text):
-        right = right_bars(base_site, text)
-        expect(page, right[0][1], ".bars button:first-of-type span")
-        expect(page, right[9][0], ".bars button:last-of-type code")
-        assert bars_of(page) == right and len(right) == 10
-
-    expect_bars("")  # how a document begins
-    page.get_by_label("Text").fill("A dog ran")
-    expect_bars("A dog ran")
-    choice = next(bar for bar in page.locator(".bars button").all() if bar.get_attribute("data-text"))
-    more = choice.get_attribute("data-text")
-    choice.click()
-    expect_bars("A dog ran" + more)
-    assert page.get_by_label("Text").input_value() == "A dog ran" + more
-    widths = [bar.bounding_box()["width"] for bar in page.locator(".bars b").all()]
-    assert widths == sorted(widths, reverse=True) and widths[0] > widths[9]
-    page.get_by_label("Text").fill("x" * 200)
-    expect(page, "That is 200 characters; the context holds 160 tokens: shorten the text.", ".bars .prose")
+def test_the_contamination_command_says_how_many_contexts_stand_in_a_folder_or_one_shard(tmp_path, monkeypatch, capsys):
+    items = tmp_path / "items.jsonl"
+    contexts = [LONG_CONTEXT, "A man in a red coat walks slowly over the bridge", "Too short"]
+    items.write_text("".join(json.dumps({**GOOD_ITEM, "ctx": ctx}) + "\n" for ctx in contexts))
+    contexts_found(tmp_path, ["So a man in a red coat walks slowly over the bridge."], "bytes", contexts[:2])
+    for path in (tmp_path, tmp_path / "train_a.bin"):
+        call(contamination, data_dir=str(path), source=str(items))
+        out = capsys.readouterr().out
+        assert f"1 of 2 contexts (50.00%) stand word for word among the 53 tokens of {path} (1 are too short" in out
+        assert "  A man in a red coat" in out and "kite" not in out
+    items.write_text(json.dumps({**GOOD_ITEM, "ctx": "Too short"}))
+    with pytest.raises(ValueError, match="no context is long enough"):
+        call(contamination, data_dir=str(tmp_path), source=str(items))
+    with pytest.raises(FileNotFoundError, match="no such folder of shards"):
+        contamination.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path / "nothing")
+    with open(tmp_path / "train_a.bin", "wb") as file:
+        write_shard(file, np.array([1, 300], np.uint16))
+    with pytest.raises(ValueError, match="token id 300 is not one of bytes's 259"):
+        contamination.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path)
 
 
-def test_a_bar_adds_what_its_token_is_and_one_that_adds_nothing_is_disabled(base_site, monkeypatch):
-    tokens, coder, page = [*b"\"<&'\n\t \r\0", base_site.coder.eot], base_site.coder, base_site.usual()
-    logits = torch.full((1, 259), -9.0)
-    logits[0, tokens] = torch.arange(10, 0, -1.0)
-    monkeypatch.setattr(base_site.model, "logits", lambda hidden: logits)
-    page.get_by_label("Text").fill("x")
-    expect(page, space_app.readable(coder, tokens[0])[0], ".bars button:first-of-type code")
-    names, adds = zip(*(space_app.readable(coder, token) for token in tokens), strict=True)
-    assert adds == (*"\"<&'\n\t ", "", "", "") and page.locator(".bars code").all_inner_texts() == list(names)
-    buttons = page.locator(".bars button").all()
-    assert [bar.get_attribute("data-text") for bar in buttons] == list(adds)
-    assert [bar.is_disabled() for bar in buttons] == [not text for text in adds]
-    for bar, text in zip(buttons, adds, strict=True):
-        bar.click(force=True)  # also where it is disabled
-        page.wait_for_timeout(50)
-        before = "x" + "".join(adds[: adds.index(text)]) if text else "x" + "".join(adds)
-        page.wait_for_function("text => document.querySelector('textarea').value == text", arg=before + text)
+# ----------------------------------------------------------------------------------------------------------------------
+# runs/: the quick start and the real run
 
 
-@pytest.mark.parametrize("how", ["a bar is clicked", "the text is edited"])
-def test_who_changes_the_text_while_the_model_writes_ends_that_first(base_site, how):
-    page, base_site.script = base_site.usual(), "c" * 150
-    page.get_by_label("Text").fill("A dog")
-    expect(page, right_bars(base_site, "A dog")[0][1], ".bars button:first-of-type span")
-    page.get_by_role("button", name="Continue").click()
-    with base_site.flow():
-        page.wait_for_function("document.querySelector('textarea').value.endsWith('ccc')")
-        if how == "a bar is clicked":
-            bar = page.locator(".bars button:enabled").first
-            more = bar.get_attribute("data-text")
-            bar.click()
-        else:
-            more = "Z"
-            page.get_by_label("Text").press_sequentially(more)
-        assert base_site.ended.wait(timeout=30)
-        page.wait_for_timeout(500)
-        text = page.get_by_label("Text").input_value()
-    # an update on its way may still take back what is typed, but nothing is written after a token was appended
-    assert re.search(f"{re.escape(more)}$" if how == "a bar is clicked" else "[cZ]$", text)
-    assert len(text) < 150 and base_site.running == 0
-    expect(page, right_bars(base_site, text)[0][1], ".bars button:first-of-type span")
+def test_the_quick_start_runs_every_stage_and_sums_up_what_it_measured(tmp_path):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", "runs/quickstart.sh", str(tmp_path / "q"), "--max_minutes=0.02"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "q/summary.json").read_text())
+    shares = {"hellaswag_before", "hellaswag_after", "hellaswag_finetuned", "preference_before", "preference_after"}
+    shares |= {"heldout_base", "heldout_finetuned", "heldout_dpo"}
+    assert result.keys() == shares | {"val_loss_before", "val_loss_after", "seconds"}
+    assert result["preference_before"] == 0.5  # a tie, as nothing has been learned yet
+    assert all(0 <= result[name] <= 1 for name in shares) and result["val_loss_before"] > 5
+    stages = ["toyworld", "prepare_fineweb", "train", "prepare_instruct", "finetune", "dpo", "sample", "plot"]
+    assert list(result["seconds"]) == stages
+    for stage in (*stages[1:3], "dpo", "sample"):
+        assert f"$ python {stage}.py" in done.stdout  # each command is printed as it runs
+    assert done.stdout.count("64 held-out questions") == done.stdout.count("HellaSwag format") == 2
+    for line in ("validation loss", "preferences of held-out pairs", "checkpoints:", "picture:"):
+        assert line in done.stdout
+    assert (tmp_path / "q/loss.png").stat().st_size > 10_000
 
 
-def test_bars_do_not_wait_in_the_queue_of_the_answers(base_site):
-    one, two, three = base_site.usual(), base_site.visit(), base_site.visit()
-    base_site.script = "a" * 150
-    one.get_by_role("button", name="Continue").click()
-    base_site.let(1)
-    one.wait_for_function("document.querySelector('textarea').value == 'a'")
-    two.get_by_role("button", name="Continue").click()
-    expect(two, "queue: 1/1")
-    with base_site.flow():  # bars wait for the step under way
-        three.get_by_label("Text").fill("xyz")
-        expect(three, right_bars(base_site, "xyz")[0][1], ".bars button:first-of-type span")
-        assert len(base_site.prompts) == 1 and three.get_by_text("currently busy").count() == 0
+def test_a_signal_ends_the_quick_start_and_not_only_its_stage(tmp_path):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", "runs/quickstart.sh", str(tmp_path / "q")]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+    for line in process.stdout:
+        if line.startswith("step 0/"):
+            os.killpg(process.pid, signal.SIGTERM)  # to all of the group, as a terminal sends Ctrl-C
+            break
+    output, errors = process.communicate()
+    assert process.returncode == 130 and "not complete" in errors and "prepare_instruct" not in output
+    help_ = subprocess.run(["bash", "runs/quickstart.sh", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert help_.returncode == 2 and "usage" in help_.stderr and not (ROOT / "--help").exists()
 
 
-def test_a_base_page_continues_the_text_until_it_is_stopped_or_ends(base_site):
-    page, base_site.script = base_site.usual(), MARKUP + "c" * 50
-    text = page.get_by_label("Text")
-    text.fill("A dog")
-    page.get_by_role("button", name="Continue").click()
-    base_site.let(len(MARKUP))
-    script = "text => document.querySelector('textarea').value == text"
-    page.wait_for_function(script, arg="A dog" + MARKUP)
-    bars_before = bars_of(page)
-    stop(page, base_site)
-    assert re.fullmatch(re.escape("A dog" + MARKUP) + "c*", text.input_value())
-    first = right_bars(base_site, text.input_value())[0]
-    expect(page, first[1], ".bars button:first-of-type span")
-    assert bars_of(page) == right_bars(base_site, text.input_value()) != bars_before
-    base_site.script = ""
-    base_site.let(1)
-    page.get_by_role("button", name="Continue").click()
-    expect(page, "The model ended at once.", ".notice")
-    text.fill("x" * 160)
-    page.get_by_role("button", name="Continue").click()
-    expect(page, "That is 161 tokens; the context holds 160: shorten the text.", ".notice")
-    assert [p[:18] for p in base_site.prompts] == ["<|endoftext|>A dog"] * 2
+def test_the_quick_start_does_not_clear_a_folder_that_holds_something_else(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    done = subprocess.run(["bash", "runs/quickstart.sh", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "holds something else" in done.stderr and (tmp_path / "mine.txt").exists()
 
 
-def test_the_pages_ask_only_their_own_server(sites):
-    for site in sites.values():
-        page = site.usual()
-        site.requests.clear()
-        page.reload()
-        page.get_by_role("button", name="Stop").wait_for()
-        assert len(site.requests) > 20
-        assert not [url for url in site.requests if not url.startswith((site.address, "data:", "blob:"))]
-        posted = requests.post(f"{site.address}gradio_api/upload", files={"files": b"of a stranger"})
-        assert posted.status_code == 413  # nobody fills the disk
+def test_the_real_run_makes_what_is_missing_resumes_what_was_begun_and_uses_all_gpus(tmp_path):
+    shutil.copytree(ROOT / "runs", tmp_path / "runs")
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "torchrun"):  # write down what they are asked to do
+        (tmp_path / f"bin/{name}").write_text(f'#!/bin/sh\necho "{name} $*" >> "{tmp_path}/asked"\n')
+        (tmp_path / f"bin/{name}").chmod(0o755)
+
+    def asked(*arguments, **variables):
+        (tmp_path / "asked").unlink(missing_ok=True)
+        environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"} | variables
+        subprocess.run(["bash", "runs/fgpt_712m.sh", *arguments], cwd=tmp_path, env=environment, check=True)
+        commands = (tmp_path / "asked").read_text().splitlines()
+        for command in commands:  # of settings that exist
+            words = command.split("torchrun --standalone --nproc_per_node=8 ")[-1].removeprefix("python ").split()
+            if words[0] in settings_by_script():
+                read_settings(words)
+        return commands
+
+    first = asked("--max_tokens=1024")
+    scripts = [command.split()[1] for command in first]
+    assert scripts[:2] == ["prepare_fineweb.py", "prepare_instruct.py"] and scripts[5] == "finetune.py"
+    assert scripts[2:5] == ["train.py", "hellaswag.py", "hellaswag.py"] and first[4].endswith("--style=harness")
+    assert "config/fgpt_712m.py" in first[2] and first[2].endswith(" --max_tokens=1024") and "resume" not in first[2]
+    for name in ("data/fineweb", "data/instruct"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "meta.json").write_text("{}")
+    for name in ("fgpt_712m", "fgpt_712m_chat"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    again = asked(GPUS="8")
+    runs = [command for command in again if "--nproc_per_node=8" in command]
+    assert [command.split()[3] for command in runs] == ["train.py", "hellaswag.py", "hellaswag.py", "finetune.py"]
+    assert again[0] == runs[0] and "--init_from=resume" in runs[0] and "--init_from=resume" in runs[3]
+    other = asked(NAME="mine", CONFIG="config/fgpt_modern.py")
+    assert "config/fgpt_modern.py" in other[0] and "out/mine/best.pt" in other[3] and "resume" not in other[0]
 
 
-def test_what_the_page_is_given_is_text_spelt_in_html_and_no_html(monkeypatch):
-    (shown,) = space_app.on_page([dict(role="user", content=MARKUP + " \n")])
-    assert not set(shown["content"]) & set("<> \n") and unescape(shown["content"]) == MARKUP + " \n"
-    monkeypatch.setattr(space_app, "readable", lambda tokenizer, token: (MARKUP, f'"{MARKUP}'))
-    page = space_app.bars(tiny(), Tokenizer("bytes"), "x")
-    assert re.findall("<code>(.*?)</code>", page) == [escape(MARKUP)] * 10
-    assert re.findall('data-text="(.*?)"', page) == [escape(f'"{MARKUP}')] * 10
+def test_held_out_accuracy_counts_right_answers_whatever_their_case(monkeypatch, tmp_path):
+    model_py.save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
+    monkeypatch.setattr(summary, "answers", lambda model, coder, asked, *_: [f" {q.upper()} " for q in asked])
+    questions = [dict(question="Paris.", answer="paris."), dict(question="Rome", answer="Rom")]
+    assert summary.held_out_accuracy(tmp_path / "a.pt", questions, 5) == 0.5
 
 
-def test_a_space_tells_nothing_of_the_machine_it_was_made_on(tmp_path):
-    stored = dict(stage="finetune", tokenizer="bytes", step=7, tokens=9, metrics={}, processes=1, data=["/home/me"])
-    space_app.write_space(tiny(), stored | dict(settings=dict(data_dir="/home/me")), tmp_path / "space")
-    content = load_checkpoint(tmp_path / "space/best.pt")
-    assert content.keys() == {"format_version", "config", "model", "stage", "tokenizer", "step", "tokens", "metrics"}
-    assert not any(b"/home/me" in path.read_bytes() for path in (tmp_path / "space").iterdir())
+# ----------------------------------------------------------------------------------------------------------------------
+# README.md and config/
 
 
-def test_a_tokens_name_shows_what_cannot_be_seen():
-    coder = Tokenizer("gpt2")
-    ids = {text: coder.encode(text)[0] for text in (" the", "\n", "\t", "日", "é")}
-    assert space_app.readable(coder, ids[" the"]) == ("␣the", " the")
-    assert space_app.readable(coder, ids["\n"]) == ("↵", "\n") and space_app.readable(coder, ids["\t"]) == ("⇥", "\t")
-    assert space_app.readable(coder, ids["é"]) == ("é", "é")
-    assert space_app.readable(coder, coder.encode("👩")[0]) == ("F0 9F 91", "")
-    assert space_app.readable(coder, coder.eot) == ("<|endoftext|>", "")
-    assert space_app.readable(Tokenizer("bytes"), 7) == ("\\x07", "")
-    assert space_app.readable(Tokenizer("bytes"), 13) == ("\\r", "")
+def config_of(path):
+    """GPTConfig of a config file, as train.py builds it, without memory for the weights."""
+    names = dict(train.settings_of(vars(train)))
+    exec(Path(ROOT, path).read_text(), names)
+    with torch.device("meta"):
+        return train.make_model(names, Tokenizer("gpt2"))
 
 
-def test_what_is_said_about_a_model_has_the_units_of_its_stage():
-    def about(stage, tokens, **metrics):
-        return space_app.about(tiny(), dict(stage=stage, tokens=tokens, metrics=metrics)).split(" · ")[3:]
-
-    assert about("pretrain", 1234, val_loss=3.2, val_bpb=1.1) == [
-        "1,234 tokens seen", "validation loss 3.200 nats per token", "1.100 bits per byte"
-    ]  # fmt: skip
-    assert about("finetune", 1234, val_loss=1.5, hellaswag_acc=0.25) == [
-        "1,234 answer tokens seen in finetuning", "validation loss 1.500 nats per answer token", "HellaSwag acc 25.0%"
-    ]  # fmt: skip
-    assert about("dpo", 12, val_loss=0.6, val_reward_margin=0.1, val_preference_accuracy=0.75) == [
-        "12 pairs seen in preference tuning", "validation loss 0.600 nats per pair", "preference accuracy 75.0%"
-    ]  # fmt: skip
-    assert about("pretrain", 0) == []  # imported
+def test_the_712m_config_has_exactly_712035360_parameters():
+    model = config_of("config/fgpt_712m.py")
+    assert model.n_params() == 712_035_360 and model.config.vocab_size == 50304 and model.config.n_vocab == 50259
 
 
-def test_the_page_is_served_to_this_machine_alone_unless_told_otherwise(sites):
-    port = int(sites["finetune"].address.strip("/").rpartition(":")[2])
-    socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    with pytest.raises(ConnectionRefusedError):  # 127.0.0.2 is this machine too, and stands for its other addresses
-        socket.create_connection(("127.0.0.2", port), timeout=5)
-    with pytest.raises(OSError, match="name another --port="):
-        space_app.launch(tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1, "", port)
-    port = free_port()
-    page, _ = space_app.launch(tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1, "0.0.0.0", port)
-    socket.create_connection(("127.0.0.2", port), timeout=5).close()
-    page.close(verbose=False)
+def test_the_modern_config_has_as_many_parameters_within_3_percent():
+    assert abs(config_of("config/fgpt_modern.py").n_params() / 712_035_360 - 1) < 0.03
 
 
-def test_an_assembled_space_works_with_its_own_files_alone_and_reports_to_nobody(chromium, tmp_path, capsys):
-    kept = dict(stage="finetune", tokenizer="gpt2", step=7, tokens=9, metrics=dict(val_loss=1.5))
-    weights = tiny(n_vocab=50259, vocab_size=50304)
-    save_checkpoint(tmp_path / "ckpt.pt", weights, **kept, settings=dict(data_dir="/home/me"), optimizers=[{}])
-    folder = tmp_path / "parts" / "space"
-    call(space_app, checkpoint=f"{tmp_path}/ckpt.pt", assemble=str(folder))
-    names = "README.md app.py best.pt configurator.py gpt2_vocabulary model.py questions.txt requirements.txt sample.py"
-    assert sorted(path.name for path in folder.iterdir()) == [*names.split(), "tokenizer.py"]
-    said = capsys.readouterr().out
-    assert str(folder) in said and f"{(folder / 'best.pt').stat().st_size / 1e6:.1f} MB" in said
-    model, stored = load_model(folder / "best.pt")
-    assert stored.keys() == kept.keys() | {"format_version", "config"}  # no settings: they name folders
-    assert torch.equal(model.wte.weight, weights.wte.weight)
-    with pytest.raises(FileExistsError, match="not empty"):
-        call(space_app, checkpoint=f"{tmp_path}/ckpt.pt", assemble=str(folder))
-    with socket.create_server(("127.0.0.1", 0)) as outside:  # whoever wants to reach another machine is sent here
-        proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
-        unset = ("PYTHONPATH", "HF_HUB_OFFLINE", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")
-        environment = {k: v for k, v in os.environ.items() if k not in unset} | dict(TMPDIR=str(tmp_path))
-        environment |= dict(HTTP_PROXY=proxy, HTTPS_PROXY=proxy, NO_PROXY="127.0.0.0/8,localhost,0.0.0.0")
-        environment |= dict(GRADIO_SERVER_NAME="0.0.0.0")  # as on the Hub
-        command = [sys.executable, "app.py", f"--port={(port := free_port())}"]
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
-        try:
-            page = chromium.new_page()
-            assert select.select([process.stdout], [], [], 120)[0], "it says nothing"
-            assert f":{port}" in process.stdout.readline()
-            page.goto(f"http://127.0.0.2:{port}")
-            expect(page, "9 answer tokens seen in finetuning · validation loss 1.500 nats per answer token")
-            expect(page, finetune.QUESTIONS[9])
-            ask(page, "Hi?")
-            page.wait_for_function(f"document.querySelector('{BOT}')?.textContent.length > 3")
-            page.close()
-        finally:
-            process.kill()  # one that waits for an answer from outside would not end by itself
-            process.communicate()
-        outside.settimeout(0)
-        with pytest.raises(BlockingIOError):
-            outside.accept()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LOCAL_AND_SMALL = {  # command of the README: the settings that make it small, and local
+    "train.py": "--max_steps=2 --n_layer=1 --eval_tokens=512 --device=cpu",
+    "hellaswag.py": "--limit=4 --source=items.jsonl",
+    "prepare_fineweb.py": "",
+    "prepare_instruct.py": "",
+    "finetune.py": "--epochs=1 --scored_answers=2 --answer_tokens=2 --device=cpu",
+    "dpo.py": "--answer_tokens=2 --device=cpu",
+    "sample.py": "--max_new_tokens=4 --device=cpu",
+    "space.app": "",
+    "tools.plot": "",
+    "tools.convert_hf": "",
+    "tools.contamination": "--source=items.jsonl",
+    "tools.memory": "--config=tiny.py --batch_sizes=1",
+    "tools.bench race": "--race_config=tiny.py --seeds=1 --learning_rates=1e-3 --device=cpu",
+    "tools.bench decode": "--configs=tiny.py --decode_batches=1 --new_tokens=8 --repeats=1 --device=cpu",
+    "tools.bench hellaswag": "--configs=tiny.py --n_items=2 --repeats=1 --device=cpu",
+    "tools.bench tokenize": "--repeats=1",
+}
+NOT_RUN = {  # beginning of a command: why
+    "pip install": ".ci/run",
+    "python test_all.py": "this file",
+    "bash runs/quickstart.sh": "a test above",
+    "python sample.py --checkpoint=out/quickstart/dpo/best.pt": "the quick start's test",
+    "bash runs/fgpt_712m.sh": "GPU, Hub; a test above sees what it asks for",
+    "GPUS=8 bash runs/fgpt_712m.sh": "GPUs",
+    "torchrun --nproc_per_node=8": "GPUs; tests above run two and three processes",
+    "python -m tools.convert_hf import": "Hub; a test above has one",
+    "python prepare_fineweb.py --source=kjj0": "Hub; a test above has one",
+    "python prepare_fineweb.py --out_dir=data/fineweb": "Hub; a test above has one",
+    "python -m space.app --checkpoint=out/chat/best.pt": "tests above look at the page",
+    "python app.py": "a test above runs it",
+    "python -m tools.bench train": "a test above runs it",
+    "hf ": "Hub",
+}
+TINY_CONFIG = """
+tokenizer, block_size, n_layer, n_head, n_embd = "bytes", 32, 1, 1, 16
+tokens_per_step, batch_size, max_steps, eval_interval, eval_tokens = 64, 2, 3, 1, 64
+"""
 
 
-def test_the_header_and_requirements_of_a_space_are_those_of_the_project():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    needed = [line for line in (ROOT / "space/requirements.txt").read_text().splitlines() if line[0] not in "#-"]
-    project = re.findall('"([^"]+)"', re.search("dependencies = (.*)", text)[1])
-    assert set(needed) < set(project)
-    card = (ROOT / "space/README.md").read_text(encoding="utf-8")
-    header = dict(line.split(": ", 1) for line in card.split("---\n")[1].splitlines())
-    assert header["sdk"] == "gradio" and (ROOT / "space" / header["app_file"]).is_file()
-    python = [header["python_version"].strip('"'), re.search('requires-python = ">=(.*)"', text)[1]]
-    assert [int(part) for part in python[0].split(".")] >= [int(part) for part in python[1].split(".")]
-    assert re.search(r'app = \["(.*)"\]', text)[1] in card  # how to install it elsewhere
-    sdk = header["sdk_version"]
-    low, high = re.search(r'app = \["gradio>=([\d.]+),<(\d+)"\]', text).groups()
-    numbers = [[int(part) for part in version.split(".")] for version in (low, sdk, high)]
-    assert numbers[0] <= numbers[1] < numbers[2]
-    pytest.importorskip("gradio")
-    assert importlib.metadata.version("gradio").split(".")[:2] >= low.split(".")[:2]
+def readme_commands():
+    """(command, its comment) of the README's blocks, then of its text."""
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S)).replace("\\\n", " ")
+    lines = [re.split(r"  +# ?", line) for line in blocks.splitlines()]
+    inline = re.findall(r"`((?:python|bash|pip|torchrun|hf) [^`]+)`", re.sub(r"```.*?```", "", README, flags=re.S))
+    return [(line[0].strip(), line[-1] if len(line) > 1 else "") for line in lines] + [(text, "") for text in inline]
 
 
-def test_the_page_computes_in_the_dtype_asked_for_and_so_are_the_weights_of_a_space(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="bytes")
-    served, page = [], SimpleNamespace(block_thread=lambda: None)
-    monkeypatch.setattr(space_app, "gradio", lambda: None)
-    monkeypatch.setattr(space_app, "launch", lambda model, *more: served.append(model) or (page, "address"))
-    for dtype in ("bfloat16", "float32"):
-        call(space_app, checkpoint=f"{tmp_path}/a.pt", dtype=dtype)
-    assert [str(model.wte.weight.dtype) for model in served] == ["torch.bfloat16", "torch.float32"]
-    monkeypatch.setattr(space_app, "UPDATE_SECONDS", 0)
-    writing = space_app.grow(served[0], Tokenizer("bytes"), [256, 65], 8, 0, 0)
-    for _ in range(4):  # as Gradio does, each step in a thread of its own
-        step = threading.Thread(target=lambda: next(writing))
-        step.start(), step.join()
-    assert next(writing)
+def why_not_run(command):
+    return next((why for start, why in NOT_RUN.items() if command.startswith(start)), "")
+
+
+def write_what_the_readme_takes_for_granted(folder):
+    rng, words = random.Random(0), "the a cat dog sat ran on in mat log big red old new it was and so but then".split()
+    texts = [" ".join(rng.choices(words, k=80)) for _ in range(3000)]
+    (folder / "texts").mkdir()
+    write_parquet(folder / "texts/a.parquet", texts)
+    (folder / "input.txt").write_text(("\n\n".join(texts) * 2)[:1_115_394])
+    asked = [dict(instruction=f"What is {i} + 1?", output=f"{i + 1}.") for i in range(60)]
+    (folder / "mine.json").write_text(json.dumps(asked))
+    pairs = [dict(prompt=f"What is {i} + 2?", chosen=f"{i + 2}.", rejected="Who knows?") for i in range(60)]
+    (folder / "preferences.json").write_text(json.dumps(pairs))
+    items = [dict(ctx=text[:60], endings=["a cat", "a dog", "ran", "it was"], label=0) for text in texts[:8]]
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (folder / "tiny.py").write_text(TINY_CONFIG)
+    (folder / "config").symlink_to(ROOT / "config")
+    (folder / "my_config.py").write_text(readme_python("# my_config.py"))
+
+
+def readme_python(start):
+    return next(code for code in re.findall(r"```python\n(.*?)```", README, flags=re.S) if code.startswith(start))
+
+
+def test_every_command_of_the_readme_works_one_after_the_other(tmp_path, monkeypatch):
+    write_what_the_readme_takes_for_granted(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    commands = list(dict.fromkeys(command for command, _ in readme_commands()))
+    used = {start for start in NOT_RUN for command in commands if command.startswith(start)}
+    assert used == NOT_RUN.keys(), "NOT_RUN has what the README has not"
+    for command in commands:
+        if why_not_run(command):
+            continue
+        piped, _, last = command.rpartition(" | ")
+        words = shlex.split(last)
+        if words[0] != "python":
+            subprocess.run(["bash", "-euc", command], env=environment, check=True)
+            continue
+        names = [" ".join(words[1 + (words[1] == "-m") :][:n]) for n in (2, 1)]
+        small = next(
+            LOCAL_AND_SMALL[name] for name in names if name in LOCAL_AND_SMALL
+        )  # KeyError: give the new command small settings
+        print("README:", command, flush=True)
+        in_this_process(monkeypatch, [*words[1:], *small.split()])
+
+
+def test_a_command_of_the_readme_that_was_not_run_here_says_what_it_needs():
+    for command, comment in readme_commands():
+        if re.search("GPU|Hub", why_not_run(command)) and f"`{command}`" not in README:
+            assert re.match("GPU|Hub", comment), command
+
+
+def test_the_commands_of_the_readme_that_are_not_run_name_settings_that_exist():
+    commands = [shlex.split(command) for command, _ in readme_commands() if why_not_run(command)]
+    commands = [words[1:] for words in commands if words[0] == "python" and words[1] in settings_by_script()]
+    for words in commands:
+        read_settings(words)
+    assert ["prepare_fineweb.py", "--source=kjj0/finewebedu10B-gpt2"] in commands
+
+
+def test_the_readmes_own_config_trains(tmp_path, monkeypatch):
+    write_what_the_readme_takes_for_granted(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    prepare(source=tmp_path / "texts/a.parquet", out_dir=tmp_path / "data/mine")
+    in_this_process(monkeypatch, ["train.py", "my_config.py", "--max_steps=1", "--eval_tokens=512", "--device=cpu"])
+    assert (tmp_path / "out/my_config/best.pt").exists()
+
+
+def test_model_py_and_its_muon_work_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(ROOT / "model.py", tmp_path)
+    code = readme_python("import torch\nfrom model import")
+    code += "import model; print(len(ids), model.__file__)"
+    assert run("-c", code, cwd=tmp_path) == f"8 {tmp_path}/model.py\n"
+
+
+def test_the_records_that_the_readme_shows_are_read_as_it_says():
+    records = [record for block in re.findall(r"```json\n(.*?)```", README, flags=re.S) for record in json.loads(block)]
+    rows = [prepare_instruct.to_conversations(record, "README") for record in records]
+    assert [len(sides) for sides in rows] == [1, 1, 2]
+    assert rows[0][0] == [
+        dict(role="user", content="What is the capital of France?"),
+        dict(role="assistant", content="Paris."),
+    ]
+
+
+def table(heading):
+    """Rows of the README's table whose first header is `heading`, as lists of cells."""
+    lines = README[README.index(f"\n| {heading} |") + 1 :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_tour_names_every_file_with_about_as_many_lines_as_it_has():
+    rows = {row[0].strip("`"): int(row[1]) for row in table("file")}
+    for name, lines in rows.items():
+        assert lines == pytest.approx(len((ROOT / name).read_text(encoding="utf-8").splitlines()), rel=0.05), name
+    assert rows.keys() == {path.name for path in ROOT.glob("*.py")} | {"space/app.py"}
+    for path in TOOLS + list((ROOT / "tools").glob("race.py")):
+        assert path.stem in README
+
+
+def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
+    measured = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    figures = [figure for row in table("what") for cell in row[1:3] for figure in re.findall(r"\d+\.\d+", cell)]
+    assert len(figures) > 10 and [figure for figure in figures if figure not in measured] == []
+    transcript = README.split("```")[3]
+    for figure in re.findall(r"\d+\.\d%", transcript):
+        assert figure in measured, figure
+
+
+def test_what_the_readme_computes_of_the_712m_model_follows_from_its_sizes():
+    settings = read_settings(["train.py", "config/fgpt_712m.py"])
+    with torch.device("meta"):
+        model = train.make_model(settings, SimpleNamespace(n_vocab=50259))
+    assert f"{model.flops_per_token() / 1e9:.2f} GFLOPs a token" in README and "(165, 362, 989 TFLOP/s)" in README
+    assert f"{4 * model.n_params() / 1e9:.2f} GB ({model.n_params():,} x 4 bytes" in README
+    peaks = {"RTX 4090": 165e12, "L40S": 362e12, "H100": 989e12, "H200": 989e12}
+    rows = table("GPU")
+    assert len(rows) == len(peaks)
+    for (gpu, micro_batch, _, speed, *hours), (name, peak) in zip(rows, peaks.items(), strict=True):
+        per_second = 0.4 * peak / model.flops_per_token()
+        assert name in gpu and settings["tokens_per_step"] // settings["block_size"] % int(micro_batch) == 0
+        assert int(speed.replace(",", "")) == pytest.approx(per_second, rel=0.03)
+        assert [int(h) for h in hours] == [round(n / per_second / 3600) for n in (10e9, 30e9)]
+
+
+def test_the_quick_starts_model_and_data_are_as_the_readme_says(world):
     sizes = {}
-    for dtype in ("", "bfloat16"):
-        path = tmp_path / f"space{dtype}/best.pt"
-        call(space_app, checkpoint=f"{tmp_path}/a.pt", dtype=dtype, assemble=str(path.parent))
-        assert not (path.parent / "gpt2_vocabulary").exists()
-        sizes[dtype] = sum(p.nbytes for p in load_checkpoint(path)["model"].values())
-    assert sizes["bfloat16"] * 2 == sizes[""] and path.stat().st_size < 1.2 * sizes["bfloat16"] + 20_000
-    model, _ = load_model(path)  # computes in fp32
-    near = torch.allclose(model.wte.weight, tiny().wte.weight, rtol=0.01)
-    assert near and model.wte.weight.dtype == torch.float32 and list(model.generate([[1, 2]], 3))
+    for name in ("quickstart", "shakespeare", "shakespeare_nanogpt", "small"):
+        settings = read_settings(["train.py", f"config/{name}.py"])
+        with torch.device("meta"):
+            coder = Tokenizer(settings["tokenizer"] or "gpt2")
+            sizes[name] = round(train.make_model(settings, coder).n_params() / 1e6, 1), settings["block_size"]
+    assert sizes["quickstart"] == (0.9, 128) and sizes["shakespeare"][0] == sizes["shakespeare_nanogpt"][0] == 0.8
+    assert sizes["small"] == (7.3, 256)  # hence --max_tokens=257
+    asked = [record["instruction"] for record in world["instruct"]]
+    assert sum(question in asked for question in finetune.QUESTIONS) == 8
 
 
-def test_what_the_page_cannot_do_is_one_line(tmp_path, monkeypatch):
-    (tmp_path / "gradio.py").write_text("raise ImportError")  # as if it were not installed
-    save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="bytes")
-    without = os.environ | {"PYTHONPATH": str(tmp_path)}
-    said = run("-m", "space.app", f"--checkpoint={tmp_path}/a.pt", code=1, env=without)
-    assert said == "app.py: gradio is not installed: pip install -e '.[app]'\n"
-    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
-        call(space_app, checkpoint=f"{tmp_path}/none.pt")
-    with pytest.raises(ValueError, match="port must be 1 to 65535, not 80000"):
-        call(space_app, checkpoint=f"{tmp_path}/a.pt", port=80000)
-    monkeypatch.setattr(space_app, "load_model", lambda *_: pytest.fail("the weights are read before that is known"))
-    save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="other")
-    with pytest.raises(ValueError, match="tokenizer must be"):
-        call(space_app, checkpoint=f"{tmp_path}/a.pt")
+def test_every_config_file_sets_only_settings_of_its_stage_and_fits_together():
+    known = settings_by_script()
+    for path in sorted((ROOT / "config").glob("*.py")):
+        stage = {"chat": "finetune.py", "dpo": "dpo.py"}.get(path.stem.split("_")[-1], "train.py")
+        settings = dict(known[stage])
+        configurator.apply_file(str(path), settings, known[stage])
+        train.check_settings(settings)
+        if stage == "train.py":
+            train.check_batch(settings["tokens_per_step"], settings["block_size"], settings["batch_size"], world=1)
+            with torch.device("meta"):
+                train.make_model(settings, Tokenizer("bytes"))
 
 
-def test_diverged_weights_and_a_question_in_gpt2_tokens_have_a_message_too(monkeypatch):
-    model, coder = tiny(n_vocab=50259, vocab_size=50304), Tokenizer("gpt2")
-    answer = space_app.chat(model, coder, "word" + " word" * 89, space_app.new_talk(), 4, 0, 0)
-    assert [part[2] for part in answer] == ["That is 92 tokens; with an answer only 28 fit into the context."]
-    answer = space_app.chat(model, coder, "x" * 5000, space_app.new_talk(), 4, 0, 0)
-    assert "5,000 characters" in next(answer)[2]
-    assert "5,000 characters" in space_app.bars(model, coder, "x" * 5000)
-    assert space_app.bars(model, coder, "<b>").count("<button") == 10
-    model.wte.weight.data.fill_(math.nan)
-    *_, last = space_app.chat(model, coder, "Hi", space_app.new_talk(), 4, 0, 0)
-    assert last[2].startswith("The model's logits are not numbers")
-    *_, last = space_app.complete(model, coder, "Hi", 4, 0, 0)
-    assert last == ("Hi", last[1]) and last[1].startswith("The model's logits are not numbers")
+def test_learning_rates_that_are_said_to_be_those_of_another_config_are():
+    names = {"learning_rate", "muon_learning_rate"}
+    rates = {name: runpy.run_path(ROOT / f"config/{name}.py", {"family": "gpt2", "optimizer": "muon"})
+             for name in ("gpt2_124m", "race_gpu", "fgpt_712m", "fgpt_modern")}  # fmt: skip
+    for one, other in (("gpt2_124m", "race_gpu"), ("fgpt_712m", "fgpt_modern")):
+        assert {name: rates[one][name] for name in names} == {name: rates[other][name] for name in names}
 
 
 if __name__ == "__main__":
