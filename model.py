@@ -558,10 +558,10 @@ class Muon(torch.optim.Optimizer):
                 for (p, _), update in zip(pairs, updates, strict=True):
                     update = update.to(p.dtype)
                     if group["beta2"]:
-                        if "second_moment" not in self.state[p]:
+                        if "second" not in self.state[p]:
                             lines = (rows, 1) if rows >= cols else (1, cols)
-                            self.state[p]["second_moment"] = update.new_zeros(n, *lines)
-                        update = normalize_neurons(update, self.state[p]["second_moment"], group["beta2"])
+                            self.state[p]["second"] = update.new_zeros(n, *lines)
+                        update = normalize_neurons(update, self.state[p]["second"], group["beta2"])
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.reshape(shape), alpha=-step_size)
 
 

@@ -1809,12 +1809,8 @@ def test_the_next_file_downloads_while_one_is_tokenized_and_no_more_than_two_are
 
     def watch(file, path, *rest):
         following = f"x/{int(file['stem'][0]) + 1}.parquet" if file["stem"][0] in "012" else None
-        for _ in range(500 if following else 0):
-            if len(fetched(server, following)) >= 2:  # a redirect, and the content
-                break
-            time.sleep(0.01)
-        else:
-            assert not following, "the next file was not asked for"
+        if following:  # is asked for, and begins to come
+            wait_for(lambda: len(fetched(server, following)) >= 2 and len(os.listdir(path.parent)) >= 2)
         kept.append(len([p for p in path.parent.iterdir()]))
         return tokenize_file(file, path, *rest)
 
@@ -1860,11 +1856,11 @@ def start_stage(out, **settings):
 
 
 def wait_for(condition):
-    for _ in range(2000):
-        if condition():
-            return
-        time.sleep(0.005)
-    raise AssertionError("it did not happen in 10 s")
+    """Looks again and again, as another process tells nobody when it has written a file."""
+    give_up = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < give_up, "it did not happen"
+        os.sched_yield()
 
 
 def test_prepare_fineweb_killed_anywhere_and_started_again_writes_the_same_bytes(tmp_path, monkeypatch):
@@ -4146,7 +4142,7 @@ class Site:
         while self.running:
             assert time.monotonic() < give_up, "it does not end"
             self.let(1)
-            time.sleep(0.01)
+            os.sched_yield()
         self.gate, self.script, self.most_running = threading.Semaphore(0), "", 0
         self.prompts.clear(), self.controls.clear(), self.ended.clear()
 
@@ -4284,23 +4280,18 @@ def test_the_sliders_reach_the_model_and_the_notice_says_why_it_ended(chat_site)
     assert chat_site.controls == [(160, 0.8, 50), (7, 1.25, 3)]
 
 
-def test_two_answers_never_compute_at_the_same_time(monkeypatch):
-    model, running = tiny(), []
+def test_two_answers_never_compute_at_the_same_time():
+    model, held = tiny(), []
 
     def step(*_, **__):
         for _ in range(3):
-            running.append(1)
-            time.sleep(0.05)
-            most.append(len(running))
-            running.pop()
+            held.append(space_app.COMPUTING.locked())
             yield torch.tensor([65])
 
-    most, model.generate = [], step
-    threads = [
-        threading.Thread(target=lambda: list(space_app.grow(model, Tokenizer("bytes"), [1], 3, 0, 0))) for _ in range(3)
-    ]
-    [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert most == [1] * 9
+    model.generate = step
+    for _ in space_app.grow(model, Tokenizer("bytes"), [1], 3, 0, 0):
+        assert not space_app.COMPUTING.locked()  # another answer may take a step
+    assert held == [True] * 3
 
 
 def test_stop_ends_an_answer_which_the_conversation_keeps_as_it_is(chat_site):
@@ -5614,10 +5605,11 @@ def test_the_real_run_makes_what_is_missing_resumes_what_was_begun_and_uses_all_
         (tmp_path / f"bin/{name}").write_text(f'#!/bin/sh\necho "{name} $*" >> "{tmp_path}/asked"\n')
         (tmp_path / f"bin/{name}").chmod(0o755)
 
-    def asked(*arguments, **variables):
-        (tmp_path / "asked").unlink(missing_ok=True)
+    def asked(*arguments, code=0, **variables):
+        (tmp_path / "asked").write_text("")
         environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"} | variables
-        subprocess.run(["bash", "runs/fgpt_712m.sh", *arguments], cwd=tmp_path, env=environment, check=True)
+        done = subprocess.run(["bash", "runs/fgpt_712m.sh", *arguments], cwd=tmp_path, env=environment)
+        assert done.returncode == code
         commands = (tmp_path / "asked").read_text().splitlines()
         for command in commands:  # of settings that exist
             words = command.split("torchrun --standalone --nproc_per_node=8 ")[-1].removeprefix("python ").split()
@@ -5630,17 +5622,24 @@ def test_the_real_run_makes_what_is_missing_resumes_what_was_begun_and_uses_all_
     assert scripts[:2] == ["prepare_fineweb.py", "prepare_instruct.py"] and scripts[5] == "finetune.py"
     assert scripts[2:5] == ["train.py", "hellaswag.py", "hellaswag.py"] and first[4].endswith("--style=harness")
     assert "config/fgpt_712m.py" in first[2] and first[2].endswith(" --max_tokens=1024") and "resume" not in first[2]
-    for name in ("data/fineweb", "data/instruct"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "meta.json").write_text("{}")
-    for name in ("fgpt_712m", "fgpt_712m_chat"):
-        (tmp_path / "out" / name).mkdir(parents=True)
+    for path in ("data/fineweb/meta.json", "data/instruct/meta.json", "out/fgpt_712m/best.pt"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    trained = asked()
+    assert "--init_from=resume" in trained[0] and trained[3].endswith("--overwrite=True")  # finetuning was not begun
+    (tmp_path / "out/fgpt_712m_chat").mkdir()
+    (tmp_path / "out/fgpt_712m_chat/ckpt.pt").touch()
+    os.utime(tmp_path / "out/fgpt_712m/best.pt", (0, 0))
     again = asked(GPUS="8")
     runs = [command for command in again if "--nproc_per_node=8" in command]
     assert [command.split()[3] for command in runs] == ["train.py", "hellaswag.py", "hellaswag.py", "finetune.py"]
-    assert again[0] == runs[0] and "--init_from=resume" in runs[0] and "--init_from=resume" in runs[3]
+    assert again[0] == runs[0] and "--init_from=resume" in runs[0] and runs[3].endswith("--init_from=resume")
+    os.utime(tmp_path / "out/fgpt_712m/best.pt")
+    os.utime(tmp_path / "out/fgpt_712m_chat/ckpt.pt", (0, 0))
+    assert asked()[3].endswith("--overwrite=True")  # it was trained further: the assistant begins anew
     other = asked(NAME="mine", CONFIG="config/fgpt_modern.py")
     assert "config/fgpt_modern.py" in other[0] and "out/mine/best.pt" in other[3] and "resume" not in other[0]
+    assert asked(GPUS="3", code=2) == []
 
 
 def test_held_out_accuracy_counts_right_answers_whatever_their_case(monkeypatch, tmp_path):
@@ -5697,6 +5696,7 @@ NOT_RUN = {  # beginning of a command: why
     "python sample.py --checkpoint=out/quickstart/dpo/best.pt": "the quick start's test",
     "bash runs/fgpt_712m.sh": "GPU, Hub; a test above sees what it asks for",
     "GPUS=8 bash runs/fgpt_712m.sh": "GPUs",
+    "CONFIG=config/fgpt_modern.py NAME=fgpt_modern bash runs/fgpt_712m.sh": "GPU, Hub",
     "torchrun --nproc_per_node=8": "GPUs; tests above run two and three processes",
     "python -m tools.convert_hf import": "Hub; a test above has one",
     "python prepare_fineweb.py --source=kjj0": "Hub; a test above has one",
@@ -5770,8 +5770,14 @@ def test_every_command_of_the_readme_works_one_after_the_other(tmp_path, monkeyp
 
 def test_a_command_of_the_readme_that_was_not_run_here_says_what_it_needs():
     for command, comment in readme_commands():
-        if re.search("GPU|Hub", why_not_run(command)) and f"`{command}`" not in README:
-            assert re.match("GPU|Hub", comment), command
+        if need := re.match("GPU|Hub", why_not_run(command)):
+            around = [paragraph for paragraph in README.split("\n\n") if f"`{command}`" in paragraph]
+            assert comment.startswith(need[0]) or any(need[0] in paragraph for paragraph in around), command
+
+
+def test_a_measured_figure_of_the_readme_has_a_command_that_names_what_was_measured():
+    for *_, commands in table("what"):
+        assert all(re.search(r"config/|--(configs|source|data_dir)=", c) for c in re.findall("`(.*?)`", commands)[:1])
 
 
 def test_the_commands_of_the_readme_that_are_not_run_name_settings_that_exist():
@@ -5840,10 +5846,12 @@ def test_what_the_readme_computes_of_the_712m_model_follows_from_its_sizes():
     peaks = {"RTX 4090": 165e12, "L40S": 362e12, "H100": 989e12, "H200": 989e12}
     rows = table("GPU")
     assert len(rows) == len(peaks)
-    for (gpu, micro_batch, _, speed, *hours), (name, peak) in zip(rows, peaks.items(), strict=True):
+    reckoned = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    for (gpu, micro_batch, memory_, speed, *hours), (name, peak) in zip(rows, peaks.items(), strict=True):
+        assert f"\n| {micro_batch} | {memory_.removesuffix(' GB')} |" in reckoned
         per_second = 0.4 * peak / model.flops_per_token()
         assert name in gpu and settings["tokens_per_step"] // settings["block_size"] % int(micro_batch) == 0
-        assert int(speed.replace(",", "")) == pytest.approx(per_second, rel=0.03)
+        assert int(speed.replace(",", "")) == pytest.approx(per_second, rel=0.005)
         assert [int(h) for h in hours] == [round(n / per_second / 3600) for n in (10e9, 30e9)]
 
 

@@ -125,7 +125,10 @@ UNITS = {
     "hellaswag_acc_norm": "share",
 }
 # dense bf16 FLOP/s from NVIDIA's data sheets; the first name contained in the GPU's name counts
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
+    "RTX 4090": 165e12,
+}  # fmt: skip
 # settings that may differ when a run is resumed, because they do not change its weights (or extend it on purpose)
 MAY_CHANGE = {"out_dir", "data_dir", "init_from", "overwrite", "force", "max_steps", "max_tokens"} | {
     "eval_interval", "eval_tokens",

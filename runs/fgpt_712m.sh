@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The real run, end to end: FineWeb-Edu, the 712M model, HellaSwag, an assistant. Needs a GPU, the Hub and GitHub, about
-# 60 GB of disk, and days. Not yet run to the end.
+# 60 GB of disk, and days: run it in tmux. Not yet run to the end.
 #
 #   bash runs/fgpt_712m.sh                              one GPU, 10 billion tokens
-#   GPUS=8 bash runs/fgpt_712m.sh                       eight GPUs
+#   GPUS=8 bash runs/fgpt_712m.sh                       eight GPUs (or 2, 4, 16 ...)
 #   bash runs/fgpt_712m.sh --max_tokens=30000000000     three times over the same 10 billion
 #   CONFIG=config/fgpt_modern.py NAME=fgpt_modern bash runs/fgpt_712m.sh
 #
@@ -13,6 +13,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${NAME:-fgpt_712m} config=${CONFIG:-config/fgpt_712m.py} gpus=${GPUS:-1}
+if ((512 % gpus)); then # rows of a step
+    echo "fgpt_712m.sh: GPUS=$gpus does not divide the 512 rows of a step: use 1, 2, 4, 8 ..." >&2
+    exit 2
+fi
 trap 'echo "fgpt_712m.sh: stopped, the same command goes on from here" >&2; exit 130' INT TERM
 
 stage() { # print the command, and run it
@@ -24,21 +28,22 @@ run() { # a stage on all GPUs
     if [ "$gpus" = 1 ]; then stage python "$@"; else stage torchrun --standalone --nproc_per_node="$gpus" "$@"; fi
 }
 
-again() { # the argument with which a run that has been begun goes on
-    if [ -d "$1" ]; then echo --init_from=resume; fi
-}
-
 if [ ! -e data/fineweb/meta.json ]; then # written at the end
     stage python prepare_fineweb.py --out_dir=data/fineweb
 fi
 if [ ! -e data/instruct/meta.json ]; then
-    stage python prepare_instruct.py --source=raschka,alpaca,smoltalk:50000 --max_tokens=1025 --out_dir=data/instruct
+    stage python prepare_instruct.py --source=raschka,alpaca,smoltalk:50000 --max_tokens=1025 --val_fraction=0.02 \
+        --out_dir=data/instruct
 fi
-run train.py "$config" --batch_size=0 --out_dir="out/$name" $(again "out/$name") "$@"
+begin=() # with what training goes on
+if [ -d "out/$name" ]; then begin=(--init_from=resume); fi
+run train.py "$config" --batch_size=0 --out_dir="out/$name" "${begin[@]}" "$@"
 run hellaswag.py --checkpoint="out/$name/best.pt"
 run hellaswag.py --checkpoint="out/$name/best.pt" --style=harness
-run finetune.py --checkpoint="out/$name/best.pt" --batch_size=2 --hellaswag_items=1000 --out_dir="out/${name}_chat" \
-    $(again "out/${name}_chat")
+begin=(--init_from=resume)
+if [ "out/$name/best.pt" -nt "out/${name}_chat/ckpt.pt" ]; then begin=(--overwrite=True); fi # new, or trained further
+run finetune.py --checkpoint="out/$name/best.pt" --batch_size=2 --eval_interval=1000 --hellaswag_items=1000 \
+    --out_dir="out/${name}_chat" "${begin[@]}"
 if python -c "import matplotlib" 2>/dev/null; then
     stage python -m tools.plot --runs="out/$name" --out="out/$name/loss.png"
 fi

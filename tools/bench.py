@@ -154,7 +154,8 @@ def read_config(config):
 def make_model(settings, device):
     """The model of a config, without the vocabulary that a tokenizer would fetch."""
     n_vocab = 259 if settings["tokenizer"] == "bytes" else 50259
-    return train.make_model(settings, SimpleNamespace(n_vocab=n_vocab)).to(device)
+    with torch.device(device):
+        return train.make_model(settings, SimpleNamespace(n_vocab=n_vocab))
 
 
 def attention_kernels(step):

@@ -8,18 +8,16 @@ reckoning, not a measurement: in bf16, without torch.compile, the CUDA context
 and what the allocator wastes (leave 1 to 2 GB for these).
 """
 
-from types import SimpleNamespace
 from unittest.mock import patch
 
-from configurator import apply_file, configure
+from configurator import configure
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import model as model_py
-import train
-from tools.bench import show
+from tools.bench import make_model, read_config, show
 
 config = "config/fgpt_712m.py"  # the model, a config of train.py
 batch_sizes = "1,2,4,8,16"  # micro-batches, rows
@@ -31,7 +29,7 @@ AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16}
 def peak_memory(settings, batch_size, activation_checkpointing):
     """GB (1e9 bytes) at the peak of the second step of these settings of train.py, with so many rows at a time."""
     with FakeTensorMode():
-        model = train.make_model(settings, SimpleNamespace(n_vocab=50259))
+        model = make_model(settings, "cpu")
         model.checkpoint_activations = activation_checkpointing
         optimizers = model_py.make_optimizers(model, settings["optimizer"])
         idx = torch.zeros(batch_size, settings["block_size"], dtype=torch.long)
@@ -51,15 +49,17 @@ def peak_memory(settings, batch_size, activation_checkpointing):
 
 
 def rows(config, batch_sizes):
-    settings = dict(train.DEFAULTS)
-    apply_file(config, settings, train.DEFAULTS)
+    settings = read_config(config)
     for size in batch_sizes:
         plain, checkpointed = (peak_memory(settings, size, option) for option in (False, True))
         yield {"micro-batch": size, "GB": plain, "GB with --activation_checkpointing": checkpointed}
 
 
 def main():
-    sizes = [int(size) for size in batch_sizes.split(",") if size.isdigit()]
+    try:
+        sizes = [int(size) for size in batch_sizes.split(",")]
+    except ValueError:
+        sizes = []
     if not sizes or min(sizes) < 1:
         raise ValueError(f"batch_sizes must be numbers above 0, separated by commas, not {batch_sizes!r}")
     show(rows(config, sizes))
