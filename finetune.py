@@ -2,7 +2,8 @@
 prepare_instruct.py make an assistant.
 
     python finetune.py --checkpoint=out/mine/best.pt --out_dir=out/chat
-    python finetune.py --checkpoint=out/mine/best.pt --init_from=resume
+    python finetune.py --checkpoint=out/mine/best.pt --out_dir=out/chat \\
+        --init_from=resume
 
 The loss counts the answers and their end tokens alone. Each validation also
 scores the likeliest answers to a fixed sample of validation questions, and

@@ -629,7 +629,7 @@ def load_checkpoint(path, device="cpu"):
     """The checkpoint's dict, tensors on `device`. FileNotFoundError, or ValueError for a file that is not one."""
     if not os.path.isfile(path):
         what = "a folder, not a checkpoint" if os.path.isdir(path) else "no such checkpoint"
-        raise FileNotFoundError(f"{path}: {what}; train.py writes best.pt and ckpt.pt into its out_dir")
+        raise FileNotFoundError(f"{path}: {what}; a run writes best.pt and ckpt.pt into its out_dir")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file

@@ -326,8 +326,8 @@ def check_space(sources, records, folder, tokenizer, max_tokens, keep_downloads)
             f"{folder}: about {needed} are needed, {tqdm.format_sizeof(free, 'B')} are free: free some, choose another "
             "--out_dir, or take less with --subset, --part or --max_tokens"
         )
-    kind = "about" if records else "a guess of"
-    print(f"files to do: {n_files:,}, {kind} {needed} needed, {tqdm.format_sizeof(free, 'B')} free")
+    kind = "" if records else " (a guess)"
+    print(f"files to do: {n_files:,}, about {needed} needed{kind}, {tqdm.format_sizeof(free, 'B')} free")
     return n_bytes
 
 

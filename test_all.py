@@ -2030,7 +2030,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tmp_path
         assert not any(path.startswith("/cdn") for _, path, _ in server.log)
         free[:] = [4 * sizes[-1]]
         prepare(**run, max_tokens=1)  # one file fits
-        assert "a guess of" in capsys.readouterr().out  # nothing of this kind has been measured yet
+        assert "needed (a guess)" in capsys.readouterr().out  # nothing of this kind has been measured yet
         free[:] = [0]
         prepare(**run, max_tokens=1)  # what is finished needs nothing
         assert "about 0.00B needed" in capsys.readouterr().out
@@ -3094,7 +3094,10 @@ def test_a_second_signal_stops_at_once(number):
     code = "import os, train; stop = train.stop_request(0); kill = lambda: os.kill(os.getpid(), {})\n"
     code += "print(stop()); kill(); print(stop(), flush=True); kill(); print('still there')"
     done = subprocess.run([sys.executable, "-c", code.format(int(number))], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "False\nstopping after this step; once more to stop at once\nTrue\n"
+    assert (
+        done.stdout
+        == "False\nstopping after this step (--init_from=resume goes on later); once more to stop at once\nTrue\n"
+    )
     assert done.returncode == -number
 
 
@@ -4141,8 +4144,9 @@ class Site:
         give_up = time.monotonic() + 30
         while self.running:
             assert time.monotonic() < give_up, "it does not end"
+            self.ended.clear()
             self.let(1)
-            os.sched_yield()
+            self.ended.wait(0.01)  # a flood of tokens would still reach the page when the next test uses it
         self.gate, self.script, self.most_running = threading.Semaphore(0), "", 0
         self.prompts.clear(), self.controls.clear(), self.ended.clear()
 
@@ -5622,7 +5626,7 @@ def test_the_real_run_makes_what_is_missing_resumes_what_was_begun_and_uses_all_
     assert scripts[:2] == ["prepare_fineweb.py", "prepare_instruct.py"] and scripts[5] == "finetune.py"
     assert scripts[2:5] == ["train.py", "hellaswag.py", "hellaswag.py"] and first[4].endswith("--style=harness")
     assert "config/fgpt_712m.py" in first[2] and first[2].endswith(" --max_tokens=1024") and "resume" not in first[2]
-    for path in ("data/fineweb/meta.json", "data/instruct/meta.json", "out/fgpt_712m/best.pt"):
+    for path in ("data/fineweb/meta.json", "data/fgpt_instruct/meta.json", "out/fgpt_712m/best.pt"):
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).touch()
     trained = asked()
@@ -5800,7 +5804,7 @@ def test_model_py_and_its_muon_work_alone_in_an_empty_folder(tmp_path):
     shutil.copy(ROOT / "model.py", tmp_path)
     code = readme_python("import torch\nfrom model import")
     code += "import model; print(len(ids), model.__file__)"
-    assert run("-c", code, cwd=tmp_path) == f"8 {tmp_path}/model.py\n"
+    assert run("-c", code, cwd=tmp_path).splitlines()[1:] == [f"8 {tmp_path}/model.py"]
 
 
 def test_the_records_that_the_readme_shows_are_read_as_it_says():

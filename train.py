@@ -478,7 +478,9 @@ def stop_request(max_minutes):
             signal.signal(each, afterwards)
         if rank_and_world()[0] == 0:
             more = b"; once more to stop at once" * (afterwards == signal.SIG_DFL)
-            os.write(1, b"stopping after this step" + more + b"\n")  # print may be at work itself
+            os.write(
+                1, b"stopping after this step (--init_from=resume goes on later)" + more + b"\n"
+            )  # print may be at work itself
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
@@ -542,7 +544,7 @@ def closing_line(state, out_dir):
     best = f"best.pt of step {state['best_step']} (validation loss {state['best_val_loss']:.4f})"
     best = "no best.pt, as nothing was validated" if state["best_val_loss"] == math.inf else best
     if state["best_step"] == 0 < state["step"] and state["best_val_loss"] < math.inf:
-        best += ": NOT TRAINED, no later validation was better; ckpt.pt has the trained weights"
+        best += ": NOT TRAINED, as no later validation was better, if there was one; ckpt.pt is trained"
     return f"{out_dir}: ckpt.pt of step {state['step']}, {best}"
 
 

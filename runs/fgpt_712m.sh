@@ -18,9 +18,10 @@ if ((512 % gpus)); then # rows of a step
     exit 2
 fi
 trap 'echo "fgpt_712m.sh: stopped, the same command goes on from here" >&2; exit 130' INT TERM
+trap 'echo "fgpt_712m.sh: that failed; nothing is lost, the same command goes on from here" >&2' ERR
 
 stage() { # print the command, and run it
-    printf '\n\033[1m$ %s\033[0m\n' "$*"
+    printf '\n\033[1m$ %s\033[0m\n' "$(printf '%q ' "$@")"
     "$@"
 }
 
@@ -31,9 +32,9 @@ run() { # a stage on all GPUs
 if [ ! -e data/fineweb/meta.json ]; then # written at the end
     stage python prepare_fineweb.py --out_dir=data/fineweb
 fi
-if [ ! -e data/instruct/meta.json ]; then
+if [ ! -e data/fgpt_instruct/meta.json ]; then
     stage python prepare_instruct.py --source=raschka,alpaca,smoltalk:50000 --max_tokens=1025 --val_fraction=0.02 \
-        --out_dir=data/instruct
+        --out_dir=data/fgpt_instruct
 fi
 begin=() # with what training goes on
 if [ -d "out/$name" ]; then begin=(--init_from=resume); fi
@@ -43,7 +44,7 @@ run hellaswag.py --checkpoint="out/$name/best.pt" --style=harness
 begin=(--init_from=resume)
 if [ "out/$name/best.pt" -nt "out/${name}_chat/ckpt.pt" ]; then begin=(--overwrite=True); fi # new, or trained further
 run finetune.py --checkpoint="out/$name/best.pt" --batch_size=2 --eval_interval=1000 --hellaswag_items=1000 \
-    --out_dir="out/${name}_chat" "${begin[@]}"
+    --data_dir=data/fgpt_instruct --out_dir="out/${name}_chat" "${begin[@]}"
 if python -c "import matplotlib" 2>/dev/null; then
     stage python -m tools.plot --runs="out/$name" --out="out/$name/loss.png"
 fi

@@ -23,7 +23,7 @@ mkdir -p "$dir"
 stage() { # stage NAME COMMAND...: print the command, run it, note its seconds
     local name=$1 began=$SECONDS
     shift
-    printf '\n\033[1m$ %s\033[0m\n' "$*"
+    printf '\n\033[1m$ %s\033[0m\n' "$(printf '%q ' "$@")"
     "$@"
     echo "$name $((SECONDS - began))" >>"$dir/seconds.txt"
 }
