@@ -5643,7 +5643,7 @@ def test_the_real_run_makes_what_is_missing_resumes_what_was_begun_and_uses_all_
     assert asked()[3].endswith("--overwrite=True")  # it was trained further: the assistant begins anew
     other = asked(NAME="mine", CONFIG="config/fgpt_modern.py")
     assert "config/fgpt_modern.py" in other[0] and "out/mine/best.pt" in other[3] and "resume" not in other[0]
-    assert asked(GPUS="3", code=2) == []
+    assert asked(GPUS="3", code=2) == asked(GPUS="0", code=2) == asked(GPUS="all", code=2) == []
 
 
 def test_held_out_accuracy_counts_right_answers_whatever_their_case(monkeypatch, tmp_path):

@@ -13,7 +13,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${NAME:-fgpt_712m} config=${CONFIG:-config/fgpt_712m.py} gpus=${GPUS:-1}
-if ((512 % gpus)); then # rows of a step
+if [[ ! $gpus =~ ^[1-9][0-9]*$ ]] || ((512 % gpus)); then # rows of a step
     echo "fgpt_712m.sh: GPUS=$gpus does not divide the 512 rows of a step: use 1, 2, 4, 8 ..." >&2
     exit 2
 fi
