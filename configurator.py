@@ -19,19 +19,23 @@ import traceback
 import types
 from pathlib import Path
 
-# PyTorch's CPU threads spin while they wait for one another. When another process wants the core, that made a step of a
-# small model 50 times slower: spin briefly, then sleep. It has to be set before torch is imported, so scripts import
-# this file first.
+# PyTorch's CPU threads spin while they wait for each other. When another process needs the core, that made a step of a
+# small model 50 times slower: spin briefly, then sleep. The variable must be set before torch is imported, so scripts
+# import this file first.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-PLAIN = (bool, int, float, str, tuple, list, type(None))
+PLAIN = (bool, int, float, str, tuple, list, type(None))  # types that a setting may have
+
+
+class BadInput(ValueError):
+    """A person has to fix something: an argument, a setting, a file. Shown as one line that says what to do."""
 
 
 def configure(namespace):
     """Apply sys.argv to the settings in `namespace` (a script's globals()), in place.
 
     Prints the settings and exits 0 on --help; prints one line to stderr and exits 2 when an argument is wrong.
-    From here on, bad input found by the script is one line as well (see `one_line_errors`).
+    From here on, bad input that the script finds is one line as well (see `one_line_errors`).
     """
     sys.excepthook = one_line_errors
     settings = settings_of(namespace)
@@ -42,7 +46,7 @@ def configure(namespace):
     try:
         for argument in sys.argv[1:]:
             apply_argument(argument, settings, defaults)
-    except (ValueError, OSError) as error:
+    except (BadInput, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     namespace.update(settings)
@@ -50,64 +54,92 @@ def configure(namespace):
 
 def settings_of(namespace):
     """The settings among a script's globals(): lower-case names with plain values, as a dict."""
-    return {n: v for n, v in namespace.items() if n.islower() and not n.startswith("_") and isinstance(v, PLAIN)}
+    settings = {}
+    for name, value in namespace.items():
+        if name.islower() and not name.startswith("_") and isinstance(value, PLAIN):
+            settings[name] = value
+    return settings
 
 
 def apply_argument(argument, settings, defaults):
     """Change `settings` by one command-line argument: a config file's path, --name=value, or --flag."""
     if not argument.startswith("--"):
-        return apply_file(argument, settings, defaults)
+        apply_file(argument, settings, defaults)
+        return
     name, has_value, text = argument[2:].partition("=")
     check_known(name, defaults)
     default = defaults[name]
+    if not has_value and not isinstance(default, bool):
+        raise BadInput(f"--{name} needs a value: --{name}={default!r}")
     if not has_value:
-        if not isinstance(default, bool):
-            raise ValueError(f"--{name} needs a value: --{name}={default!r}")
         value = True
     elif isinstance(default, str):
         value = text
     else:
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
+        value = parse_literal(text)
     settings[name] = check_type(name, value, default)
 
 
+def parse_literal(text):
+    """The Python literal that the text spells, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def apply_file(path, settings, defaults):
+    """Execute a config file and change `settings` by the names that it defines."""
     if not path.endswith(".py") or not Path(path).is_file():
-        raise ValueError(f"{path}: no such config file (settings are --name=value, config files end in .py)")
+        raise BadInput(f"{path}: no such config file (settings are --name=value, config files end in .py)")
     names = dict(settings)
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = lines[-1] if lines else getattr(error, "lineno", "?")
-        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+        raise BadInput(f"{path}, line {line}: {type(error).__name__}: {error}") from None
     for name, value in names.items():
-        own = name.startswith("_") or callable(value) or isinstance(value, types.ModuleType)
-        if name in settings or not own:
-            try:
-                check_known(name, defaults)
-                settings[name] = check_type(name, value, defaults[name])
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+        private = name.startswith("_") or callable(value) or isinstance(value, types.ModuleType)
+        if private and name not in settings:
+            continue
+        try:
+            check_known(name, defaults)
+            settings[name] = check_type(name, value, defaults[name])
+        except BadInput as error:
+            raise BadInput(f"{path}: {error}") from None
 
 
 def check_known(name, defaults):
+    """BadInput for a name that is not a setting."""
     if name not in defaults:
         near = difflib.get_close_matches(name, defaults, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
-        raise ValueError(f"unknown setting {name}: {hint}")
+        raise BadInput(f"unknown setting {name}: {hint}")
 
 
 def check_type(name, value, default):
-    """The value to store, or ValueError. An int is fine for a float; a default of None accepts anything."""
+    """The value to store. BadInput for a wrong type; an int is fine for a float, and anything for a default of None."""
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if default is not None and type(value) is not type(default):
-        raise ValueError(f"{name} must be {type(default).__name__} (default {default!r}), not {value!r}")
+        raise BadInput(f"{name} must be {type(default).__name__} (default {default!r}), not {value!r}")
     return value
+
+
+def check_settings(settings, at_least_1=(), rules=()):
+    """BadInput that lists everything that is wrong with a script's settings.
+
+    Numbers must be at least 0, those named in at_least_1 at least 1. rules: (whether it holds, what must hold) pairs.
+    """
+    problems = []
+    for name, value in settings.items():
+        least = 1 if name in at_least_1 else 0
+        if isinstance(value, int | float) and not value >= least:
+            problems.append(f"{name} must be at least {least}, not {value}")
+    problems += [text for holds, text in rules if not holds]
+    if problems:
+        raise BadInput("; ".join(problems))
 
 
 def help_text(namespace, settings):
@@ -127,25 +159,21 @@ def help_text(namespace, settings):
 
 
 def one_line_errors(kind, error, trace):
-    """sys.excepthook: bad input is one line on stderr; a bug keeps its traceback.
+    """sys.excepthook: what a person has to fix is one line on stderr; a bug keeps its traceback.
 
-    Bad input is any OSError, and a ValueError that this folder's code raised itself; a GPU whose memory is full gets a
-    line as well. FGPT_TRACEBACK=1 shows all.
+    Besides BadInput these are OSError (files, network, devices), FloatingPointError (a model that has diverged), and a
+    GPU whose memory is full. FGPT_TRACEBACK=1 shows the traceback of these too.
     """
-    if kind is KeyboardInterrupt:
-        return print("\nstopped", file=sys.stderr)
-    frames = traceback.extract_tb(trace)
-    file = Path(frames[-1].filename).resolve() if frames else Path()
-    raised_here = file.is_relative_to(Path(__file__).resolve().parent) and "site-packages" not in file.parts
+    script = Path(sys.argv[0]).name
     out_of_memory = kind.__name__ == "OutOfMemoryError"  # torch's, which is not imported here
-    bad_input = issubclass(kind, OSError) or (issubclass(kind, ValueError) and raised_here) or out_of_memory
-    if out_of_memory:
-        text = (
-            "the GPU's memory is full: use a smaller batch or --activation_checkpointing=True (--force=True to resume)"
-        )
-    else:
-        text = " ".join(str(error).split())
-    if bad_input and not os.environ.get("FGPT_TRACEBACK"):
-        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    if kind is KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+    elif os.environ.get("FGPT_TRACEBACK"):
+        sys.__excepthook__(kind, error, trace)
+    elif out_of_memory:
+        remedy = "use a smaller batch or --activation_checkpointing=True (--force=True to resume)"
+        print(f"{script}: the GPU's memory is full: {remedy}", file=sys.stderr)
+    elif issubclass(kind, BadInput | OSError | FloatingPointError):
+        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -1,0 +1,254 @@
+"""Token shards, and the order in which training reads them. Needs only numpy: copy this file where you like.
+
+    windows = Windows(find_shards("data/mine", "train"), block_size=1024, n_vocab=50259, seed=1)
+    batch = windows.batch(first=0, count=16)  # (16, 1025)
+
+A shard is a file in the format of llm.c: a header of 256 little-endian int32 (magic 20240520, version 1, number of
+tokens, zeros), then the tokens as uint16. Every document begins with the end token.
+"""
+
+import hashlib
+import json
+import math
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+SPLITS = ("train", "val")
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+HASH_KEY = b"fgpt validation"  # never change it: documents would change sides
+# prepare_fineweb.py writes a record about each source file; these must be the same for all files of a folder
+RULES = ("tokenizer", "split", "text_field", "split_blank_lines")
+RECORD = ("source", "stem", "size", "checksum", "revision", "val_fraction")
+COUNTS = ("documents", "tokens", "bytes")  # what is counted of each split; bytes of the text as UTF-8
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# shards
+
+
+def write_shard(file, tokens):
+    """Append (n,) uint16 tokens to a shard that is open in mode "wb", and keep its header right.
+
+    OSError beyond the 2^31 - 1 tokens that a header can count.
+    """
+    n_before = max(file.seek(0, os.SEEK_END) - HEADER_BYTES, 0) // 2
+    n_tokens = n_before + len(tokens)
+    if n_tokens > 2**31 - 1:
+        raise OSError(f"{file.name}: a shard holds at most 2,147,483,647 tokens: split the source into smaller files")
+    header = np.zeros(256, "<i4")
+    header[:3] = MAGIC, VERSION, n_tokens
+    file.seek(0)
+    file.write(header)
+    file.seek(0, os.SEEK_END)
+    file.write(np.ascontiguousarray(tokens, "<u2"))
+
+
+def open_shard(path):
+    """(n,) uint16 memmap of a shard's tokens. OSError when the header does not fit the file."""
+    size = os.path.getsize(path)
+    header = np.fromfile(path, "<i4", 256)
+    if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
+        found = f"magic {header[0]}, version {header[1]}" if len(header) > 1 else f"{size} bytes"
+        raise OSError(f"{path}: not a token shard (header: {found}): create it with prepare_fineweb.py")
+    if size != HEADER_BYTES + 2 * int(header[2]):
+        raise OSError(
+            f"{path}: its header says {header[2]:,} tokens but it holds {(size - HEADER_BYTES) / 2:,.10g}: "
+            "the file is damaged, delete it and prepare or download it again"
+        )
+    if header[2] == 0:
+        raise OSError(f"{path}: a shard without tokens: delete it")
+    return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES)
+
+
+def split_of(name):
+    """"train" or "val" by a shard's file name, or None: its beginning (train_, val_) counts first, then any part."""
+    for split in SPLITS:
+        if name.startswith(f"{split}_"):
+            return split
+    for split in ("val", "train"):
+        if split in name:
+            return split
+    return None
+
+
+def find_shards(folder, split):
+    """Sorted paths of a folder's shards of a split. FileNotFoundError when there are none."""
+    paths = sorted(path for path in Path(folder).glob("*.bin") if split_of(path.name) == split)
+    if paths:
+        return paths
+    if not Path(folder).is_dir():
+        problem, more = "no such folder of shards", ""
+    else:
+        problem = f"no {split} shards ({split}_*.bin) there"
+        more = " and a larger --val_fraction" if split == "val" else ""
+    raise FileNotFoundError(f"{folder}: {problem}: create them with prepare_fineweb.py --out_dir={folder}{more}")
+
+
+def is_validation(text, val_fraction):
+    """Whether a text is held out: a hash of the text alone decides, so a smaller fraction holds out a subset."""
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=HASH_KEY).digest()
+    return int.from_bytes(digest, "little") / 2**64 < val_fraction
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# JSON files, and what a folder of shards says about itself
+
+
+def read_json(path):
+    """The content of a JSON file. OSError that names the file, and the place, when it is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OSError(f"{path}: not JSON ({error}): fix the file or create it again") from None
+
+
+def write_json(path, value):
+    """Write a JSON file, whole or not at all."""
+    temporary = f"{path}.{os.getpid()}.tmp"  # several machines may write the meta.json of a shared folder
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_sidecars(folder):
+    """The records source_*.json of a folder's source files. OSError for a file that only has the name of one."""
+    records = []
+    needed = {*RULES, *SPLITS, *RECORD} - {"revision"}
+    for path in sorted(Path(folder).glob("source_*.json")):
+        record = read_json(path)
+        if not isinstance(record, dict) or not needed <= record.keys():
+            raise OSError(f"{path}: not a record by prepare_fineweb.py: move it to another folder")
+        records.append(record)
+    return records
+
+
+def read_meta(folder):
+    """What a folder of shards holds: tokenizer, split rule, totals of train and val; {} where nothing says so.
+
+    Derived from the sidecars, so folders may be merged by copying; meta.json counts only where there are none.
+    OSError when the sidecars contradict each other.
+    """
+    records = read_sidecars(folder)
+    path = Path(folder) / "meta.json"
+    if not records:
+        return read_json(path) if path.exists() else {}
+    meta = {"format_version": 1}
+    for name in RULES:
+        values = sorted({str(record[name]) for record in records})
+        if len(values) > 1:
+            raise OSError(f"{folder}: prepared in parts with {name} {' and '.join(values)}: keep one of them")
+        meta[name] = records[0][name]
+    for split in SPLITS:
+        meta[split] = {key: sum(record[split][key] for record in records) for key in COUNTS}
+    meta["sources"] = sorted(record["source"] for record in records)
+    return meta
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the order: a batch is a pure function of (seed, step)
+
+
+class Windows:
+    """Windows of block_size + 1 tokens from a list of shards, in an endless pseudo-random order.
+
+    A shard of n tokens has (n - 1) // block_size windows; each epoch visits every window of every shard once. What is
+    left over in a shard is skipped at its beginning or end, divided differently in each epoch. There may be no window.
+    """
+
+    def __init__(self, paths, block_size, n_vocab, seed):
+        self.paths = paths
+        self.block_size = block_size
+        self.n_vocab = n_vocab
+        self.seed = seed
+        self.shards = [np.asarray(open_shard(path)) for path in paths]  # a plain view is sliced faster than a memmap
+        self.lengths = np.array([len(shard) for shard in self.shards])
+        self.counts = (self.lengths - 1) // block_size
+        self.ends = np.cumsum(self.counts)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def batch(self, first, count):
+        """Windows number first to first + count - 1 of the endless order: (count, block_size + 1) int64.
+
+        OSError when a shard holds an id that is not below n_vocab.
+        """
+        shards, starts = self.places(np.arange(first, first + count))
+        width = self.block_size + 1
+        rows = [self.shards[shard][start : start + width] for shard, start in zip(shards, starts, strict=True)]
+        batch = np.stack(rows)
+        if batch.max() >= self.n_vocab:
+            raise OSError(
+                f"{Path(self.paths[0]).parent}: token id {batch.max()} is outside the vocabulary of {self.n_vocab}: "
+                "the shards are damaged or were made with another tokenizer (--tokenizer=)"
+            )
+        return batch.astype(np.int64)
+
+    def places(self, numbers):
+        """Numbers in the endless order -> (shard, first token in it) of each window, two arrays."""
+        epochs = numbers // len(self)
+        windows = self.order(numbers)
+        shards = np.searchsorted(self.ends, windows, side="right")
+        left_over = (self.lengths[shards] - 1) % self.block_size
+        offsets = hash_of(self.seed, epochs, shards) % (left_over + 1).astype(np.uint64)
+        window_in_shard = windows - (self.ends - self.counts)[shards]
+        return shards, offsets.astype(np.int64) + window_in_shard * self.block_size
+
+    def order(self, numbers):
+        """Numbers in the endless order -> windows in range(len(self))."""
+        windows = np.empty_like(numbers)
+        epochs = numbers // len(self)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            windows[here] = permute(numbers[here] % len(self), len(self), hash_of(self.seed, epoch))
+        return windows
+
+    def fingerprint(self):
+        """[name, tokens, checksum of both ends] of each shard, by which a resumed run recognizes its data."""
+        found = []
+        for path, shard in zip(self.paths, self.shards, strict=True):
+            ends = np.concatenate((shard[:4096], shard[-4096:]))
+            found.append([path.name, len(shard), zlib.crc32(ends)])
+        return found
+
+
+def permute(index, n, key):
+    """Where a pseudo-random permutation of range(n) puts `index` (array of ints < n), without storing it.
+
+    A four-round Feistel network permutes the numbers below the next power of four; a value that lands at n or above is
+    sent through again (cycle walking) until it lands below.
+    """
+    half = np.uint64(max(1, math.ceil(math.log2(max(n, 2)) / 2)))  # bits of each half of a number
+    mask = (np.uint64(1) << half) - np.uint64(1)
+
+    def shuffle(x):
+        left = x >> half
+        right = x & mask
+        for round_ in range(4):
+            left, right = right, left ^ (mix(right ^ mix(key + np.uint64(round_))) & mask)
+        return (left << half) | right
+
+    x = shuffle(np.asarray(index, np.uint64))
+    while (outside := x >= n).any():
+        x[outside] = shuffle(x[outside])
+    return x.astype(np.int64)
+
+
+def hash_of(*numbers):
+    """A uint64 hash of several integers, (1,), or (n,) hashes where some of them are (n,) arrays."""
+    key = np.zeros(1, np.uint64)
+    for number in numbers:
+        key = mix(key + np.asarray(number).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+    return key
+
+
+def mix(x):
+    """splitmix64's finalizer (Steele et al. 2014): uint64 array -> well-mixed uint64 array."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
