@@ -64,7 +64,7 @@ def open_shard(path):
 
 
 def split_of(name):
-    """"train" or "val" by a shard's file name, or None: its beginning (train_, val_) counts first, then any part."""
+    """The split in the name of a shard, or None: its beginning (train_, val_) counts first, then any part of it."""
     for split in SPLITS:
         if name.startswith(f"{split}_"):
             return split
@@ -94,7 +94,7 @@ def is_validation(text, val_fraction):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# JSON files, and what a folder of shards says about itself
+# JSON and records, and what a folder of shards says about itself
 
 
 def read_json(path):
@@ -103,6 +103,48 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise OSError(f"{path}: not JSON ({error}): fix the file or create it again") from None
+
+
+def read_records(path):
+    """Yields (where, record) for each record of a .jsonl, .parquet or .json file; `where` names the file and the place.
+
+    Blank lines of a .jsonl are skipped. OSError when the file is damaged, or a .json is not a list.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        yield from read_jsonl(path)
+    elif path.suffix == ".parquet":
+        yield from read_parquet(path)
+    else:
+        records = read_json(path)
+        if not isinstance(records, list):
+            raise OSError(f"{path}: must be a list of records, not {type(records).__name__}")
+        for number, record in enumerate(records, 1):
+            yield f"{path}, record {number}", record
+
+
+def read_jsonl(path):
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:  # not JSON, or not UTF-8
+                raise OSError(f"{path}, line {number} is not JSON (is the file truncated?): {error}") from None
+            yield f"{path}, line {number}", record
+
+
+def read_parquet(path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        records = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise OSError(f"{path} is not a complete parquet file ({error}): delete it and download it again") from None
+    for number, record in enumerate(records, 1):
+        yield f"{path}, row {number}", record
 
 
 def write_json(path, value):
