@@ -4,29 +4,31 @@
     python -m tools.toyworld --seed=7 --repeats=10 --out_dir=data/small
 
 Writes into out_dir:
-    docs.parquet         short texts and stories that tell every fact, and ask
-                         nothing (FineWeb-Edu's columns)
+    docs.parquet         short texts and stories that tell every fact and
+                         contain no question (FineWeb-Edu's columns)
     instruct.json        questions and answers about four fifths of the facts,
                          and a few general ones (Alpaca's fields)
-    preferences.json     a question on each of these facts; the answers chosen
-                         are brief, the others wordy or rude
-    hellaswag_val.jsonl  beginnings of statements, each with one right ending in
-                         four (HellaSwag's fields)
-    questions.json       questions about the last fifth, the held-out facts,
-                         which no other file asks; with answers
+    preferences.json     a question about each of these facts; the chosen
+                         answer is brief, the rejected one wordy or rude
+    hellaswag_val.jsonl  beginnings of statements, each with four endings of
+                         which one is right (HellaSwag's fields)
+    questions.json       questions and answers about the last fifth, the
+                         held-out facts, which no other file asks about
 
 The same seed and repeats write the same bytes (with the same pyarrow).
 """
 
 import json
 import random
+import re
+from collections import namedtuple
 from pathlib import Path
 
-from configurator import configure
+from configurator import BadInput, configure
 
 out_dir = "data/toyworld"  # folder to write into; its files of the same names are replaced
 seed = 1337  # of everything random: wordings, order, and which facts are held out
-repeats = 30  # how often the docs go through all facts, telling each about twice; 30 make 0.9 MB
+repeats = 30  # passes of the docs over all facts, each of which tells a fact about twice; 30 passes are 0.9 MB
 
 HELDOUT = 1 / 5  # share of the facts of each relation
 STORY = 0.4  # share of facts told as an opening and then the plain statement, else by any statement
@@ -179,47 +181,80 @@ Well, let me think about it for a long while, because I like to talk. {answer} |
 {answer} I could go on and on about it, as there is so much more to say, and I like to hear myself talk."""
 
 
+Fact = namedtuple("Fact", "relation subject answer")
+Relation = namedtuple("Relation", "openings statements questions")  # lists of patterns
+
+
+def main():
+    if repeats < 1:
+        raise BadInput(f"--repeats must be at least 1, not {repeats}")
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def rng(purpose):  # one generator per file: changing `repeats` does not change which facts are held out
+        return random.Random(f"{seed} {purpose}")
+
+    facts = world_facts()
+    relations = parse_relations(RELATIONS)
+    known, heldout = hold_out(facts, rng("hold out"))
+    docs = make_docs(facts, relations, repeats, rng("docs"))
+    write_parquet(folder / "docs.parquet", docs, rng("columns"))
+    rows = {
+        "instruct.json": make_instruct(known, relations, rng("instruct")),
+        "preferences.json": make_preferences(known, relations, rng("preferences")),
+        "questions.json": make_questions(heldout, relations, rng("questions")),
+    }
+    for name, content in rows.items():
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    lines = [json.dumps(item) + "\n" for item in make_hellaswag(facts, relations, rng("hellaswag"))]
+    (folder / "hellaswag_val.jsonl").write_text("".join(lines), encoding="utf-8")
+    n_bytes = sum(len(text.encode("utf-8")) for text in docs)
+    print(f"{folder}: {len(facts)} facts ({len(heldout)} held out), {len(docs):,} documents of {n_bytes:,} bytes")
+
+
+def world_facts():
+    facts = []
+    for country, answers in parse_table(COUNTRIES).items():
+        relations = ("capital", "continent", "language")
+        facts += [Fact(relation, country, answer) for relation, answer in zip(relations, answers, strict=True)]
+    for noun, (kind, legs, food) in parse_table(ANIMALS).items():
+        animal = with_article(noun)
+        facts += [Fact("kind", animal, with_article(kind)), Fact("legs", animal, legs), Fact("food", animal, food)]
+    facts += [Fact("color", thing, color) for thing, [color] in parse_table(COLORS).items()]
+    facts += [Fact("author", work, author) for work, [author] in parse_table(WORKS).items()]
+    facts += [Fact("sum", f"{x} + {y}", str(x + y)) for x in range(1, 7) for y in range(1, 7)]
+    return facts
+
+
 def parse_table(text):
     """'key: value, value; key: ...' as a dict of lists."""
     rows = [row.split(": ") for row in " ".join(text.split()).split("; ")]
     return {key: values.split(", ") for key, values in rows}
 
 
+def with_article(noun):
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
 def parse_relations(text):
-    """The blocks of RELATIONS as {name: {"!": openings, "": statements, "?": questions}}."""
+    """The blocks of RELATIONS as {name: Relation}."""
     relations = {}
     for block in text.strip().split("\n\n"):
         name, *lines = block.split("\n")
-        relations[name] = {"!": [], "": [], "?": []}
+        patterns = {"!": [], "": [], "?": []}
         for line in lines:
             mark = line[0] if line[0] in "!?" else ""
-            relations[name][mark] += line.removeprefix(mark).strip().split(" | ")
+            patterns[mark] += line.removeprefix(mark).strip().split(" | ")
+        relations[name] = Relation(patterns["!"], patterns[""], patterns["?"])
     return relations
 
 
-def with_article(noun):
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
-
-
-def world_facts():
-    """All facts as tuples (relation, subject, answer)."""
-    facts = []
-    for country, values in parse_table(COUNTRIES).items():
-        facts += zip(("capital", "continent", "language"), [country] * 3, values, strict=True)
-    for animal, (kind, legs, food) in parse_table(ANIMALS).items():
-        animal = with_article(animal)
-        facts += [("kind", animal, with_article(kind)), ("legs", animal, legs), ("food", animal, food)]
-    facts += [("color", thing, values[0]) for thing, values in parse_table(COLORS).items()]
-    facts += [("author", work, values[0]) for work, values in parse_table(WORKS).items()]
-    facts += [("sum", f"{x} + {y}", str(x + y)) for x in range(1, 7) for y in range(1, 7)]
-    return facts
-
-
 def hold_out(facts, rng):
-    """(known, heldout): a fifth of each relation's facts is held out; 2 + 3 and 3 + 2 stay on one side."""
+    """(known, heldout): a fifth of each relation's facts is held out; 2 + 3 and 3 + 2 stay together."""
     groups = {}
     for fact in facts:
-        groups.setdefault(fact[0], {}).setdefault(frozenset(fact[1].split(" + ")), []).append(fact)
+        subject = frozenset(fact.subject.split(" + "))
+        groups.setdefault(fact.relation, {}).setdefault(subject, []).append(fact)
     heldout = set()
     for subjects in groups.values():
         for subject in rng.sample(list(subjects), round(HELDOUT * len(subjects))):
@@ -227,37 +262,42 @@ def hold_out(facts, rng):
     return [fact for fact in facts if fact not in heldout], [fact for fact in facts if fact in heldout]
 
 
-def tell(pattern, fact, name=""):
-    """The sentence that a pattern makes of a fact, with a capital first letter."""
-    _, subject, answer = fact
-    x, y = (subject.split(" + ") * 2)[:2]
-    text = pattern.format(s=subject, a=answer, x=x, y=y, name=name)
-    return text[0].upper() + text[1:]
-
-
 def make_docs(facts, relations, repeats, rng):
     """Texts that tell each fact about 2 * repeats times: half are about one subject, half about one relation."""
-    subjects, themes = {}, {}
+    subjects = {}
+    themes = {}
     for fact in facts:
-        subjects.setdefault(fact[1], []).append(fact)
-        themes.setdefault(fact[0], []).append(fact)
+        subjects.setdefault(fact.subject, []).append(fact)
+        themes.setdefault(fact.relation, []).append(fact)
     docs = []
     for _ in range(repeats):
         chapters = [rng.sample(told, len(told)) for told in subjects.values()]
         for theme in themes.values():
             order = rng.sample(theme, len(theme))
             chapters += [order[i : i + 4] for i in range(0, len(order), 4)]
-        for chapter in chapters:
-            name, sentences = rng.choice(NAMES), []
-            for fact in chapter:
-                relation = relations[fact[0]]
-                told = [rng.choice(relation[""])]
-                if len(chapter) == 1 or rng.random() < STORY:
-                    told = [rng.choice(relation["!"]), relation[""][0]]
-                sentences += [tell(pattern, fact, name) for pattern in told]
-            docs.append(" ".join(sentences))
+        docs += [write_chapter(chapter, relations, rng) for chapter in chapters]
     rng.shuffle(docs)
     return docs
+
+
+def write_chapter(facts, relations, rng):
+    """One text about these facts and one person."""
+    name = rng.choice(NAMES)
+    sentences = []
+    for fact in facts:
+        relation = relations[fact.relation]
+        patterns = [rng.choice(relation.statements)]
+        if len(facts) == 1 or rng.random() < STORY:
+            patterns = [rng.choice(relation.openings), relation.statements[0]]
+        sentences += [tell(pattern, fact, name) for pattern in patterns]
+    return " ".join(sentences)
+
+
+def tell(pattern, fact, name=""):
+    """The sentence that a pattern makes of a fact, with a capital first letter."""
+    x, _, y = fact.subject.partition(" + ")  # of a sum
+    text = pattern.format(s=fact.subject, a=fact.answer, x=x, y=y, name=name)
+    return text[0].upper() + text[1:]
 
 
 def write_parquet(path, docs, rng):
@@ -285,75 +325,58 @@ def make_instruct(known, relations, rng):
     """Alpaca rows: every question about each known fact, and the general ones, in random order."""
     rows = [[part.strip() for part in line.split("|")] for line in GENERAL.strip().split("\n")]
     for fact in known:
-        relation = relations[fact[0]]
-        rows += [[tell(question, fact), "", tell(relation[""][0], fact)] for question in relation["?"]]
+        answer = tell(relations[fact.relation].statements[0], fact)
+        rows += [[tell(question, fact), "", answer] for question in relations[fact.relation].questions]
     rng.shuffle(rows)
-    return [dict(zip(("instruction", "input", "output"), row, strict=True)) for row in rows]
+    return [{"instruction": instruction, "input": given, "output": output} for instruction, given, output in rows]
 
 
 def make_preferences(known, relations, rng):
     """One pair per known fact: the bare answer is chosen, the same answer in a wordy or rude wrapping rejected."""
-    wrappings, rows = WORDY.strip().replace("\n", " | ").split(" | "), []
+    wrappings = WORDY.strip().replace("\n", " | ").split(" | ")
+    rows = []
     for fact in rng.sample(known, len(known)):
-        relation = relations[fact[0]]
-        question, answer = tell(rng.choice(relation["?"]), fact), tell(relation[""][0], fact)
-        rejected = rng.choice(wrappings).format(answer=answer)
-        rows.append({"instruction": question, "input": "", "chosen": answer, "rejected": rejected})
+        question, chosen = ask(fact, relations, rng)
+        rejected = rng.choice(wrappings).format(answer=chosen)
+        rows.append({"instruction": question, "input": "", "chosen": chosen, "rejected": rejected})
     return rows
+
+
+def ask(fact, relations, rng):
+    """(one of the questions about a fact, its answer)."""
+    relation = relations[fact.relation]
+    return tell(rng.choice(relation.questions), fact), tell(relation.statements[0], fact)
+
+
+def make_questions(heldout, relations, rng):
+    """A {question, answer} for each held-out fact."""
+    rows = [ask(fact, relations, rng) for fact in heldout]
+    return [{"question": question, "answer": answer} for question, answer in rows]
 
 
 def make_hellaswag(facts, relations, rng):
     """HellaSwag items: an opening and the start of a statement; endings are answers of one relation, one is true."""
     items = []
     for number, fact in enumerate(rng.sample(facts, N_HELLASWAG)):
-        relation = relations[fact[0]]
-        # Cut before the answer, so the subject must come earlier; in the docs no opening precedes these statements.
-        patterns = [p for p in relation[""][1:] if 0 <= max(p.find("{s}"), p.find("{y}")) < p.find("{a}")]
-        pattern = rng.choice(patterns)
+        relation = relations[fact.relation]
+        # Not the first statement, which is the one that follows an opening in the docs. The context ends before the
+        # answer, so the subject ({s}, or {y} of a sum) must come earlier.
+        pattern = rng.choice([p for p in relation.statements[1:] if re.search(r"\{[sy]\}.*\{a\}", p)])
         start, _, rest = pattern.partition("{a}")
         name = rng.choice(NAMES)
-        ctx_a, ctx_b = tell(rng.choice(relation["!"]), fact, name), tell(start.strip(), fact, name)
-        wrong = sorted({answer for kind, _, answer in facts if kind == fact[0]} - {fact[2]})
+        ctx_a = tell(rng.choice(relation.openings), fact, name)
+        ctx_b = tell(start.strip(), fact, name)
+        wrong = sorted({other.answer for other in facts if other.relation == fact.relation} - {fact.answer})
         label = number % 4
         answers = rng.sample(wrong, 3)
-        answers.insert(label, fact[2])
-        item = {"ind": number, "activity_label": fact[0].capitalize(), "ctx_a": ctx_a, "ctx_b": ctx_b}
-        item |= {"ctx": f"{ctx_a} {ctx_b}", "endings": [answer + rest for answer in answers]}
-        item |= {"source_id": f"toyworld~{number}", "split": "val", "split_type": "indomain", "label": label}
+        answers.insert(label, fact.answer)
+        item = dict(
+            ind=number, activity_label=fact.relation.capitalize(), ctx_a=ctx_a, ctx_b=ctx_b, ctx=f"{ctx_a} {ctx_b}",
+            endings=[answer + rest for answer in answers], source_id=f"toyworld~{number}", split="val",
+            split_type="indomain", label=label,
+        )  # fmt: skip
         items.append(item)
     return items
-
-
-def make_questions(heldout, relations, rng):
-    """A {question, answer} for each held-out fact."""
-    rows = [(relations[fact[0]], fact) for fact in heldout]
-    return [{"question": tell(rng.choice(r["?"]), fact), "answer": tell(r[""][0], fact)} for r, fact in rows]
-
-
-def main():
-    if repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, not {repeats}")
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def rng(purpose):  # one generator per file: changing `repeats` does not change which facts are held out
-        return random.Random(f"{seed} {purpose}")
-
-    facts, relations = world_facts(), parse_relations(RELATIONS)
-    known, heldout = hold_out(facts, rng("hold out"))
-    docs = make_docs(facts, relations, repeats, rng("docs"))
-    write_parquet(folder / "docs.parquet", docs, rng("columns"))
-    rows = {
-        "instruct.json": make_instruct(known, relations, rng("instruct")),
-        "preferences.json": make_preferences(known, relations, rng("preferences")),
-        "questions.json": make_questions(heldout, relations, rng("questions")),
-    }
-    for name, content in rows.items():
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    lines = [json.dumps(item) + "\n" for item in make_hellaswag(facts, relations, rng("hellaswag"))]
-    (folder / "hellaswag_val.jsonl").write_text("".join(lines), encoding="utf-8")
-    n_bytes = sum(len(text.encode("utf-8")) for text in docs)
-    print(f"{folder}: {len(facts)} facts ({len(heldout)} held out), {len(docs):,} documents of {n_bytes:,} bytes")
 
 
 if __name__ == "__main__":
