@@ -4,16 +4,16 @@ norm, learning rate, tokens/s.
     python -m tools.plot --runs=out/fgpt_712m --out=plot.png
     python -m tools.plot --runs=out/adamw,out/muon --x=tokens --out=compare.png
 
-Reads log.jsonl of each run (of train.py, finetune.py or dpo.py, also one that
-is still being written). Writes the picture and prints one line per run. A panel
-that no run has data for is left out.
+Reads the log.jsonl of each run (of train.py, finetune.py or dpo.py), also while
+the run is still writing it. Writes the picture and prints one line per run. A
+panel for which no run has data is left out.
 """
 
 import glob
 import json
 from pathlib import Path
 
-from configurator import configure
+from configurator import BadInput, configure
 
 import numpy as np
 
@@ -22,13 +22,13 @@ out = "plot.png"  # the picture to write; .pdf and .svg work too
 x = "steps"  # horizontal axis: steps, tokens or hours
 
 FORMAT = "fgpt log 1"
-UNITS = {"loss": "nats/token", "tokens": "trained tokens"}  # where a log does not tell
+UNITS = {"loss": "nats/token", "tokens": "trained tokens"}  # where a log has no units
 X_AXES = {  # x: column of the log, divisor, label
     "steps": ("step", 1, "optimizer step"),
     "tokens": ("tokens", 1, "{tokens}"),
     "hours": ("seconds", 3600, "training time (hours)"),
 }
-PANELS = {  # title: label of the y axis, then (column of the log, name in the panel's key, line style)
+PANELS = {  # title: label of the y axis, then (column of the log, name in the panel's key, style in LINES)
     "Loss": ("{loss}", ("loss", "train", "noisy"), ("val_loss", "validation", "dots")),
     "HellaSwag": ("accuracy", ("hellaswag_acc_norm", "acc_norm", "dots"), ("hellaswag_acc", "acc", "dashed")),
     "Gradient norm": ("norm before clipping", ("grad_norm", "", "noisy")),
@@ -36,7 +36,7 @@ PANELS = {  # title: label of the y axis, then (column of the log, name in the p
     "Speed": ("tokens per second", ("tokens_per_second", "", "noisy")),
 }
 LINES = {
-    "noisy": {"linewidth": 1.8},  # the smoothed line; the values themselves are drawn faint behind it
+    "noisy": {"linewidth": 1.8},  # the smoothed line; the values themselves are drawn faintly behind it
     "line": {"linewidth": 1.8},
     "dashed": {"linewidth": 1.5, "linestyle": (0, (4, 2))},
     "dots": {"linewidth": 1.2, "marker": "o", "markersize": 5, "markerfacecolor": "white"},
@@ -57,20 +57,15 @@ STYLE = {
 }
 
 
-def plot_runs(paths, out, x="steps"):
-    """Draw the runs at `paths` (folders, log.jsonl files, or globs of them) into the picture `out`; print a line each.
-
-    x: "steps", "tokens" or "hours". Raises ValueError or OSError for a log that cannot be drawn, for more runs than
-    colours, and when matplotlib is not installed.
-    """
+def main():
     if x not in X_AXES:
-        raise ValueError(f"x must be steps, tokens or hours, not {x!r}")
+        raise BadInput(f"x must be steps, tokens or hours, not {x!r}")
     if Path(out).suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"{out}: the picture's name must end in .png (or .pdf, .svg)")
-    logs = find_logs(paths)
+        raise BadInput(f"{out}: the picture's name must end in .png (or .pdf, .svg)")
+    logs = find_logs([path for path in runs.split(",") if path])
     if not 1 <= len(logs) <= len(COLORS):
-        raise ValueError(f"name 1 to {len(COLORS)} runs (--runs=out/a,out/b), not {len(logs)}")
-    tables = {name: read_table(path, x) for name, path in logs.items()}
+        raise BadInput(f"name 1 to {len(COLORS)} runs (--runs=out/a,out/b), not {len(logs)}")
+    tables = {name: Table(path, x) for name, path in logs.items()}
     figure = draw(tables, x)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
@@ -80,11 +75,11 @@ def plot_runs(paths, out, x="steps"):
 
 
 def find_logs(paths):
-    """{name: log file}. A run is called as its folder; if two folders have the same name, all by their whole paths."""
+    """{name: log file}. A run has the name of its folder; if two have the same, all are named by their whole paths."""
     files = []
     for path in paths:
-        found = [log_file(match) for match in sorted(glob.glob(path)) if log_file(match).is_file()]
-        files += found or [log_file(path)]
+        found = [log_file(match) for match in sorted(glob.glob(path))]
+        files += [file for file in found if file.is_file()] or [log_file(path)]
     files = list(dict.fromkeys(files))
     names = [file.resolve().parent.name if file.name == "log.jsonl" else file.stem for file in files]
     if len(set(names)) < len(names):
@@ -96,43 +91,53 @@ def log_file(path):
     return Path(path) if path.endswith(".jsonl") else Path(path) / "log.jsonl"
 
 
+class Table:
+    """A log as columns; x: the horizontal axis, a key of X_AXES."""
+
+    def __init__(self, path, x):
+        units, self.rows = read_log(path)
+        self.units = UNITS | units
+        column, divisor, _ = X_AXES[x]
+        self.x = self.column(column) / divisor
+
+    def column(self, name):
+        """(n,) float64, nan where a row has no value."""
+        return np.array([row.get(name) for row in self.rows], dtype=float)
+
+    def points(self, name):
+        """The points of one column: (xs, ys), each (m,), without rows that lack it."""
+        ys = self.column(name)
+        exists = np.isfinite(self.x) & np.isfinite(ys)
+        return self.x[exists], ys[exists]
+
+
 def read_log(path):
     """(units, rows) of a run's log.jsonl: of each column, {name: unit}, and a dict of numbers for each step.
 
-    A last line cut off in writing (the run was killed, or writes it now) is skipped with a note. FileNotFoundError, or
-    ValueError that names the file and the line.
+    A last line that is incomplete (the run was killed, or is writing it now) is skipped with a note.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file: a run writes it into its out_dir")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    header, *rows = [parse(line) for line in lines] or [None]
-    if not header or header.get("format") != FORMAT:
-        raise ValueError(f'{path}: not a log of a run: its first line should say "format": "{FORMAT}"')
-    if rows and rows[-1] is None:
-        print(f"note: {path}: its last line was cut off in writing and is skipped")
+    records = [parse(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    if not records or records[0].get("format") != FORMAT:
+        raise BadInput(f'{path}: not a log of a run: its first line should say "format": "{FORMAT}"')
+    header, *rows = records
+    if rows and not rows[-1]:
+        print(f"note: {path}: its last line is cut off and is skipped")
         rows.pop()
     for number, row in enumerate(rows, start=2):
-        if row is None or "step" not in row:
-            raise ValueError(f"{path}: line {number} is damaged: remove it to read the others")
+        if "step" not in row:
+            raise BadInput(f"{path}: line {number} is damaged: remove it to read the others")
     return header.get("units", {}), rows
 
 
 def parse(line):
-    """The line's JSON object, or None."""
+    """The line's JSON object; {} if it is none."""
     try:
         row = json.loads(line)
     except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def read_table(path, x):
-    """A log as {column: (n,) float64, NaN where a row has no value}, with "x" for the axis and "units"."""
-    units, rows = read_log(path)
-    names = {"step", "tokens", "seconds", "val_bpb", *(c[0] for _, *columns in PANELS.values() for c in columns)}
-    table = {name: np.array([row.get(name) for row in rows], dtype=float) for name in names}
-    column, divisor, _ = X_AXES[x]
-    return {**table, "x": table[column] / divisor, "units": UNITS | units}
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def draw(tables, x):
@@ -141,13 +146,14 @@ def draw(tables, x):
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("plots need matplotlib: pip install -e '.[plot]'") from None
+        raise BadInput("plots need matplotlib: pip install -e '.[plot]'") from None
 
-    titles = [title for title, (_, *columns) in PANELS.items() if any(has_data(tables, c[0]) for c in columns)]
+    titles = [title for title in PANELS if columns_with_data(title, tables)]
     if not titles:
-        raise ValueError(f"{', '.join(tables)}: nothing to draw over {x} yet")
-    cells = titles[:1] * (len(titles) % 2) + titles
-    rows = [cells[i : i + 2] for i in range(0, len(cells), 2)]
+        raise BadInput(f"{', '.join(tables)}: nothing to draw over {x} yet")
+    if len(titles) % 2:
+        titles.insert(0, titles[0])
+    rows = [titles[i : i + 2] for i in range(0, len(titles), 2)]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.2 * len(rows) + 0.25 * len(tables)), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
@@ -159,68 +165,54 @@ def draw(tables, x):
     return figure
 
 
+def columns_with_data(title, tables):
+    """The columns of a panel for which any run has data, as in PANELS."""
+    _, *columns = PANELS[title]
+    return [column for column in columns if any(len(table.points(column[0])[0]) for table in tables.values())]
+
+
 def draw_panel(ax, title, tables, x):
     """Each column of the panel for each run; then the axes, and a key above the panel that tells columns apart."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    label, *columns = PANELS[title]
-    columns = [column for column in columns if has_data(tables, column[0])]
+    columns = columns_with_data(title, tables)
     # runs of several stages have several units
-    units = {name: ", ".join(dict.fromkeys(table["units"][name] for table in tables.values())) for name in UNITS}
-    ax.set(title=title, xlabel=X_AXES[x][2].format(**units), ylabel=label.format(**units))
+    units = {name: ", ".join(dict.fromkeys(table.units[name] for table in tables.values())) for name in UNITS}
+    ax.set(title=title, xlabel=X_AXES[x][2].format(**units), ylabel=PANELS[title][0].format(**units))
     for color, table in zip(COLORS, tables.values(), strict=False):
-        for name, _, kind in columns:
-            draw_column(ax, *finite(table, name), kind, color)
-    end = max(np.nanmax(table["x"], initial=0) for table in tables.values())
+        for name, _, style in columns:
+            draw_column(ax, *table.points(name), style, color)
+    end = max(np.nanmax(table.x, initial=0) for table in tables.values())
     ax.set_xlim(-0.02 * end, 1.02 * end or 1)
     ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=x != "hours"))
     ax.xaxis.set_major_formatter(FuncFormatter(short))
-    ax.yaxis.set_major_formatter(FuncFormatter(short))
     if title == "HellaSwag":
         ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g}%"))
         ax.axhline(0.25, color=GREY, linewidth=1.2, linestyle=":")
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
         ax.annotate("chance: 25%", (1, 0.25), (0, 3), color=GREY, fontsize=9, **place)
     else:
-        limit_y(ax, [finite(table, name) for table in tables.values() for name, *_ in columns], title != "Loss")
+        ax.yaxis.set_major_formatter(FuncFormatter(short))
+        points = [table.points(name) for table in tables.values() for name, _, _ in columns]
+        limit_y(ax, points, from_zero=title != "Loss")
     if len(columns) > 1:
-        keys = [Line2D([], [], color=GREY, **LINES[kind]) for *_, kind in columns]
+        handles = [Line2D([], [], color=GREY, **LINES[style]) for _, _, style in columns]
         place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2, "ncols": 2}
-        ax.legend(keys, [key for _, key, _ in columns], fontsize=9, labelcolor=GREY, **place)
+        ax.legend(handles, [key for _, key, _ in columns], fontsize=9, labelcolor=GREY, **place)
 
 
-def draw_column(ax, xs, ys, kind, color):
+def draw_column(ax, xs, ys, style, color):
     if not len(xs):
         return
-    line = dict(LINES[kind], color=color)
-    if kind == "noisy":
+    line = dict(LINES[style], color=color)
+    if style == "noisy":
         ax.plot(xs, ys, color=color, linewidth=0.6, alpha=0.3)
         ys = smooth(ys)
-    if kind == "dots":
+    if style == "dots":
         every = max(1, len(xs) // 30)
         line["markevery"] = ((len(xs) - 1) % every, every)  # the last one always
     ax.plot(xs, ys, **line)
-
-
-def limit_y(ax, columns, from_zero):
-    """Fit the y axis to the columns, given as (xs, ys), without the fall of the first steps and without single spikes.
-
-    Says in the panel what is cut off.
-    """
-    columns = [(xs, ys) for xs, ys in columns if len(xs)]
-    bottom = 0 if from_zero else min(ys.min() for _, ys in columns)
-    highest = max(ys.max() for _, ys in columns)
-    settled = max(np.quantile(ys[xs >= 0.03 * xs[-1]], 0.99) for xs, ys in columns)
-    top = bottom + 1.2 * (settled - bottom)
-    if highest > bottom + 1.2 * (top - bottom):
-        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2}
-        note, place = f"values up to {short(highest)} are cut off", {"ha": "right", "va": "top", "bbox": box}
-        ax.text(0.99, 0.97, note, transform=ax.transAxes, color=GREY, fontsize=9, **place)
-    else:
-        top = highest
-    pad = 0.05 * (top - bottom) or 0.1
-    ax.set_ylim(bottom if from_zero else bottom - pad, top + pad)
 
 
 def smooth(ys):
@@ -229,14 +221,24 @@ def smooth(ys):
     return np.convolve(ys, triangle, "same") / np.convolve(np.ones(len(ys)), triangle, "same")
 
 
-def finite(table, name):
-    """The points of one column: (xs, ys), each (m,), without rows that lack it."""
-    there = np.isfinite(table["x"]) & np.isfinite(table[name])
-    return table["x"][there], table[name][there]
+def limit_y(ax, points, from_zero):
+    """Fit the y axis to the points, a list of (xs, ys), without the fall of the first steps and without single spikes.
 
-
-def has_data(tables, name):
-    return any(len(finite(table, name)[1]) for table in tables.values())
+    A note in the panel says what is cut off.
+    """
+    points = [(xs, ys) for xs, ys in points if len(xs)]
+    bottom = 0 if from_zero else min(ys.min() for _, ys in points)
+    highest = max(ys.max() for _, ys in points)
+    settled = max(np.quantile(ys[xs >= 0.03 * xs[-1]], 0.99) for xs, ys in points)
+    top = bottom + 1.2 * (settled - bottom)
+    if highest > bottom + 1.2 * (top - bottom):
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2}
+        place = {"transform": ax.transAxes, "ha": "right", "va": "top", "bbox": box}
+        ax.text(0.99, 0.97, f"values up to {short(highest)} are cut off", color=GREY, fontsize=9, **place)
+    else:
+        top = highest
+    pad = 0.05 * (top - bottom) or 0.1
+    ax.set_ylim(bottom if from_zero else bottom - pad, top + pad)
 
 
 def short(value, _=None):
@@ -252,22 +254,22 @@ def short(value, _=None):
 
 def summary(table):
     """A run in a line, which is printed and stands above the panels: what it has reached, and what that took."""
-    losses, parts = finite(table, "loss")[1], []
+    parts = []
+    _, losses = table.points("loss")
     if len(losses):
         parts.append(f"train loss {smooth(losses)[-1]:.4f}")
-    if has_data({"": table}, "val_loss"):
-        best = np.nanargmin(table["val_loss"])
-        parts.append(f"best validation loss {table['val_loss'][best]:.4f} at step {table['step'][best]:,.0f}")
-    parts += [f"{bpb:.3f} bits/byte" for bpb in finite(table, "val_bpb")[1][-1:]]
-    parts += [f"HellaSwag acc_norm {accuracy:.1%}" for accuracy in finite(table, "hellaswag_acc_norm")[1][-1:]]
-    parts.append(f"{np.nanmax(table['tokens'], initial=0):,.0f} {table['units']['tokens']}")
-    seconds = np.nanmax(table["seconds"], initial=0)
+    val_losses = table.column("val_loss")
+    if np.isfinite(val_losses).any():
+        best = np.nanargmin(val_losses)
+        parts.append(f"best validation loss {val_losses[best]:.4f} at step {table.column('step')[best]:,.0f}")
+    for name, text in (("val_bpb", "{:.3f} bits/byte"), ("hellaswag_acc_norm", "HellaSwag acc_norm {:.1%}")):
+        _, values = table.points(name)
+        if len(values):
+            parts.append(text.format(values[-1]))
+    parts.append(f"{np.nanmax(table.column('tokens'), initial=0):,.0f} {table.units['tokens']}")
+    seconds = np.nanmax(table.column("seconds"), initial=0)
     parts.append(f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes")
     return ", ".join(parts)
-
-
-def main():
-    plot_runs([path for path in runs.split(",") if path], out, x)
 
 
 if __name__ == "__main__":
