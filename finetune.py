@@ -5,58 +5,60 @@ prepare_instruct.py make an assistant.
     python finetune.py --checkpoint=out/mine/best.pt --out_dir=out/chat \\
         --init_from=resume
 
-The loss counts the answers and their end tokens alone. Each validation also
-scores the likeliest answers to a fixed sample of validation questions, and
-HellaSwag with --hellaswag_items: finetuning must not ruin the base. Writes into
-out_dir what train.py writes (log.jsonl, ckpt.pt, best.pt: talk to it with
-sample.py) and samples.md: ten questions answered, and these scores, before and
-after (by best.pt).
+The loss counts only the answers and their end tokens. Each validation also
+scores the most likely answers to a fixed sample of validation questions, and,
+with --hellaswag_interval, HellaSwag shows whether finetuning harms the base.
+Writes into out_dir what train.py writes (log.jsonl, ckpt.pt, best.pt: talk to
+it with sample.py) and samples.md: ten questions answered, and these scores,
+before and after (by best.pt).
 """
 
 import functools
+import hashlib
 import json
 import re
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from configurator import configure, settings_of
+from configurator import BadInput, check_settings, configure, settings_of
 
 import numpy as np
 import torch
 
-import hellaswag
-from hub import checksum
-from model import (
-    IGNORE,
+from data import read_json
+from model import IGNORE, make_optimizers
+from run import (
+    Run,
+    autocast_for,
+    due,
     join_processes,
-    leave_processes,
     load_model,
-    make_optimizers,
     pick_device,
+    pick_dtype,
+    prefetch,
     rank_and_world,
     sum_over_ranks,
 )
-from prepare_fineweb import read_json
 from tokenizer import Tokenizer
-from train import begin, check_settings, claim_out_dir, closing_line, due, fit, found_settings, lr_scale, stop_request
+from train import UNITS as TRAIN_UNITS
+from train import load_hellaswag, lr_scale, next_token_loss, set_learning_rates, train_step
 
 # files
-checkpoint = "out/fgpt_712m/best.pt"  # the model to begin with; family and tokenizer come from it
+checkpoint = "out/fgpt_712m/best.pt"  # the model to start from; family and tokenizer come from it
 data_dir = "data/instruct"  # folder of prepare_instruct.py
 out_dir = "out/finetune"  # where the log, the checkpoints and samples.md go
-init_from = "scratch"  # scratch, or resume: go on from out_dir/ckpt.pt
-overwrite = False  # start anew in an out_dir that holds a run
+init_from = "scratch"  # scratch, or resume: continue from out_dir/ckpt.pt
+overwrite = False  # start over in an out_dir that holds a run
 force = False  # resume although settings changed that change the run
-# optimization
-optimizer = "adamw"  # adamw, or muon (AdamW for embeddings and norms)
+# optimization, by AdamW
 rows_per_step = 32  # global batch, conversations
-batch_size = 8  # micro-batch, conversations; the rest is accumulated
+batch_size = 8  # micro-batch, conversations; gradients are accumulated over the rest
 epochs = 3  # passes over the conversations
-learning_rate = 3e-4  # peak of AdamW; a model of a few million parameters wants 1e-3
-muon_learning_rate = 0.002  # peak of Muon
+learning_rate = 3e-4  # peak; 1e-3 is better for a model of a few million parameters
 weight_decay = 0.0  # decoupled, on matrices and embeddings
-beta2 = 0.95  # decay of AdamW's second moment (Muon's is 0.95)
+beta2 = 0.95  # decay of the second moment
 grad_clip = 1.0  # largest gradient norm; 0: no clipping
 warmup_steps = 10  # linear from 0 to the peak; then a linear decay to 0
 seed = 1337  # of the order of the conversations
@@ -65,16 +67,33 @@ eval_interval = 50  # steps between validations, which choose best.pt
 log_interval = 10  # steps between printed lines
 checkpoint_interval = 200  # steps between writes of ckpt.pt
 max_minutes = 0.0  # save and stop after this time; 0: no limit
-answer_tokens = 64  # longest answer that is written, tokens
+answer_tokens = 64  # longest answer that is generated, tokens
 scored_answers = 64  # validation conversations whose answers are scored, a fixed sample; 0: none
-hellaswag_items = 0  # items to score, the first of a fixed shuffle; 0: none
+hellaswag_interval = 0  # steps between HellaSwag scores; 0: never
 hellaswag_source = ""  # HellaSwag-format file; empty: the real one
+hellaswag_limit = 0  # items to score; 0: all
 # machine
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
-dtype = ""  # float32, bfloat16 or native (bfloat16 where it is fast); empty: float32 on CPUs, else native
+dtype = ""  # float32 or bfloat16; empty: bfloat16 where it was measured to be faster
 activation_checkpointing = False  # less memory for a third more compute
 deterministic = False  # bit-identical runs where kernels would differ
 
+UNITS = {
+    **TRAIN_UNITS,
+    "val_exact_match": "share of first answers",
+    "val_f1": "mean over first answers",
+    "val_exact_match_2": "share of second answers",
+    "val_f1_2": "mean over second answers",
+}
+LABELS = {"loss": "loss", "val_loss": "val", "val_exact_match": "exact match", "hellaswag_acc": "hellaswag"}
+AT_LEAST_1 = {  # all other numbers must be at least 0
+    "rows_per_step", "pairs_per_step", "batch_size", "epochs", "eval_interval", "log_interval", "checkpoint_interval",
+    "answer_tokens",
+}  # fmt: skip
+MAY_CHANGE = {  # on resuming; files are recognized by their checksums
+    "checkpoint", "data_dir", "epochs", "eval_interval", "answer_tokens", "scored_answers", "hellaswag_interval",
+    "hellaswag_source", "hellaswag_limit",
+}  # fmt: skip
 QUESTIONS = """What is the capital of France?
 What is 2 + 2?
 Say hello.
@@ -87,65 +106,204 @@ What is the boiling point of water?
 Summarize the plot of '1984' by George Orwell.""".splitlines()
 
 
+def main():
+    settings = settings_of(globals())
+    check(settings)
+    join_processes(settings["device"])
+    model, tokenizer, device, autocast = load_base(settings)
+    train, val = load_conversations(data_dir, tokenizer, model.config.block_size)
+    hellaswag, items = load_hellaswag(settings)
+    n_steps = epochs * -(-len(train) // rows_per_step)
+    optimizers = make_optimizers(model, "adamw", learning_rate, weight_decay=weight_decay, beta2=beta2)
+    run = Run("finetune", settings, n_steps, UNITS, LABELS, MAY_CHANGE)
+    if run.stored:
+        use_current_names(run.stored["settings"])
+    before = answers(model, tokenizer, QUESTIONS, answer_tokens, autocast)
+    run.restore(model, optimizers, tokenizer.name, fingerprint(checkpoint, data_dir))
+    print(f"{len(train):,} conversations, {n_steps:,} steps of {rows_per_step}; {len(val):,} for validation")
+    batches = prefetch(partial(conversation_batch, train, rows_per_step, seed), run.step, device)
+
+    def evaluate():
+        metrics = {}
+        if due(run.step, eval_interval, n_steps):
+            metrics |= answer_loss(model, val, batch_size, autocast)
+            metrics |= answer_scores(model, tokenizer, val, scored_answers, answer_tokens, autocast)
+        if due(run.step, hellaswag_interval, n_steps):
+            scores = hellaswag.evaluate(model, tokenizer, items, autocast=autocast)
+            metrics |= {"hellaswag_acc": scores["acc"], "hellaswag_acc_norm": scores["acc_norm"]}
+        return metrics
+
+    if run.step == 0:
+        run.begin(evaluate())
+    while not run.over():
+        started = time.perf_counter()
+        batch = next(batches)
+        rates = set_learning_rates(optimizers, lr_scale(run.step, n_steps, warmup_steps, decay_fraction=1.0))
+        idx, targets = batch
+        n_targets = int((targets != IGNORE).sum())
+        result = train_step(next_token_loss, model, optimizers, batch, n_targets, batch_size, grad_clip, autocast)
+        row = run.count(result, n_targets, idx.numel(), time.perf_counter() - started)
+        run.end_step(row | rates | evaluate())
+    if rank_and_world()[0] == 0:
+        write_samples(out_dir, before, tokenizer, device, autocast, answer_tokens)
+    run.finish("samples.md")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# preparation, for dpo.py too
+
+
+def check(settings, rules=()):
+    """BadInput that names every setting that cannot be used. rules: further (whether it holds, what must hold)."""
+    path = Path(settings["checkpoint"])
+    folder = Path(settings["out_dir"])
+    start = settings["init_from"]
+    rules = [
+        *rules,
+        (start in ("scratch", "resume"), f"init_from must be scratch or resume, not {start!r}"),
+        (settings["beta2"] < 1, "beta2 must be below 1"),
+        (
+            path.resolve().parent != folder.resolve(),
+            f"out_dir {folder} is the folder of the checkpoint, which would be overwritten: choose another",
+        ),
+    ]
+    check_settings(settings, AT_LEAST_1, rules)
+
+
+def load_base(settings):
+    """(model to start from, its tokenizer, device, autocast); notes the device and dtype it chose in `settings`."""
+    device = pick_device(settings["device"], settings["deterministic"])
+    model, stored = load_model(settings["checkpoint"], device)
+    tokenizer = Tokenizer(stored["tokenizer"])
+    model.config.n_vocab = tokenizer.n_vocab  # an imported GPT-2 has rows for the chat tokens that it does not use yet
+    model.checkpoint_activations = settings["activation_checkpointing"]
+    settings["device"] = device.type
+    settings["dtype"] = pick_dtype(settings["dtype"], device, model.config.n_embd)
+    return model, tokenizer, device, autocast_for(device, settings["dtype"])
+
+
+def load_conversations(folder, tokenizer, block_size, preferences=False):
+    """(train, val) Conversations. FileNotFoundError or BadInput when they do not suit this model and stage."""
+    path = Path(folder) / "meta.json"
+    kind = "preferences" if preferences else "conversations"
+    meta = read_json(path) if path.exists() else {}
+    if "supervised" not in meta.get("train", {}):
+        raise FileNotFoundError(f"{folder}: no {kind} there: run prepare_instruct.py --out_dir={folder}")
+    if meta.get("preferences", False) != preferences:
+        raise BadInput(f"{folder} does not hold {kind}: finetune.py learns conversations, dpo.py preferences")
+    if meta["tokenizer"] != tokenizer.name:
+        raise BadInput(f"{folder} was made with the {meta['tokenizer']} tokenizer, the model has {tokenizer.name}")
+    splits = [Conversations(folder, "train"), Conversations(folder, "val")]
+    longest = max(int(split.lengths.max()) for split in splits)
+    if longest > block_size + 1:
+        raise BadInput(
+            f"{folder} has conversations of {longest} tokens, the model's block_size is {block_size}: "
+            f"prepare_instruct.py --max_tokens={block_size + 1}"
+        )
+    if max(int(split.tokens.max()) for split in splits) >= tokenizer.n_vocab:
+        raise BadInput(f"{folder} holds ids outside the vocabulary, it is damaged: run prepare_instruct.py again")
+    return splits
+
+
+def use_current_names(stored):
+    """The settings of a checkpoint by an earlier version, changed in place to those of today. BadInput for Muon."""
+    if stored.pop("optimizer", "adamw") != "adamw":
+        raise BadInput("this run was trained with Muon, which is no longer offered here: start a new run")
+    stored.pop("muon_learning_rate", None)
+    stored.pop("hellaswag_items", None)
+
+
+def fingerprint(checkpoint, data_dir):
+    """Checksums of the checkpoint and the arrays of data_dir, by which a resumed run recognizes them."""
+    paths = [checkpoint, *sorted(Path(data_dir).glob("*.npy"))]
+    return [hashlib.sha256(np.memmap(path, mode="r")).hexdigest() for path in paths]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data
+
+
 class Conversations:
-    """One side ("train" or "val") of prepare_instruct.py's folder, memory-mapped."""
+    """One split ("train" or "val") of prepare_instruct.py's folder, memory-mapped."""
 
     def __init__(self, folder, split):
+        def load(name):
+            return np.load(Path(folder) / f"{split}_{name}.npy", mmap_mode="r")
+
         try:
-            names = ("tokens", "mask", "offsets")
-            self.tokens, self.mask, self.offsets = (
-                np.load(Path(folder) / f"{split}_{name}.npy", mmap_mode="r") for name in names
-            )
+            self.tokens = load("tokens")
+            self.mask = load("mask")
+            self.offsets = load("offsets")
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{folder}: damaged ({error}): run prepare_instruct.py again") from None
+            raise OSError(f"{folder}: damaged ({error}): run prepare_instruct.py again") from None
         self.lengths = np.diff(self.offsets)
 
     def __len__(self):
         return len(self.lengths)
 
+    def place(self, number):
+        """The slice of `tokens` and `mask` that is conversation `number`."""
+        return slice(self.offsets[number], self.offsets[number + 1])
+
     def turns(self, number):
-        """(ids of all that comes before an answer, ids of the answer without its end token), for each answer."""
-        piece = slice(self.offsets[number], self.offsets[number + 1])
-        ids, edges = self.tokens[piece].tolist(), np.flatnonzero(np.diff(self.mask[piece], prepend=0, append=0))
+        """(ids of everything before an answer, ids of the answer without its end token), for each answer."""
+        ids = self.tokens[self.place(number)].tolist()
+        edges = np.flatnonzero(np.diff(self.mask[self.place(number)], prepend=0, append=0))
         return [(ids[:start], ids[start : end - 1]) for start, end in edges.reshape(-1, 2)]
 
     def batch(self, numbers):
         """(idx, targets), each (len(numbers), T) int64, padded on the right; targets not to be learned are -100."""
         width = max(int(self.lengths[numbers].max()) - 1, 1)
-        idx, targets = torch.zeros(len(numbers), width, dtype=torch.long), torch.full((len(numbers), width), IGNORE)
+        idx = torch.zeros(len(numbers), width, dtype=torch.long)
+        targets = torch.full((len(numbers), width), IGNORE)
         for row, number in enumerate(numbers):
-            piece = slice(self.offsets[number], self.offsets[number + 1])
-            ids, mask = torch.from_numpy(self.tokens[piece].astype(np.int64)), self.mask[piece]
+            ids = torch.from_numpy(self.tokens[self.place(number)].astype(np.int64))
+            mask = torch.from_numpy(self.mask[self.place(number)] == 1)
             idx[row, : len(ids) - 1] = ids[:-1]
-            targets[row, : len(ids) - 1] = ids[1:].masked_fill(torch.from_numpy(mask[1:] == 0), IGNORE)
+            targets[row, : len(ids) - 1] = ids[1:].masked_fill(~mask[1:], IGNORE)
         return idx, targets
 
 
+def conversation_batch(conversations, n_rows, seed, step):
+    """The global batch of a step, a pure function of (seed, step): (idx, targets), each (n_rows, T) int64."""
+    return conversations.batch(batch_numbers(conversations, n_rows, seed, step))
+
+
+def batch_numbers(rows, n_rows, seed, step):
+    """The numbers of the rows (anything with `lengths`) that are the batch of a step."""
+    epoch, position = divmod(step, -(-len(rows) // n_rows))
+    return epoch_order(rows, n_rows, seed, epoch)[position]
+
+
 @functools.lru_cache(maxsize=2)
-def epoch_order(conversations, rows, seed, epoch):
-    """A random order of all conversations, as batches of `rows` of similar length, so that little is padding."""
+def epoch_order(rows, n_rows, seed, epoch):
+    """A random order of all rows, as batches of n_rows of similar length, so that little is padding."""
     rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(conversations))
-    groups = [order[i : i + 32 * rows] for i in range(0, len(order), 32 * rows)]
-    order = np.concatenate([group[np.argsort(conversations.lengths[group], kind="stable")] for group in groups])
-    batches = [order[i : i + rows] for i in range(0, len(order), rows)]
+    order = rng.permutation(len(rows))
+    groups = [order[i : i + 32 * n_rows] for i in range(0, len(order), 32 * n_rows)]
+    order = np.concatenate([group[np.argsort(rows.lengths[group], kind="stable")] for group in groups])
+    batches = [order[i : i + n_rows] for i in range(0, len(order), n_rows)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def conversation_batch(conversations, rows, seed, step):
-    """The global batch of a step, a pure function of (seed, step): (idx, targets), each (rows, T) int64."""
-    epoch, position = divmod(step, -(-len(conversations) // rows))
-    return conversations.batch(epoch_order(conversations, rows, seed, epoch)[position])
+def sorted_batches(rows, batch_size):
+    """The numbers of all rows in batches of similar length, of which every process gets its share."""
+    rank, world = rank_and_world()
+    order = np.argsort(rows.lengths, kind="stable")
+    return [order[start : start + batch_size] for start in range(rank * batch_size, len(order), world * batch_size)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation
 
 
 @torch.inference_mode()
 def answer_loss(model, conversations, batch_size, autocast):
     """{"val_loss": nats per supervised token over all conversations}."""
-    device, (rank, world) = next(model.parameters()).device, rank_and_world()
+    device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, supervised tokens
-    order = np.argsort(conversations.lengths, kind="stable")
-    for start in range(rank * batch_size, len(order), world * batch_size):
-        idx, targets = conversations.batch(order[start : start + batch_size])
+    for numbers in sorted_batches(conversations, batch_size):
+        idx, targets = conversations.batch(numbers)
         with autocast():
             sums[0] += model(idx.to(device), targets.to(device)).double()
         sums[1] += int((targets != IGNORE).sum())
@@ -153,155 +311,87 @@ def answer_loss(model, conversations, batch_size, autocast):
     return {"val_loss": nats / n_targets}
 
 
-def complete(model, prompts, stop, max_new_tokens, autocast, batch_size=32):
-    """The likeliest continuation of each prompt (lists of ids) up to `stop`, as a list of ids without it."""
-    texts, order = [[]] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-        with autocast():
-            steps = list(model.generate([prompts[i] for i in rows], max_new_tokens, temperature=0, stop=stop))
-        for i, ids in zip(rows, torch.stack(steps, dim=1).tolist(), strict=True):
-            texts[i] = [token for token in ids if token not in (-1, stop)]
-    return texts
+def answer_scores(model, tokenizer, conversations, limit, max_new_tokens, autocast):
+    """Exact match (ignoring case) and F1 of the most likely answers: means over first turns and over second ones.
 
-
-def answers(model, tokenizer, questions, max_new_tokens, autocast):
-    """The likeliest answer to each question, as text; a note for one too long for the context."""
-    asked = [
-        tokenizer.render([dict(role="user", content=question)])[0] + [tokenizer.assistant] for question in questions
-    ]
-    fitting = [i for i, ids in enumerate(asked) if len(ids) < model.config.block_size]
-    texts = ["(the question does not fit into the context)"] * len(asked)
-    given = complete(model, [asked[i] for i in fitting], tokenizer.eot, max_new_tokens, autocast)
-    for i, ids in zip(fitting, given, strict=True):
-        texts[i] = tokenizer.decode(ids)
-    return texts
+    Over a fixed sample of `limit` conversations; a second answer follows the right first one. {name: share}, the names
+    of second turns end in _2; those that no conversation of the sample has are left out.
+    """
+    sample = np.random.default_rng(0).permutation(len(conversations))[:limit]
+    prompts, answers, endings = [], [], []
+    for number in sample:
+        for (prompt, answer), ending in zip(conversations.turns(number), ("", "_2"), strict=False):
+            prompts.append(prompt)
+            answers.append(tokenizer.decode(answer).strip())
+            endings.append(ending)
+    given = most_likely(model, prompts, tokenizer.eot, max_new_tokens, autocast)
+    scores = {}
+    for ids, answer, ending in zip(given, answers, endings, strict=True):
+        text = tokenizer.decode(ids).strip()
+        scores.setdefault(f"val_exact_match{ending}", []).append(text.lower() == answer.lower())
+        scores.setdefault(f"val_f1{ending}", []).append(token_f1(text, answer))
+    return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
 def token_f1(given, right):
-    """Harmonic mean of precision and recall of the words of an answer (SQuAD's F1, Rajpurkar et al. 2016)."""
-    given, right = (Counter(re.findall(r"\w+", text.lower())) for text in (given, right))
-    common = (given & right).total()
-    return 2 * common / (given.total() + right.total()) if common else float(given == right)
+    """Harmonic mean of precision and recall of an answer's words (the F1 of SQuAD, Rajpurkar et al. 2016)."""
+    given_words = Counter(re.findall(r"\w+", given.lower()))
+    right_words = Counter(re.findall(r"\w+", right.lower()))
+    common = (given_words & right_words).total()
+    if common == 0:
+        return float(given_words == right_words)
+    return 2 * common / (given_words.total() + right_words.total())
 
 
-def answer_scores(model, tokenizer, conversations, limit, max_new_tokens, autocast):
-    """Exact match (but for case) and F1 of the likeliest answers, means over first turns and over second ones.
+def most_likely(model, prompts, stop, max_new_tokens, autocast, batch_size=32):
+    """The most likely continuation of each prompt (lists of ids) up to `stop`, as a list of ids without it."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found = {}
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        with autocast():
+            steps = list(model.generate([prompts[i] for i in rows], max_new_tokens, temperature=0, stop=stop))
+        for i, ids in zip(rows, torch.stack(steps, dim=1).tolist(), strict=True):
+            found[i] = [token for token in ids if token not in (-1, stop)]
+    return [found[i] for i in range(len(prompts))]
 
-    Of a fixed sample of `limit` conversations; a second answer follows the right first one. {name: share}, the names
-    of second turns end in _2; without those that no conversation of the sample has.
-    """
-    sample = np.random.default_rng(0).permutation(len(conversations))[:limit]
-    turns = [(number, *turn) for i in sample for number, turn in enumerate(conversations.turns(i)[:2])]
-    given = complete(model, [asked for _, asked, _ in turns], tokenizer.eot, max_new_tokens, autocast)
-    scores = {}
-    for (number, _, right), ids in zip(turns, given, strict=True):
-        text, right = tokenizer.decode(ids).strip(), tokenizer.decode(right).strip()
-        values = (text.lower() == right.lower(), token_f1(text, right))
-        for name, value in zip(("val_exact_match", "val_f1"), values, strict=True):
-            scores.setdefault(name + "_2" * number, []).append(value)
-    return {name: sum(values) / len(values) for name, values in scores.items()}
+
+def answers(model, tokenizer, questions, max_new_tokens, autocast):
+    """The most likely answer to each question, as text; a note for one too long for the context."""
+    texts = ["(the question does not fit into the context)"] * len(questions)
+    prompts = {}
+    for number, question in enumerate(questions):
+        ids, _ = tokenizer.render([{"role": "user", "content": question}])
+        if len(ids) + 1 < model.config.block_size:
+            prompts[number] = [*ids, tokenizer.assistant]
+    given = most_likely(model, list(prompts.values()), tokenizer.eot, max_new_tokens, autocast)
+    for number, ids in zip(prompts, given, strict=True):
+        texts[number] = tokenizer.decode(ids)
+    return texts
 
 
 def write_samples(out_dir, before, tokenizer, device, autocast, max_new_tokens):
     """samples.md: the ten questions and what the log has measured, before the first step and with best.pt."""
     best, stored = load_model(f"{out_dir}/best.pt", device)
+    after = answers(best, tokenizer, QUESTIONS, max_new_tokens, autocast)
     first = json.loads(Path(out_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()[1])
-    rows = zip(QUESTIONS, before, answers(best, tokenizer, QUESTIONS, max_new_tokens, autocast), strict=True)
-    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    scores = [
-        [name, f"{first[name]:.4f}", f"{value:.4f}"] for name, value in stored["metrics"].items() if name in first
-    ]
-    lines = []
-    for title, table in (("question", rows), ("measure", scores)):
-        lines += [f"| {title} | before | after |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in table), ""]
-    Path(out_dir, "samples.md").write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+    texts = []
+    for row in zip(QUESTIONS, before, after, strict=True):
+        texts.append([cell.replace("|", "\\|").replace("\n", " ") for cell in row])
+    scores = []
+    for name, value in stored["metrics"].items():
+        if name in first:
+            scores.append([name, f"{first[name]:.4f}", f"{value:.4f}"])
+    lines = markdown_table(["question", "before", "after"], texts)
+    lines += ["", *markdown_table(["measure", "before", "after"], scores)]
+    Path(out_dir, "samples.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def load_conversations(folder, tokenizer, block_size, preferences=False):
-    """(train, val). FileNotFoundError, or ValueError when they were not prepared for this model and stage."""
-    path, what = Path(folder) / "meta.json", "preferences" if preferences else "conversations"
-    meta = read_json(path) if path.exists() else {}
-    if "supervised" not in meta.get("train", {}):
-        raise FileNotFoundError(f"{folder}: no {what} there: run prepare_instruct.py --out_dir={folder}")
-    if meta.get("preferences", False) != preferences:
-        raise ValueError(f"{folder} does not hold {what}: finetune.py learns conversations, dpo.py preferences")
-    if meta["tokenizer"] != tokenizer.name:
-        raise ValueError(f"{folder} was made with the {meta['tokenizer']} tokenizer, the model has {tokenizer.name}")
-    sides = Conversations(folder, "train"), Conversations(folder, "val")
-    longest = max(int(side.lengths.max()) for side in sides)
-    if longest > block_size + 1:
-        raise ValueError(
-            f"{folder} has conversations of {longest} tokens, the model's block_size is {block_size}: "
-            f"prepare_instruct.py --max_tokens={block_size + 1}"
-        )
-    if max(int(side.tokens.max()) for side in sides) >= tokenizer.n_vocab:
-        raise ValueError(f"{folder} holds ids outside the vocabulary, it is damaged: run prepare_instruct.py again")
-    return sides
-
-
-def load_base(settings):
-    """(model, tokenizer, device, autocast) to begin with, by the settings of finetune.py or dpo.py.
-
-    ValueError for settings out of range, and if out_dir would overwrite the checkpoint.
-    """
-    check_settings(settings)
-    if settings["eval_interval"] == 0 or settings["batch_size"] == 0:
-        raise ValueError("eval_interval (validation chooses best.pt) and batch_size must be at least 1")
-    path, out_dir = Path(settings["checkpoint"]), settings["out_dir"]
-    if path.resolve().parent == Path(out_dir).resolve():
-        raise ValueError(f"out_dir {out_dir} is where the checkpoint lies, which would be overwritten: name another")
-    join_processes(settings["device"])
-    compute, autocast = pick_device(settings["device"], settings["dtype"], settings["deterministic"])
-    model, base = load_model(path, compute)
-    coder = Tokenizer(base["tokenizer"])
-    model.config.n_vocab = coder.n_vocab  # an imported GPT-2 has rows for the chat tokens that it does not use yet
-    model.checkpoint_activations = settings["activation_checkpointing"]
-    return model, coder, compute, autocast
-
-
-def fingerprint(checkpoint, data_dir):
-    """Checksums of the checkpoint and of the arrays of data_dir: by these a resumed run knows them again."""
-    return [checksum(path) for path in (Path(checkpoint), *sorted(Path(data_dir).glob("*.npy")))]
-
-
-def finish(state, out_dir, before, tokenizer, device, autocast, answer_tokens):
-    """Write samples.md, and say where the weights lie."""
-    if rank_and_world()[0] == 0:
-        write_samples(out_dir, before, tokenizer, device, autocast, answer_tokens)
-    print(f"{closing_line(state, out_dir)}; samples.md")
-    leave_processes()
-
-
-def main():
-    settings = settings_of(globals())
-    model, coder, compute, autocast = load_base(settings)
-    settings |= found_settings(compute, autocast)
-    train, val = load_conversations(data_dir, coder, model.config.block_size)
-    items = hellaswag.load_items(hellaswag_source, hellaswag_items) if hellaswag_items else []
-    max_steps = epochs * -(-len(train) // rows_per_step)
-    optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
-    lr_at = partial(lr_scale, max_steps=max_steps, warmup_steps=warmup_steps, decay_fraction=1.0)
-    before = answers(model, coder, QUESTIONS, answer_tokens, autocast)
-    data = fingerprint(checkpoint, data_dir)
-    record = {"stage": "finetune", "tokenizer": coder.name, "settings": settings, "data": data}
-    checkpoint_of_run = claim_out_dir(out_dir, init_from, overwrite)
-    state = begin(model, optimizers, record, checkpoint_of_run, force, out_dir)
-    print(f"{len(train):,} conversations, {max_steps:,} steps of {rows_per_step}; {len(val):,} for validation")
-
-    def metrics_at(step):
-        if not due(step, eval_interval, max_steps):
-            return {}
-        metrics = answer_loss(model, val, batch_size, autocast)
-        metrics |= answer_scores(model, coder, val, scored_answers, answer_tokens, autocast)
-        scores = hellaswag.evaluate(model, coder, items, autocast=autocast) if items else {}
-        return metrics | {f"hellaswag_{name}": scores[name] for name in ("acc", "acc_norm") if items}
-
-    fit(
-        model, optimizers, partial(conversation_batch, train, rows_per_step, seed), metrics_at, lr_at, record, state,
-        out_dir=out_dir, max_steps=max_steps, batch_size=batch_size, grad_clip=grad_clip, autocast=autocast,
-        should_stop=stop_request(max_minutes), log_interval=log_interval, checkpoint_interval=checkpoint_interval,
-    )  # fmt: skip
-    finish(state, out_dir, before, coder, compute, autocast, answer_tokens)
+def markdown_table(header, rows):
+    """The lines of a table in Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    lines.insert(1, "|---" * len(header) + "|")
+    return lines
 
 
 if __name__ == "__main__":

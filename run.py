@@ -1,0 +1,614 @@
+"""What a training run is on disk and between processes: device, ranks, log, checkpoints, resuming, signals.
+
+Needs only torch and tqdm: copy this file where you like. A stage writes its own training loop and leaves to `Run` what
+keeps a run alive:
+
+    run = Run("pretrain", settings, n_steps, units, labels)   # claims out_dir
+    run.restore(model, optimizers, tokenizer.name, data)      # or writes the checkpoint of step 0
+    while not run.over():
+        ...                                                   # one step
+        row = run.count(result, n_tokens, n_inputs, seconds)
+        run.end_step(row)                                     # log, best.pt, ckpt.pt when due
+    run.finish()
+"""
+
+import json
+import math
+import os
+import resource
+import signal
+import statistics
+import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+FORMAT_VERSION = 1  # of checkpoint files: whoever increases it makes load_checkpoint read the earlier ones too
+BF16_WIDTH = 128  # on CPUs: narrower networks lose more by casting than their products gain (docs/experiments.md)
+BUCKET = 2**25  # elements of gradients that are summed over processes in one call
+# dense bf16 FLOP/s from NVIDIA's data sheets; the first name contained in the GPU's name counts
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
+    "RTX 4090": 165e12,
+}  # fmt: skip
+# settings of every stage that may differ when a run is resumed
+MAY_CHANGE = {"out_dir", "init_from", "overwrite", "force", "log_interval", "checkpoint_interval", "max_minutes"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the run
+
+
+@dataclass
+class Progress:
+    """What a run counts; stored in its checkpoints."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # trained tokens
+    seconds: float = 0.0  # training time
+    log_bytes: int = 0  # length of the log
+    skipped_in_a_row: int = 0  # steps that were not finite, since the last one that was
+    best_val_loss: float = math.inf
+    best_step: int = 0  # of best.pt
+    saved_step: int = 0  # of ckpt.pt
+
+
+class Run:
+    """One training run: its folder out_dir, what it has counted, and when it stops; the same in all processes.
+
+    stage: "pretrain", ... settings: the stage's, a dict, in which Run itself uses out_dir, init_from, overwrite, force,
+    log_interval, checkpoint_interval and max_minutes. units: what the log's numbers are. labels: {name: what the
+    terminal calls it}. may_change: settings that may differ on resuming, because they do not change the weights, or
+    extend the run on purpose. fixed: settings that not even `force` can change, because the tensors would not fit.
+
+    Raises FileExistsError when out_dir would be overwritten, FileNotFoundError when there is nothing to resume.
+    """
+
+    def __init__(self, stage, settings, n_steps, units, labels, may_change=(), fixed=()):
+        self.stage = stage
+        self.settings = settings
+        self.n_steps = n_steps
+        self.units = units
+        self.labels = labels
+        self.may_change = MAY_CHANGE | set(may_change)
+        self.fixed = set(fixed)
+        self.folder = Path(settings["out_dir"])
+        self.progress = Progress()
+        self.log = None
+        self.stopped = False
+        self.stored = self.claim()  # the checkpoint to resume from, or None
+
+    @property
+    def step(self):
+        """Optimizer steps done."""
+        return self.progress.step
+
+    def claim(self):
+        """Take out_dir; returns the checkpoint to resume from, or None for a new run."""
+        resuming = self.settings["init_from"] == "resume"
+        exists = self.folder.is_dir()
+        names = [path.name for path in self.folder.iterdir()] if exists else []
+        exists, names = from_first((exists, names))  # the first process may already write while the others look
+        if names and not resuming and not self.settings["overwrite"]:
+            raise FileExistsError(
+                f"{self.folder} is in use: --init_from=resume continues, --overwrite=True starts over, or --out_dir="
+            )
+        if rank_and_world()[0] == 0:
+            self.remove_stale(resuming)
+        if not resuming:
+            return None
+        if exists and all(name.endswith(".tmp") for name in names):  # killed before the first checkpoint
+            print(f"{self.folder} has no checkpoint yet: the run starts")
+            return None
+        return load_checkpoint(self.folder / "ckpt.pt")
+
+    def remove_stale(self, resuming):
+        """Delete unfinished files, and those of an earlier run, which a later resume must not find."""
+        names = ["ckpt.pt.tmp", "best.pt.tmp"]
+        if not resuming:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            names += ["ckpt.pt", "best.pt", "log.jsonl"]
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def restore(self, model, optimizers, tokenizer, data):
+        """Load the checkpoint, or write that of step 0, so that a run can be resumed from its first moment.
+
+        tokenizer: its name. data: fingerprints, by which a resumed run recognizes its data. OSError when resuming would
+        change the run. From here on signals and max_minutes stop the run after a step.
+        """
+        rank, world = rank_and_world()
+        self.model = model
+        self.optimizers = optimizers
+        self.device = next(model.parameters()).device
+        self.peak = peak_flops(self.device)
+        self.about = {
+            "stage": self.stage,
+            "tokenizer": tokenizer,
+            "settings": self.settings,
+            "data": data,
+            "processes": world,
+        }
+        if self.stored is None:
+            self.save(must=True)
+        else:
+            self.check_same_run()
+            self.load()
+        self.log = open_log(self.folder / "log.jsonl", self.progress.log_bytes, self.units)
+        self.bar = tqdm(total=self.n_steps, initial=self.step, unit=" steps", disable=None if rank == 0 else True)
+        self.first_timed_step = self.step + 2  # the first step compiles
+        self.recent_seconds = deque(maxlen=20)
+        self.stop_signal = StopSignal()
+        self.started = time.monotonic()
+        if self.over():
+            print_line(
+                f"step {self.step} of {self.n_steps}: nothing left to do (increase the run's length to continue)"
+            )
+
+    def check_same_run(self):
+        """OSError naming everything that would make the resumed run differ from the stored one."""
+        if "optimizers" not in self.stored:
+            raise OSError("ckpt.pt has no optimizer state (is it a copy of best.pt?): it cannot be resumed")
+        may_change = set(self.may_change)
+        if self.stored.get("processes", 1) != self.about["processes"]:
+            print("another number of processes than before: the run continues as it would have, within rounding")
+            may_change.add("batch_size")
+        changed = []
+        problems = []
+        for name, old in self.stored["settings"].items():
+            new = self.settings.get(name)
+            if name not in may_change and new != old:
+                changed.append(name)
+                problems.append(f"{name} {old!r} -> {new!r}")
+        if self.stored["data"] != self.about["data"]:
+            problems.append("the data have changed")
+        can_force = self.fixed.isdisjoint(changed)
+        if problems and not (self.settings["force"] and can_force):
+            remedy = "restore it, or --force=True" if can_force else "restore it"
+            raise OSError(f"resuming would change the run ({', '.join(problems)}): {remedy}")
+
+    def load(self):
+        """Weights, optimizer states and progress of the stored checkpoint, with the current settings."""
+        self.model.load_state_dict(self.stored["model"])
+        for opt, state in zip(self.optimizers, self.stored["optimizers"], strict=True):
+            current = [{name: group[name] for name in group if name != "params"} for group in opt.param_groups]
+            opt.load_state_dict(state)
+            for group, settings in zip(opt.param_groups, current, strict=True):
+                group.update(settings)  # the same as stored, unless --force changed them
+        self.progress = Progress(**self.stored["state"] | {"saved_step": self.stored["step"]})
+        self.stored = None  # gigabytes that nobody needs any more
+
+    def over(self):
+        """Whether the run has done its steps, or was stopped; the same in all processes."""
+        return self.stopped or self.step >= self.n_steps
+
+    def count(self, result, n_tokens, n_inputs, seconds):
+        """Count a step that took `seconds`; returns its log row.
+
+        result: has loss, grad_norm and applied (whether they were finite). n_tokens: what the loss is a mean over.
+        n_inputs: tokens that went through the network, padding included.
+        """
+        progress = self.progress
+        progress.step += 1
+        progress.tokens += n_tokens
+        progress.seconds += seconds
+        progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
+        self.recent_seconds.append(seconds)
+        row = {"step": progress.step, "tokens": progress.tokens}
+        if math.isfinite(result.loss):
+            row["loss"] = result.loss
+        if math.isfinite(result.grad_norm):
+            row["grad_norm"] = result.grad_norm
+        if not result.applied:
+            row["skipped"] = 1
+        row["seconds"] = round(progress.seconds, 3)
+        row["tokens_per_second"] = round(n_inputs / seconds)
+        if self.peak:
+            flops_per_second = self.model.flops_per_token() * n_inputs / seconds
+            row["mfu"] = round(flops_per_second / (self.peak * rank_and_world()[1]), 4)
+        row["peak_memory"] = round(peak_memory(self.device), 3)
+        return row
+
+    def end_step(self, row):
+        """Log a row, keep best.pt, stop when it is time, write ckpt.pt when due, and show the row.
+
+        FloatingPointError after three steps in a row that were not finite.
+        """
+        self.record(row)
+        self.stopped = self.step == self.n_steps or self.is_told_to_stop()
+        is_interesting = self.stopped or "skipped" in row or "val_loss" in row or self.step == self.first_timed_step
+        self.bar.set_postfix_str(f"loss {row.get('loss', math.nan):.4f}", refresh=False)
+        self.bar.update()
+        if is_interesting or self.step % self.settings["log_interval"] == 0:
+            print_line(self.line_of(row))
+        self.check_finite()
+        if self.stopped or self.step % self.settings["checkpoint_interval"] == 0:
+            self.save(must=self.stopped)
+
+    def begin(self, row):
+        """Log what was measured before the first step."""
+        row = {"step": 0, "tokens": 0} | row
+        self.record(row)
+        print_line(self.line_of(row))
+
+    def record(self, row):
+        """Write a row to the log; keep the weights as best.pt when its validation loss is the lowest so far."""
+        progress = self.progress
+        if row.get("val_loss", math.inf) < progress.best_val_loss:
+            metrics = {name: value for name, value in row.items() if name.startswith(("val_", "hellaswag_"))}
+            # if the disk is full, the next validation may be no better
+            if self.write("best.pt", step=row["step"], tokens=row["tokens"], metrics=metrics):
+                progress.best_val_loss = row["val_loss"]
+                progress.best_step = row["step"]
+        write_row(self.log, row)
+        progress.log_bytes = self.log.tell()
+
+    def is_told_to_stop(self):
+        """Whether a signal came or the minutes are over, in any process."""
+        minutes = self.settings["max_minutes"]
+        too_late = minutes > 0 and time.monotonic() - self.started > 60 * minutes
+        told = torch.tensor(float(self.stop_signal.received or too_late))
+        return bool(sum_over_ranks(told) > 0)
+
+    def check_finite(self):
+        """FloatingPointError after three steps in a row that were not applied."""
+        if self.progress.skipped_in_a_row == 3:
+            raise FloatingPointError(
+                f"loss or gradient is not finite since step {self.step - 2}: resume from {self.folder}/ckpt.pt "
+                f"(of step {self.progress.saved_step}) with a lower learning rate "
+                "(--init_from=resume --force=True --learning_rate=...)"
+            )
+
+    def save(self, must=False):
+        """Write ckpt.pt: everything that is needed to resume."""
+        states = [opt.state_dict() for opt in self.optimizers]
+        counts = {"step": self.step, "tokens": self.progress.tokens, "state": asdict(self.progress)}
+        if self.write("ckpt.pt", must, optimizers=states, **counts):
+            self.progress.saved_step = self.step
+
+    def write(self, name, must=False, **entries):
+        """Write a checkpoint, from the first process; whether it worked. A full disk ends the run only if it `must`."""
+        path = self.folder / name
+        try:
+            if rank_and_world()[0] == 0:
+                if self.log is not None:  # a checkpoint counts on the rows before it being on the disk
+                    self.log.flush()
+                    os.fsync(self.log.fileno())
+                save_checkpoint(path, self.model, **entries, **self.about)
+            return True
+        except OSError as error:
+            if must:
+                raise
+            print_line(f"warning: no new {path} ({error}); training continues, and tries again later")
+            return False
+
+    def line_of(self, row):
+        """What the terminal shows of a log row."""
+        parts = [f"step {row['step']}/{self.n_steps}"]
+        if "skipped" in row:
+            parts.append("NOT FINITE, skipped")
+        parts += [f"{label} {row[name]:.4f}" for name, label in self.labels.items() if name in row]
+        if "tokens_per_second" in row:
+            left = int((self.n_steps - row["step"]) * statistics.median_low(self.recent_seconds))
+            parts.append(f"lr {row['learning_rate']:.2e}")
+            parts.append(f"{row['tokens_per_second']:,} tok/s")
+            if "mfu" in row:
+                parts.append(f"MFU {row['mfu']:.1%}")
+            parts.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+        return " | ".join(parts)
+
+    def finish(self, also=""):
+        """Close the log, and say which weights out_dir holds; also: names of further files there."""
+        self.log.close()
+        self.bar.close()
+        progress = self.progress
+        if progress.best_val_loss == math.inf:
+            best = "no best.pt, as nothing was validated"
+        else:
+            best = f"best.pt of step {progress.best_step} (validation loss {progress.best_val_loss:.4f})"
+            if progress.best_step == 0 < progress.step:
+                best += ": NOT TRAINED, as no later validation was better, if there was one; ckpt.pt is trained"
+        files = f"ckpt.pt of step {progress.step}, {best}"
+        if also:
+            files += f"; {also}"
+        print(f"{self.folder}: {files}")
+        leave_processes()
+
+
+def prefetch(batch_at, step, device):
+    """Yield batch_at(step), batch_at(step + 1), ...: the next batch is read while this one is trained on.
+
+    For a GPU in pinned memory, so that the copy to it runs while it computes.
+    """
+
+    def fetch(step):
+        batch = batch_at(step)
+        if device.type == "cuda":
+            batch = [part.contiguous().pin_memory() for part in batch]
+        return batch
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(fetch, step)
+        while True:
+            batch = coming.result()
+            step += 1
+            coming = reader.submit(fetch, step)
+            yield batch
+
+
+def due(step, interval, n_steps):
+    """Whether what happens every `interval` steps (0: never), and at the end, happens at this step."""
+    return interval > 0 and (step % interval == 0 or step == n_steps)
+
+
+class StopSignal:
+    """Notes SIGINT and SIGTERM, which then no longer end the process.
+
+    A second signal ends it at once, but not under torchrun: torchrun sends its processes a second one after the
+    terminal has sent the first, and ends them itself when they take longer than 30 s.
+    """
+
+    def __init__(self):
+        self.received = False
+        self.under_torchrun = "LOCAL_RANK" in os.environ
+        self.set_handlers(self.note)
+
+    def set_handlers(self, handler):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        self.received = True
+        message = "stopping after this step (--init_from=resume continues later)"
+        if self.under_torchrun:
+            self.set_handlers(signal.SIG_IGN)
+        else:
+            self.set_handlers(signal.SIG_DFL)
+            message += "; once more to stop at once"
+        if rank_and_world()[0] == 0:
+            os.write(1, f"{message}\n".encode())  # not print, which this may have interrupted
+
+
+def open_log(path, n_bytes, units):
+    """The log, cut to its first n_bytes, ready to append; a new log starts with the line of units.
+
+    What a full disk does not accept waits in the file's buffer, large enough for 100,000 rows.
+    """
+    if rank_and_world()[0] > 0:
+        return open(os.devnull, "ab")
+    log = open(path, "ab", buffering=1 << 26)
+    if log.tell() < n_bytes:
+        print(f"{path} lacks rows that were written before the checkpoint: it starts over")
+        n_bytes = 0
+    log.truncate(n_bytes)
+    log.seek(0, os.SEEK_END)
+    if n_bytes == 0:
+        write_row(log, {"format": "fgpt log 1", "units": units})
+    return log
+
+
+def write_row(log, row):
+    with suppress(OSError):  # a full disk: saving a checkpoint will report it
+        log.write((json.dumps(row) + "\n").encode())
+        log.flush()
+
+
+def print_line(line):
+    """Print a line above the progress bar, and at once also into a pipe."""
+    with tqdm.external_write_mode():
+        print(line, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoint files: dicts of tensors, numbers and strings, read with weights_only=True; never code
+
+
+def save_checkpoint(path, model, **entries):
+    """Write the model's weights and config, and `entries`, so that at any moment `path` holds a complete file.
+
+    OSError when it cannot be written; what `path` held before is still there.
+    """
+    temporary = f"{path}.tmp"
+    content = {"format_version": FORMAT_VERSION, "config": asdict(model.config), "model": model.state_dict(), **entries}
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise OSError(f"{path} could not be written (disk full?), an earlier one is untouched: {error}") from None
+    os.replace(temporary, path)
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    os.fsync(folder)  # the new name itself must survive a power cut
+    os.close(folder)
+
+
+def load_checkpoint(path, device="cpu"):
+    """The checkpoint's dict, tensors on `device`. OSError for a missing file, or one that is not a checkpoint."""
+    if not os.path.isfile(path):
+        problem = "a folder, not a checkpoint" if os.path.isdir(path) else "no such checkpoint"
+        raise FileNotFoundError(f"{path}: {problem}; a run writes best.pt and ckpt.pt into its out_dir")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise OSError(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise OSError(f"{path} is not a checkpoint of fgpt: it has no format_version")
+    if version > FORMAT_VERSION:
+        raise OSError(
+            f"{path} has checkpoint format {version}, of a newer fgpt; this one reads up to {FORMAT_VERSION}: update it"
+        )
+    return content
+
+
+def load_model(path, device="cpu"):
+    """(model in eval mode on `device`, the checkpoint's dict without tensors). Needs model.py.
+
+    OSError when weights and config do not fit together. Warns on stderr about a run's weights of step 0.
+    """
+    from model import GPT, GPTConfig
+
+    content = load_checkpoint(path)
+    try:
+        model = GPT(GPTConfig(**content["config"]))
+        model.load_state_dict(content.pop("model"))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"{path}: its weights and config make no model of this version ({reason:.200})") from None
+    content.pop("optimizers", None)
+    is_of_a_run = content.get("stage") == "pretrain" and "data" in content  # an imported model has no data
+    if is_of_a_run and content.get("step") == 0:
+        print(f"warning: {path} is of step 0, NOT TRAINED; ckpt.pt beside it may be", file=sys.stderr)
+    return model.to(device).eval(), content
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the machine: its device, one process or many
+
+
+def pick_device(name="", deterministic=False):
+    """The torch.device of a setting; empty: cuda where there is one. OSError for one that cannot be used.
+
+    deterministic: from here on, only kernels that give the same bits every time.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):  # torch raises the latter where it was built without CUDA
+        raise OSError(f"device {name!r} cannot be used here: try --device=cpu") from None
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what stays in fp32 may use TF32
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic needs of cuBLAS
+    torch.use_deterministic_algorithms(deterministic)
+    return device
+
+
+def pick_dtype(name, device, n_embd):
+    """The dtype to multiply in, "float32" or "bfloat16", of a setting that may be empty. OSError for another name.
+
+    Empty is bfloat16 where it is faster: on GPUs that have it, and on CPUs that multiply it natively for networks of at
+    least BF16_WIDTH.
+    """
+    if name not in ("", "float32", "bfloat16"):
+        raise OSError(f"dtype {name!r} cannot be used: set float32 or bfloat16, or leave it out")
+    if name:
+        return name
+    if device.type == "cuda":
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":  # PyTorch has no public name for it
+        is_fast = n_embd >= BF16_WIDTH and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    else:
+        is_fast = False
+    return "bfloat16" if is_fast else "float32"
+
+
+def autocast_for(device, dtype):
+    """A function that makes the context in which a network computes in this dtype."""
+    return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def peak_flops(device):
+    """Dense bf16 peak of the GPU in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory(device):
+    """Largest memory of this process so far, GB: allocated on the GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def is_out_of_memory(error):
+    """Whether a RuntimeError says so: those of CPUs and of cuBLAS have no class of their own."""
+    return "memory" in str(error) or "ALLOC_FAILED" in str(error)
+
+
+def join_processes(device_name=""):
+    """Under torchrun: join the other processes and take this one's GPU; from here on only the first one prints.
+
+    OSError when there are more processes than GPUs, or all would take the same one.
+    """
+    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
+        return
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if ":" in device_name:
+        raise OSError(f"--device={device_name} under torchrun would be the same for all: leave the number out")
+    on_gpu = device_name != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        n_gpus = torch.cuda.device_count()
+        if local_rank >= n_gpus:
+            raise OSError(f"torchrun started more processes than this machine has GPUs: --nproc_per_node={n_gpus}")
+        torch.cuda.set_device(local_rank)
+    # small messages between hosts go through gloo: they do not wait for the GPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def leave_processes():
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank_and_world():
+    """(number of this process, number of processes): (0, 1) unless torchrun started several and they have joined."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def sum_over_ranks(tensor):
+    """The tensor, its elements summed over all processes, in place."""
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(parameters):
+    """Sum the gradients over all processes, in a few large calls; a process that had no rows contributes zeros."""
+    if rank_and_world()[1] == 1:
+        return
+    buckets = [[]]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        buckets[-1].append(p.grad)
+        if sum(grad.numel() for grad in buckets[-1]) >= BUCKET:
+            buckets.append([])
+    for bucket in buckets:
+        if bucket:
+            sum_bucket(bucket)
+
+
+def sum_bucket(tensors):
+    """Sum each tensor over all processes, in place, with one call: a small call costs as much time as a large one."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def from_first(value):
+    """The first process's value, in every process."""
+    if rank_and_world()[1] == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
