@@ -220,7 +220,7 @@ class GPT(nn.Module):
             cache = self.new_cache(len(prompts), n_positions, static=compile)
         if cache.n_positions < n_positions or len(cache.ids) != len(prompts) or (compile and not cache.static):
             kind = "static cache" if compile else "cache"
-            raise ValueError(f"{len(prompts)} rows of {n_positions} positions need a larger {kind}")
+            raise ValueError(f"a {kind} of {len(prompts)} rows and at least {n_positions} positions is needed")
         trunk = torch.compile(self.trunk, mode="reduce-overhead", dynamic=False) if compile else self.trunk
         hidden = self.prefill(prompts, cache)  # (B, C)
         stopped = torch.zeros(len(prompts), dtype=torch.bool)
