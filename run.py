@@ -32,7 +32,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 FORMAT_VERSION = 1  # of checkpoint files: whoever increases it makes load_checkpoint read the earlier ones too
-BF16_WIDTH = 128  # on CPUs: narrower networks lose more by casting than their products gain (docs/experiments.md)
+BF16_WIDTH = 128  # on CPUs, narrower networks lose about as much by casting as their products gain
+BF16_WIDTH_DECODING = 512  # token by token, where weights are read rather than multiplied
 BUCKET = 2**25  # elements of gradients that are summed over processes in one call
 # dense bf16 FLOP/s from NVIDIA's data sheets; the first name contained in the GPU's name counts
 PEAK_FLOPS = {
@@ -83,6 +84,7 @@ class Run:
         self.folder = Path(settings["out_dir"])
         self.progress = Progress()
         self.log = None
+        self.signalled = False  # SIGINT or SIGTERM came
         self.stopped = False
         self.stored = self.claim()  # the checkpoint to resume from, or None
 
@@ -146,8 +148,8 @@ class Run:
         self.bar = tqdm(total=self.n_steps, initial=self.step, unit=" steps", disable=None if rank == 0 else True)
         self.first_timed_step = self.step + 2  # the first step compiles
         self.recent_seconds = deque(maxlen=20)
-        self.stop_signal = StopSignal()
         self.started = time.monotonic()
+        self.catch_signals(self.note_signal)
         if self.over():
             print_line(
                 f"step {self.step} of {self.n_steps}: nothing left to do (increase the run's length to continue)"
@@ -255,8 +257,28 @@ class Run:
         """Whether a signal came or the minutes are over, in any process."""
         minutes = self.settings["max_minutes"]
         too_late = minutes > 0 and time.monotonic() - self.started > 60 * minutes
-        told = torch.tensor(float(self.stop_signal.received or too_late))
+        told = torch.tensor(float(self.signalled or too_late))
         return bool(sum_over_ranks(told) > 0)
+
+    def catch_signals(self, handler):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
+    def note_signal(self, number, frame):
+        """SIGINT and SIGTERM stop the run after this step; a second one ends the process at once.
+
+        But not under torchrun: it sends its processes a second one after the terminal has sent the first, and ends them
+        itself when they take longer than 30 s.
+        """
+        self.signalled = True
+        message = "stopping after this step (--init_from=resume continues later)"
+        if "LOCAL_RANK" in os.environ:
+            self.catch_signals(signal.SIG_IGN)
+        else:
+            self.catch_signals(signal.SIG_DFL)
+            message += "; once more to stop at once"
+        if rank_and_world()[0] == 0:
+            os.write(1, f"{message}\n".encode())  # not print, which the signal may have interrupted
 
     def check_finite(self):
         """FloatingPointError after three steps in a row that were not applied."""
@@ -347,34 +369,6 @@ def prefetch(batch_at, step, device):
 def due(step, interval, n_steps):
     """Whether what happens every `interval` steps (0: never), and at the end, happens at this step."""
     return interval > 0 and (step % interval == 0 or step == n_steps)
-
-
-class StopSignal:
-    """Notes SIGINT and SIGTERM, which then no longer end the process.
-
-    A second signal ends it at once, but not under torchrun: torchrun sends its processes a second one after the
-    terminal has sent the first, and ends them itself when they take longer than 30 s.
-    """
-
-    def __init__(self):
-        self.received = False
-        self.under_torchrun = "LOCAL_RANK" in os.environ
-        self.set_handlers(self.note)
-
-    def set_handlers(self, handler):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
-
-    def note(self, number, frame):
-        self.received = True
-        message = "stopping after this step (--init_from=resume continues later)"
-        if self.under_torchrun:
-            self.set_handlers(signal.SIG_IGN)
-        else:
-            self.set_handlers(signal.SIG_DFL)
-            message += "; once more to stop at once"
-        if rank_and_world()[0] == 0:
-            os.write(1, f"{message}\n".encode())  # not print, which this may have interrupted
 
 
 def open_log(path, n_bytes, units):
@@ -494,11 +488,11 @@ def pick_device(name="", deterministic=False):
     return device
 
 
-def pick_dtype(name, device, n_embd):
+def pick_dtype(name, device, n_embd, least_width=BF16_WIDTH):
     """The dtype to multiply in, "float32" or "bfloat16", of a setting that may be empty. OSError for another name.
 
-    Empty is bfloat16 where it is faster: on GPUs that have it, and on CPUs that multiply it natively for networks of at
-    least BF16_WIDTH.
+    Empty is bfloat16 where it was measured to be faster: on GPUs that have it, and on CPUs that multiply it natively if
+    the network is at least least_width wide.
     """
     if name not in ("", "float32", "bfloat16"):
         raise OSError(f"dtype {name!r} cannot be used: set float32 or bfloat16, or leave it out")
@@ -507,7 +501,7 @@ def pick_dtype(name, device, n_embd):
     if device.type == "cuda":
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":  # PyTorch has no public name for it
-        is_fast = n_embd >= BF16_WIDTH and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        is_fast = n_embd >= least_width and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     else:
         is_fast = False
     return "bfloat16" if is_fast else "float32"
