@@ -1,5 +1,5 @@
-# The modern family at the size of fgpt_712m (713,171,968 parameters): fewer, wider layers of GPU-friendly sizes, heads
-# of 128. The weights load into Qwen3ForCausalLM. Not yet trained to the end with this code.
+# The modern family at the size of fgpt_712m (713,171,968 parameters): fewer and wider layers in sizes that suit GPUs,
+# heads of 128. The weights load into Qwen3ForCausalLM. Not yet trained to the end with this code.
 data_dir = "data/fineweb"
 out_dir = "out/fgpt_modern"
 
@@ -14,7 +14,7 @@ tokens_per_step = 524288
 batch_size = 16
 max_steps = 19073
 
-# not yet tried at this size; config/fgpt_712m.py says where they come from
+# not yet tried at this size; config/fgpt_712m.py explains these values
 learning_rate = 3e-3  # 1e-2 sqrt(128 / 1536) = 2.9e-3
 muon_learning_rate = 0.02
 weight_decay = 0.1
@@ -22,6 +22,6 @@ warmup_steps = 200
 decay_fraction = 0.7
 
 eval_interval = 250
-checkpoint_interval = 200  # at 40% of an H100's peak 20 minutes, of an RTX 4090's two hours
+checkpoint_interval = 200  # at 40% of its peak, 20 minutes on an H100 and two hours on an RTX 4090
 hellaswag_interval = 1000
 sample_interval = 1000

@@ -26,4 +26,3 @@ sample_interval = 750
 sample_prompt = "The capital of"
 log_interval = 100
 checkpoint_interval = 500
-dtype = "native"  # a step took 0.7 of the time

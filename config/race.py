@@ -1,5 +1,5 @@
-# The learning race of tools/bench.py: a size at which a 2-core CPU runs twelve times in an hour. Which recipe it is, it
-# takes from the command line before it: python train.py --family=gpt2 --optimizer=adamw config/race.py
+# The learning race of tools/bench.py: a size at which two CPU cores do twelve runs in an hour. The recipe depends on
+# the command line before it: python train.py --family=gpt2 --optimizer=adamw config/race.py
 tokenizer = "bytes"
 
 block_size = 128
@@ -28,4 +28,3 @@ eval_interval = 200
 eval_tokens = 65536
 log_interval = 200
 checkpoint_interval = 2000
-dtype = "native"

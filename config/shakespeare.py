@@ -1,4 +1,4 @@
-# Tiny Shakespeare as bytes, on a laptop CPU in about a minute. README.md says how to get and split the file.
+# Tiny Shakespeare as bytes, in about a minute on a laptop's CPU. README.md says how to get and split the file.
 data_dir = "data/shakespeare"
 out_dir = "out/shakespeare"
 tokenizer = "bytes"
@@ -22,4 +22,3 @@ decay_fraction = 1.0
 eval_interval = 200
 log_interval = 100
 checkpoint_interval = 400
-dtype = "native"  # bfloat16 where the CPU multiplies it itself

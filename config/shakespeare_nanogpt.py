@@ -1,5 +1,5 @@
 # The settings of nanoGPT's CPU recipe for this text (its README: 4 layers, width 128, 2,000 steps of 12 x 64 characters
-# and AdamW with cosine), to compare config/shakespeare.py with. The code is ours: with biases, bytes for characters.
+# and AdamW with cosine), the baseline for config/shakespeare.py. The code is ours: with biases, bytes for characters.
 data_dir = "data/shakespeare"
 out_dir = "out/shakespeare_nanogpt"
 tokenizer = "bytes"
@@ -24,3 +24,4 @@ beta2 = 0.99
 eval_interval = 250
 log_interval = 250
 checkpoint_interval = 1000
+dtype = "float32"  # as there

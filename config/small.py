@@ -1,5 +1,5 @@
-# A model of 7.3M parameters, most of them in the embedding of GPT-2's vocabulary, for a first look at some megabytes of
-# text: minutes on a CPU; on a GPU more steps are affordable.
+# A model of 7.3M parameters, most of them in the embedding of GPT-2's vocabulary, for a first try with some megabytes
+# of text: it takes minutes on a CPU; on a GPU increase max_steps.
 data_dir = "data/mine"
 out_dir = "out/mine"
 
@@ -21,4 +21,3 @@ eval_interval = 50
 eval_tokens = 32768
 log_interval = 10
 checkpoint_interval = 125
-dtype = "native"  # bfloat16 where the CPU multiplies it itself: 1.09 times as fast

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The real run, end to end: FineWeb-Edu, the 712M model, HellaSwag, an assistant. Needs a GPU, the Hub and GitHub, about
-# 60 GB of disk, and days: run it in tmux. Not yet run to the end.
+# The real run, from start to end: FineWeb-Edu, the 712M model, HellaSwag, an assistant. Needs a GPU, the Hub, GitHub,
+# about 60 GB of disk, and days: run it in tmux. Not yet run to the end.
 #
 #   bash runs/fgpt_712m.sh                              one GPU, 10 billion tokens
 #   GPUS=8 bash runs/fgpt_712m.sh                       eight GPUs (or 2, 4, 16 ...)
-#   bash runs/fgpt_712m.sh --max_tokens=30000000000     three times over the same 10 billion
+#   bash runs/fgpt_712m.sh --max_tokens=30000000000     three epochs of the same 10 billion
 #   CONFIG=config/fgpt_modern.py NAME=fgpt_modern bash runs/fgpt_712m.sh
 #
-# Whatever stopped it, the same command goes on from there. What comes from the network comes first, so that it fails
-# before the GPU has worked for hours. Arguments go to train.py: --activation_checkpointing=True for small GPUs, or
-# --max_minutes=600, with which it trains ten hours at most and then scores and finetunes what there is.
+# Whatever stopped it, the same command resumes. All downloads come first, so that they fail before the GPU has worked
+# for hours. Arguments go to train.py: --activation_checkpointing=True for small GPUs, or --max_minutes=600 to train for
+# ten hours at most, and then score and finetune the result.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${NAME:-fgpt_712m} config=${CONFIG:-config/fgpt_712m.py} gpus=${GPUS:-1}
@@ -17,8 +17,8 @@ if [[ ! $gpus =~ ^[1-9][0-9]*$ ]] || ((512 % gpus)); then # rows of a step
     echo "fgpt_712m.sh: GPUS=$gpus does not divide the 512 rows of a step: use 1, 2, 4, 8 ..." >&2
     exit 2
 fi
-trap 'echo "fgpt_712m.sh: stopped, the same command goes on from here" >&2; exit 130' INT TERM
-trap 'echo "fgpt_712m.sh: that failed; nothing is lost, the same command goes on from here" >&2' ERR
+trap 'echo "fgpt_712m.sh: stopped, the same command resumes" >&2; exit 130' INT TERM
+trap 'echo "fgpt_712m.sh: a command failed; nothing is lost, the same command resumes" >&2' ERR
 
 stage() { # print the command, and run it
     printf '\n\033[1m$ %s\033[0m\n' "$(printf '%q ' "$@")"
@@ -29,24 +29,24 @@ run() { # a stage on all GPUs
     if [ "$gpus" = 1 ]; then stage python "$@"; else stage torchrun --standalone --nproc_per_node="$gpus" "$@"; fi
 }
 
-if [ ! -e data/fineweb/meta.json ]; then # written at the end
+if [ ! -e data/fineweb/meta.json ]; then # it is written last
     stage python prepare_fineweb.py --out_dir=data/fineweb
 fi
 if [ ! -e data/fgpt_instruct/meta.json ]; then
     stage python prepare_instruct.py --source=raschka,alpaca,smoltalk:50000 --max_tokens=1025 --val_fraction=0.02 \
         --out_dir=data/fgpt_instruct
 fi
-begin=() # with what training goes on
-if [ -d "out/$name" ]; then begin=(--init_from=resume); fi
-run train.py "$config" --batch_size=0 --out_dir="out/$name" "${begin[@]}" "$@"
+start=()
+if [ -d "out/$name" ]; then start=(--init_from=resume); fi
+run train.py "$config" --batch_size=0 --out_dir="out/$name" "${start[@]}" "$@"
 run hellaswag.py --checkpoint="out/$name/best.pt"
 run hellaswag.py --checkpoint="out/$name/best.pt" --style=harness
-begin=(--init_from=resume)
-if [ "out/$name/best.pt" -nt "out/${name}_chat/ckpt.pt" ]; then begin=(--overwrite=True); fi # new, or trained further
-run finetune.py --checkpoint="out/$name/best.pt" --batch_size=2 --eval_interval=1000 --hellaswag_items=1000 \
-    --data_dir=data/fgpt_instruct --out_dir="out/${name}_chat" "${begin[@]}"
+start=(--init_from=resume)
+if [ "out/$name/best.pt" -nt "out/${name}_chat/ckpt.pt" ]; then start=(--overwrite=True); fi # new, or trained further
+run finetune.py --checkpoint="out/$name/best.pt" --batch_size=2 --eval_interval=1000 --hellaswag_interval=1000 \
+    --hellaswag_limit=1000 --data_dir=data/fgpt_instruct --out_dir="out/${name}_chat" "${start[@]}"
 if python -c "import matplotlib" 2>/dev/null; then
     stage python -m tools.plot --runs="out/$name" --out="out/$name/loss.png"
 fi
-printf '\nThe GPU can be given back: out/%s and out/%s_chat hold all that is worth keeping.\n' "$name" "$name"
+printf '\nThe GPU is no longer needed: out/%s and out/%s_chat have all results.\n' "$name" "$name"
 echo "Talk to it: python sample.py --checkpoint=out/${name}_chat/best.pt"

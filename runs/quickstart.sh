@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The whole line on built-in data: no GPU, no network, a few minutes on two CPU cores.
-# Writes everything into out/quickstart (or the folder given first, from the repository on) and begins anew each time.
+# All stages on built-in data: no GPU, no network, a few minutes on two CPU cores.
+# Writes everything into out/quickstart (or the folder given first, relative to the repository), and starts over each
+# time.
 # Further arguments go to train.py, finetune.py and dpo.py: bash runs/quickstart.sh out/short --max_minutes=1
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,11 +10,11 @@ if [[ $dir == -* ]]; then
     echo "usage: bash runs/quickstart.sh [FOLDER [--name=value ...]]" >&2
     exit 2
 fi
-# the stages save and end well on Ctrl-C; the rest must not go on with half a model
+# on Ctrl-C a stage saves and ends without an error, but the next ones must not continue with half a model
 trap 'echo "quickstart.sh: stopped, $dir is not complete" >&2; exit 130' INT TERM
 more=("${@:2}")
 if [ -n "$(ls -A "$dir" 2>/dev/null)" ] && [ ! -f "$dir/seconds.txt" ]; then
-    echo "quickstart.sh: $dir holds something else: name another folder" >&2
+    echo "quickstart.sh: $dir holds something else: choose another folder" >&2
     exit 1
 fi
 rm -rf "$dir"
@@ -42,7 +43,12 @@ stage prepare_instruct python prepare_instruct.py --source="$dir/world/preferenc
 stage dpo python dpo.py config/quickstart_dpo.py --checkpoint="$dir/chat/best.pt" \
     --data_dir="$dir/preferences" --out_dir="$dir/dpo" "${more[@]}"
 stage sample python sample.py --checkpoint="$dir/dpo/best.pt" --prompt="What is the capital of Japan?" --temperature=0
+picture="none, pip install -e '.[plot]' draws it"
 if python -c "import matplotlib" 2>/dev/null; then
-    stage plot python -m tools.plot --runs="$dir/base" --out="$dir/loss.png"
+    picture=$dir/loss.png
+    stage plot python -m tools.plot --runs="$dir/base" --out="$picture"
 fi
 stage summary python -m tools.summary --dir="$dir"
+echo "checkpoints: best.pt in $dir/base, $dir/chat and $dir/dpo; answers before and after: samples.md there"
+echo "picture: $picture"
+echo "talk to it: python sample.py --checkpoint=$dir/dpo/best.pt"
