@@ -5,49 +5,38 @@
 
 Family gpt2 is GPT2LMHeadModel there, modern is Qwen3ForCausalLM. Export writes
 a folder: weights, config, tokenizer with chat template, and a model card to
-complete before you publish. Import takes such a folder, or a model of the Hub
-(fetched into data/models, verified), whose weights are .safetensors files, and
-writes one checkpoint.
+complete before you publish. Import reads such a folder, or a model of the Hub
+(downloaded into data/models and verified), whose weights are .safetensors
+files, and writes one checkpoint.
 """
 
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
-from configurator import configure
+from configurator import BadInput, configure
 
 import torch
 
+from data import read_json, write_json
 from hub import download, is_repo, list_hub
-from model import FAMILIES, GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
-from prepare_fineweb import read_json, write_json
+from model import FAMILIES, GPT, GPTConfig
+from run import load_checkpoint, load_model, save_checkpoint
 from tokenizer import SPECIALS, Tokenizer
 
 checkpoint = "out/fgpt_712m/best.pt"  # export: file of train.py, finetune.py or dpo.py
 model = ""  # import: folder, or owner/name of a model on the Hub
 out = ""  # export: folder to write (empty: hf_model); import: file to write (empty: ckpt.pt)
 dtype = "float32"  # export: of the weights, float32 or bfloat16
-overwrite = False  # write over what `out` holds
+overwrite = False  # replace what `out` already holds
 
 MODELS = Path("data/models")  # where models of the Hub are kept
 TOKENIZERS = {259: "bytes", 50257: "gpt2", 50259: "gpt2"}  # by vocabulary; OpenAI's GPT-2 has no chat tokens
-TYPES = {"gpt2": "gpt2", "modern": "qwen3"}
-CLASSES = {"gpt2": "GPT2LMHeadModel", "modern": "Qwen3ForCausalLM"}
-BASE = {"gpt2": "transformer.", "modern": "model."}  # begins their weights' names, but not in OpenAI's own files
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's, which are kept transposed
-QWEN3 = {  # our modules to theirs, which keep queries, keys and values apart
-    "wte": ["embed_tokens"],
-    "ln_1": ["input_layernorm"],
-    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attn.q_norm": ["self_attn.q_norm"],
-    "attn.k_norm": ["self_attn.k_norm"],
-    "attn.c_proj": ["self_attn.o_proj"],
-    "ln_2": ["post_attention_layernorm"],
-    "mlp.c_gate": ["mlp.gate_proj"],
-    "mlp.c_fc": ["mlp.up_proj"],
-    "mlp.c_proj": ["mlp.down_proj"],
-    "ln_f": ["norm"],
-}
+
+MODEL_TYPES = {"gpt2": "gpt2", "modern": "qwen3"}
+ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "modern": "Qwen3ForCausalLM"}
+PREFIXES = {"gpt2": "transformer.", "modern": "model."}  # of their weights' names; OpenAI's own files have none
 SIZES = {  # our names to theirs
     "gpt2": dict(
         block_size="n_positions", n_vocab="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
@@ -68,6 +57,20 @@ FIXED = {  # what the families compute: export writes it, import refuses anythin
         rope_scaling=None, rope_type="default",
     ),
 }  # fmt: skip
+GPT2_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+QWEN3 = {  # our modules to theirs, which have separate queries, keys and values
+    "wte": ["embed_tokens"],
+    "ln_1": ["input_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.q_norm": ["self_attn.q_norm"],
+    "attn.k_norm": ["self_attn.k_norm"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "ln_2": ["post_attention_layernorm"],
+    "mlp.c_gate": ["mlp.gate_proj"],
+    "mlp.c_fc": ["mlp.up_proj"],
+    "mlp.c_proj": ["mlp.down_proj"],
+    "ln_f": ["norm"],
+}
 # Renders what Tokenizer.render does. transformers reads control tokens in messages as such, unless it is told to
 # sanitize them; a template cannot see whether it was, so it refuses them unless told that too.
 CHAT_TEMPLATE = """
@@ -92,84 +95,59 @@ CHAT_TEMPLATE = """
 """.strip()
 
 
+def main(command):
+    if command == "export":
+        export_model(checkpoint, Path(out or "hf_model"), dtype, overwrite)
+    elif command == "import":
+        import_model(model, Path(out or "ckpt.pt"), overwrite)
+    else:
+        raise BadInput(f"python -m tools.convert_hf export or import: not {command!r}")
+
+
 def safetensors():
-    """The module safetensors.torch. ValueError where it is not installed."""
+    """The module safetensors.torch, which is an extra."""
     try:
         import safetensors.torch
     except ImportError:
-        raise ValueError("safetensors is not installed: pip install -e '.[hf]'") from None
+        raise BadInput("safetensors is not installed: pip install -e '.[hf]'") from None
     return safetensors.torch
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# weights and config, both ways
+# export
 
 
-def counterpart(name, family):
-    """(names of the weights there, without BASE, that one after the other are ours; whether they are transposed)."""
-    if family == "gpt2":
-        return [name], name.endswith(CONV1D)
-    layer, module = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.weight", name).groups()
-    return [f"layers.{layer}.{theirs}.weight" if layer else f"{theirs}.weight" for theirs in QWEN3[module]], False
-
-
-def family_of(config):
-    """The family of a model, by its flags. ValueError for one that is of neither, with what differs."""
-    family = "modern" if config.rotary else "gpt2"
-    theirs = GPTConfig(**FAMILIES[family])
-    flags = [f for f in ("rmsnorm", "qk_norm", "swiglu", "bias") if getattr(config, f) != getattr(theirs, f)]
-    if family == "gpt2" and config.n_head * config.head_dim != config.n_embd:
-        flags.append("head_dim")  # has to be n_embd / n_head there
-    if flags:
-        said = ", ".join(f"{flag}={getattr(config, flag)}" for flag in flags)
-        raise ValueError(f"transformers has no counterpart of a {family} model with {said}")
-    return family
-
-
-def weights_to_hf(gpt, dtype):
-    """Their names to tensors: without padding rows, and without a head, which is the embedding."""
-    family, weights = family_of(gpt.config), {}
-    for name, p in gpt.state_dict().items():
-        p = p[: gpt.config.n_vocab] if name == "wte.weight" else p
-        theirs, transposed = counterpart(name, family)
-        for their_name, part in zip(theirs, p.chunk(len(theirs)), strict=True):
-            weights[BASE[family] + their_name] = (part.T if transposed else part).to(dtype).contiguous()
-    return weights
-
-
-def weights_from_hf(weights, gpt):
-    """The model's state dict, fp32. ValueError where weights are missing, unknown, or do not fit it.
-
-    Rows that they do not have (padding, and GPT-2's chat tokens) get the mean of theirs: a row of zeros would have
-    logit 0, which is far more than GPT-2 gives to most tokens.
-    """
-    config, family, state = gpt.config, family_of(gpt.config), {}
-    weights = {name.removeprefix(BASE[family]): p for name, p in weights.items()}
-    weights = {name: p for name, p in weights.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}  # masks
-    head = weights.pop("lm_head.weight", None)
-    for name, p in gpt.state_dict().items():
-        theirs, transposed = counterpart(name, family)
-        missing = [their_name for their_name in theirs if their_name not in weights]
-        if missing:
-            raise ValueError(f"no weight {missing[0]}: is a file missing?")
-        parts = [weights.pop(their_name) for their_name in theirs]
-        if name == "wte.weight":
-            if head is not None and not torch.equal(head, parts[0]):
-                raise ValueError("its head is not its embedding; fgpt's models are tied")
-            n_new = config.vocab_size - config.n_vocab
-            parts.append(parts[0].float().mean(dim=0).expand(n_new, -1))
-        state[name] = torch.cat([part.T if transposed else part for part in parts]).float()
-        if state[name].shape != p.shape:
-            raise ValueError(f"weight {theirs[0]} is {tuple(parts[0].shape)}, which does not fit config.json")
-    if weights:
-        raise ValueError(f"weight {next(iter(weights))} has no counterpart in fgpt")
-    return state
+def export_model(checkpoint, folder, dtype, overwrite):
+    """Write the folder; config.json last, without which it cannot be loaded."""
+    if dtype not in ("float32", "bfloat16"):
+        raise BadInput(f"dtype must be float32 or bfloat16, not {dtype!r}")
+    save_file = safetensors().save_file
+    gpt, stored = load_model(checkpoint)
+    tokenizer = Tokenizer(stored["tokenizer"])
+    config = config_to_hf(gpt.config, tokenizer.eot, stored["stage"], dtype)
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(f"{folder} exists and is not empty: choose another --out, or --overwrite=True")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    weights = weights_to_hf(gpt, getattr(torch, dtype))
+    try:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    except Exception as error:  # it has exceptions of its own
+        raise OSError(f"{folder}/model.safetensors could not be written (disk full?): {error}") from None
+    tokenizer_json, tokenizer_config = tokenizer_to_hf(tokenizer, gpt.config)
+    write_json(folder / "tokenizer.json", tokenizer_json)
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
+    ids = dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot)
+    write_json(folder / "generation_config.json", ids)
+    (folder / "README.md").write_text(card(gpt, stored, folder.name), encoding="utf-8")
+    write_json(folder / "config.json", config)
+    print(f"{folder}: {config['architectures'][0]}, {gpt.config.n_vocab:,} tokens, {dtype}; complete its README.md")
 
 
 def config_to_hf(config, eot, stage, dtype):
-    """Their config.json: every value that counts is written, none left to a default."""
+    """Their config.json: every value that matters is written, none is left to a default."""
     family = family_of(config)
-    hf = {"model_type": TYPES[family], "architectures": [CLASSES[family]], **FIXED[family]}
+    hf = {"model_type": MODEL_TYPES[family], "architectures": [ARCHITECTURES[family]], **FIXED[family]}
     hf |= {theirs: getattr(config, ours) for ours, theirs in SIZES[family].items()}
     if family == "gpt2":
         hf |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -180,32 +158,82 @@ def config_to_hf(config, eot, stage, dtype):
     return hf | dict(bos_token_id=eot, eos_token_id=eot, use_cache=True, fgpt_stage=stage)
 
 
-def config_from_hf(hf):
-    """The GPTConfig. ValueError for a model that fgpt cannot compute, with the value that differs."""
-    families = [family for family, model_type in TYPES.items() if model_type == hf.get("model_type")]
-    if not families:
-        raise ValueError(f"model_type is {hf.get('model_type')!r}; fgpt has counterparts of gpt2 and qwen3")
-    family, fixed, more = families[0], dict(FIXED[families[0]]), {}
-    if family == "modern":
-        # what transformers takes where config.json is silent; version 5 has rope_parameters, 4 has rope_theta
-        hf = dict(tie_word_embeddings=False, head_dim=128, rope_theta=10000.0) | hf | (hf.get("rope_parameters") or {})
-        fixed["num_key_value_heads"] = hf.get("num_attention_heads")  # grouped-query attention has fewer
-        more["rope_theta"] = float(hf["rope_theta"])
-    for name, value in fixed.items():
-        if hf.get(name, value) != value:
-            raise ValueError(f"{name} is {hf[name]!r}; fgpt's models have {value!r}")
-    sizes = {ours: hf.get(theirs) or 0 for ours, theirs in SIZES[family].items()}
-    if sizes["n_vocab"] not in TOKENIZERS:
-        known = ", ".join(map(str, TOKENIZERS))
-        raise ValueError(f"vocab_size is {sizes['n_vocab']}; fgpt's tokenizers have {known} ids")
-    rows = -(-sizes["n_vocab"] // 64) * 64
-    return GPTConfig(vocab_size=rows, **FAMILIES[family], **sizes, **more)
+def family_of(config):
+    """The family of a model, by its flags. BadInput for one that is of neither, with what differs."""
+    family = "modern" if config.rotary else "gpt2"
+    theirs = GPTConfig(**FAMILIES[family])
+    flags = [f for f in ("rmsnorm", "qk_norm", "swiglu", "bias") if getattr(config, f) != getattr(theirs, f)]
+    if family == "gpt2" and config.n_head * config.head_dim != config.n_embd:
+        flags.append("head_dim")  # must be n_embd / n_head there
+    if flags:
+        values = ", ".join(f"{flag}={getattr(config, flag)}" for flag in flags)
+        raise BadInput(f"transformers has no counterpart of a {family} model with {values}")
+    return family
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# tokenizer
+def weights_to_hf(gpt, dtype):
+    """Their names to tensors: without padding rows, and without a head, which is the embedding."""
+    family = family_of(gpt.config)
+    weights = {}
+    for name, p in gpt.state_dict().items():
+        if name == "wte.weight":
+            p = p[: gpt.config.n_vocab]
+        names, transposed = counterpart(name, family)
+        for their_name, part in zip(names, p.chunk(len(names)), strict=True):
+            if transposed:
+                part = part.T
+            weights[PREFIXES[family] + their_name] = part.to(dtype).contiguous()
+    return weights
 
 
+def counterpart(name, family):
+    """(names without prefix of their weights that, one below the other, are ours; whether they are transposed)."""
+    if family == "gpt2":
+        return [name], name.endswith(GPT2_TRANSPOSED)
+    layer, module = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.weight", name).groups()
+    prefix = f"layers.{layer}." if layer else ""
+    return [f"{prefix}{theirs}.weight" for theirs in QWEN3[module]], False
+
+
+def tokenizer_to_hf(tokenizer, config):
+    """Contents of tokenizer.json and tokenizer_config.json, with the control tokens that the model has."""
+    ranks = ranks_of(tokenizer)
+    vocab = {spell(token): i for token, i in ranks.items()} | {SPECIALS[0]: tokenizer.eot}
+    merges = [merge_of(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    specials = list(enumerate(SPECIALS, tokenizer.eot))[: config.n_vocab - tokenizer.eot]
+    added = [{"id": i, "content": text, **plain} for i, text in specials]
+    model = dict(
+        type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False,
+        byte_fallback=False, vocab=vocab, merges=[f"{spell(a)} {spell(b)}" for a, b in merges],
+    )  # fmt: skip
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=True)
+    tokenizer_json = dict(
+        version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None, pre_tokenizer=byte_level,
+        post_processor=None, decoder=byte_level, model=model,
+    )  # fmt: skip
+    settings = dict(
+        tokenizer_class="PreTrainedTokenizerFast", bos_token=SPECIALS[0], eos_token=SPECIALS[0],
+        model_max_length=config.block_size, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    if len(added) == len(SPECIALS):
+        settings["chat_template"] = CHAT_TEMPLATE
+    return tokenizer_json, settings
+
+
+def ranks_of(tokenizer):
+    """{bytes of an ordinary token: its id}, in the order in which they are merged."""
+    if tokenizer.bpe:
+        return tokenizer.bpe._mergeable_ranks
+    return {bytes([byte]): byte for byte in range(256)}
+
+
+def spell(token):
+    """A token's bytes as GPT-2's published files write them."""
+    return "".join(letters_of_bytes()[byte] for byte in token)
+
+
+@cache
 def letters_of_bytes():
     """The letter for each byte in GPT-2's published files: printable ones are themselves, the others from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -213,20 +241,8 @@ def letters_of_bytes():
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-LETTERS = letters_of_bytes()
-
-
-def spell(token):
-    return "".join(LETTERS[byte] for byte in token)
-
-
-def ranks_of(coder):
-    """{bytes of an ordinary token: its id}, in the order in which they are merged."""
-    return coder.bpe._mergeable_ranks if coder.bpe else {bytes([byte]): byte for byte in range(256)}
-
-
 def merge_of(token, ranks):
-    """The two tokens of which byte-pair encoding makes this one, by merging those of the lowest rank first."""
+    """The two tokens that byte-pair encoding merges into this one: pairs of the lowest rank are merged first."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         pair_ranks = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
@@ -235,33 +251,10 @@ def merge_of(token, ranks):
     return parts
 
 
-def tokenizer_to_hf(coder, config):
-    """Contents of tokenizer.json and tokenizer_config.json, with the control tokens that the model has."""
-    ranks = ranks_of(coder)
-    merges = [merge_of(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    specials = list(enumerate(SPECIALS, coder.eot))[: config.n_vocab - coder.eot]
-    added = [{"id": i, "content": text, **plain} for i, text in specials]
-    model = dict(
-        type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False,
-        byte_fallback=False, vocab={spell(token): i for token, i in ranks.items()} | {SPECIALS[0]: coder.eot},
-        merges=[f"{spell(a)} {spell(b)}" for a, b in merges],
-    )  # fmt: skip
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=True)
-    parts = dict(normalizer=None, pre_tokenizer=byte_level, post_processor=None, decoder=byte_level, model=model)
-    settings = dict(
-        tokenizer_class="PreTrainedTokenizerFast", bos_token=SPECIALS[0], eos_token=SPECIALS[0],
-        model_max_length=config.block_size, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-    if len(added) == len(SPECIALS):
-        settings["chat_template"] = CHAT_TEMPLATE
-    return dict(version="1.0", truncation=None, padding=None, added_tokens=added, **parts), settings
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# model card
+# the model card of an export
 
-LICENCES = {  # of data, by the names that prepare_fineweb.py and prepare_instruct.py note
+LICENCES = {  # of data, by the names that prepare_fineweb.py and prepare_instruct.py record
     "HuggingFaceFW/fineweb-edu": "ODC-By 1.0",
     "kjj0/finewebedu10B-gpt2": "ODC-By 1.0, that of FineWeb-Edu, whose text it is",
     "raschka": "Apache 2.0",
@@ -288,93 +281,99 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 
-transformers reads control tokens that stand in a text, such as `<|endoftext|>`, as tokens. `tokenizer(text,
-split_special_tokens=True)` keeps them text. The chat template refuses messages that hold one, unless
-`apply_chat_template(messages, sanitize_control_tokens=True, sanitized=True)` keeps them text (transformers 5.23 can).
+transformers reads control tokens in a text, such as `<|endoftext|>`, as tokens. `tokenizer(text,
+split_special_tokens=True)` reads them as text. The chat template refuses messages that contain one, unless
+`apply_chat_template(messages, sanitize_control_tokens=True, sanitized=True)` reads them as text (transformers
+5.23 can do this).
 """
 CHAT_EXAMPLE = """messages = [{"role": "user", "content": "What is the capital of France?"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
-BASE_EXAMPLE = (
-    """inputs = tokenizer("<|endoftext|>Once upon a time", return_tensors="pt")  # a document begins with this token"""
-)
+BASE_EXAMPLE = """# a document starts with this token
+inputs = tokenizer("<|endoftext|>Once upon a time", return_tensors="pt")"""
 
 
-def sources_of(folder):
-    """Names of what a stage's data_dir was made from, of many files their folders; the data_dir where nothing says."""
-    path = Path(folder) / "meta.json"
-    names = read_json(path).get("sources", []) if path.exists() else []
-    return sorted({name.rpartition("/")[0] or name if len(names) > 3 else name for name in names}) or [str(folder)]
-
-
-def licence_of(source):
-    """The licence of a source, or of the dataset of the Hub that it is a file or folder of."""
-    known = [licence for name, licence in LICENCES.items() if f"{source}/".startswith(f"{name}/")]
-    return known[0] if known else "licence not known here: look it up"
-
-
-def stages_of(stored):
-    """Markdown of how a checkpoint came about: its stage, and before it those of the checkpoints it began with."""
-    settings = stored["settings"]
-    lines = ["", f"## Stage {stored['stage']}, step {stored['step']:,}", ""]
-    lines += [f"- {name}: {value:.4f}" for name, value in stored.get("metrics", {}).items()]
-    if "data_dir" in settings:
-        lines += [f"- data: {source} ({licence_of(source)})" for source in sources_of(settings["data_dir"])]
-    lines += ["- settings: " + ", ".join(f"`{name}={value!r}`" for name, value in settings.items())]
-    base = settings.get("checkpoint")
-    if base and Path(base).is_file():
-        lines += stages_of(load_checkpoint(base))
-    elif base:
-        lines += ["", f"It began with {base}, which is not on this machine: add that model's data and settings."]
-    return lines
-
-
-def count_params(gpt):
-    """Without padding rows."""
-    return gpt.n_params() - (gpt.config.vocab_size - gpt.config.n_vocab) * gpt.config.n_embd
-
-
-def card(gpt, stored, config, name):
+def card(gpt, stored, name):
     """The README.md of an export."""
+    c = gpt.config
     text = CARD.format(
-        name=name, n_params=count_params(gpt), architecture=config["architectures"][0], n_layer=gpt.config.n_layer,
-        n_embd=gpt.config.n_embd, block_size=gpt.config.block_size,
+        name=name, n_params=count_params(gpt), architecture=ARCHITECTURES[family_of(c)], n_layer=c.n_layer,
+        n_embd=c.n_embd, block_size=c.block_size,
         example=BASE_EXAMPLE if stored["stage"] == "pretrain" else CHAT_EXAMPLE,
     )  # fmt: skip
     return text + "\n".join(stages_of(stored)) + "\n"
 
 
+def count_params(gpt):
+    """Without the padding rows, which are not exported."""
+    return gpt.n_params() - (gpt.config.vocab_size - gpt.config.n_vocab) * gpt.config.n_embd
+
+
+def stages_of(stored):
+    """Markdown of how a checkpoint was made: its stage, then those of the checkpoints that it started from."""
+    settings = stored["settings"]
+    lines = ["", f"## Stage {stored['stage']}, step {stored['step']:,}", ""]
+    lines += [f"- {name}: {value:.4f}" for name, value in stored.get("metrics", {}).items()]
+    if "data_dir" in settings:
+        lines += [f"- data: {source} ({licence_of(source)})" for source in sources_of(settings["data_dir"])]
+    lines.append("- settings: " + ", ".join(f"`{name}={value!r}`" for name, value in settings.items()))
+    base = settings.get("checkpoint")
+    if base and Path(base).is_file():
+        lines += stages_of(load_checkpoint(base))
+    elif base:
+        lines += ["", f"It started from {base}, which is not on this machine: add that model's data and settings."]
+    return lines
+
+
+def sources_of(folder):
+    """Names of what a stage's data_dir was made from (of many files their folders), or the data_dir itself."""
+    path = Path(folder) / "meta.json"
+    names = read_json(path).get("sources", []) if path.exists() else []
+    if len(names) > 3:
+        names = [name.rpartition("/")[0] or name for name in names]
+    return sorted(set(names)) or [str(folder)]
+
+
+def licence_of(source):
+    """The licence of a source, or of the dataset of the Hub that it is a file or folder of."""
+    for name, licence in LICENCES.items():
+        if f"{source}/".startswith(f"{name}/"):
+            return licence
+    return "licence not known here: look it up"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# the commands
+# import
 
 
-def export_model(checkpoint, folder, dtype, overwrite):
-    """Write the folder; config.json last, without which it cannot be loaded."""
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype!r}")
-    save_file, (gpt, stored) = safetensors().save_file, load_model(checkpoint)
-    coder = Tokenizer(stored["tokenizer"])
-    config = config_to_hf(gpt.config, coder.eot, stored["stage"], dtype)
-    if folder.exists() and not folder.is_dir() or folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(f"{folder} is there and not empty: choose another --out, or --overwrite=True")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
-    weights = weights_to_hf(gpt, getattr(torch, dtype))
+def import_model(model, path, overwrite):
+    """Write a checkpoint from a folder or a model of the Hub."""
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another --out, or --overwrite=True")
+    folder = Path(model)
+    if not model or not folder.is_dir():
+        folder = fetch_model(model)
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder}: no config.json there: not a folder of save_pretrained")
+    hf = read_json(folder / "config.json")
     try:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    except Exception as error:  # its own kinds
-        raise OSError(f"{folder}/model.safetensors could not be written (disk full?): {error}") from None
-    tokenizer, tokenizer_config = tokenizer_to_hf(coder, gpt.config)
-    write_json(folder / "tokenizer.json", tokenizer)
-    write_json(folder / "tokenizer_config.json", tokenizer_config)
-    ids = dict(bos_token_id=coder.eot, eos_token_id=coder.eot, pad_token_id=coder.eot)
-    write_json(folder / "generation_config.json", ids)
-    (folder / "README.md").write_text(card(gpt, stored, config, folder.name), encoding="utf-8")
-    write_json(folder / "config.json", config)
-    print(f"{folder}: {config['architectures'][0]}, {gpt.config.n_vocab:,} tokens, {dtype}; complete its README.md")
+        config = config_from_hf(hf)
+        tokenizer = Tokenizer(TOKENIZERS[config.n_vocab])
+        check_vocabulary(folder, tokenizer)
+        with torch.device("meta"):  # the weights come from the files
+            gpt = GPT(config)
+        gpt.load_state_dict(weights_from_hf(read_weights(folder), gpt), assign=True)
+    except BadInput as error:
+        raise BadInput(f"{model}: {error}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = dict(tokenizer=tokenizer.name, stage=hf.get("fgpt_stage", "pretrain"), settings={"model": model})
+    save_checkpoint(path, gpt, step=0, tokens=0, metrics={}, **entries)
+    print(f"{path}: {count_params(gpt):,} parameters, {config.n_vocab:,} tokens")
 
 
 def fetch_model(repo):
-    """The folder of a model of the Hub, fetched and verified."""
+    """The folder of a model of the Hub, downloaded and verified."""
+    if not is_repo(repo):
+        raise FileNotFoundError(f"--model={repo}: no such folder (a model of the Hub is owner/name)")
     folder = MODELS / repo
     needed = re.compile(r"(config|tokenizer|vocab)\.json|model[^/]*\.safetensors")
     for file in list_hub(repo, wanted=needed.fullmatch, kind="models"):
@@ -382,67 +381,93 @@ def fetch_model(repo):
     return folder
 
 
+def config_from_hf(hf):
+    """The GPTConfig. BadInput for a model that fgpt cannot compute, with the value that differs."""
+    families = {model_type: family for family, model_type in MODEL_TYPES.items()}
+    model_type = hf.get("model_type")
+    if model_type not in families:
+        raise BadInput(f"model_type is {model_type!r}; fgpt has counterparts of {' and '.join(families)}")
+    family = families[model_type]
+    fixed = dict(FIXED[family])
+    values = {}
+    if family == "modern":
+        # what transformers assumes where config.json has no value; version 5 has rope_parameters, 4 has rope_theta
+        hf = dict(tie_word_embeddings=False, head_dim=128, rope_theta=10000.0) | hf | (hf.get("rope_parameters") or {})
+        fixed["num_key_value_heads"] = hf.get("num_attention_heads")  # grouped-query attention has fewer
+        values["rope_theta"] = float(hf["rope_theta"])
+    for name, value in fixed.items():
+        if hf.get(name, value) != value:
+            raise BadInput(f"{name} is {hf[name]!r}; fgpt's models have {value!r}")
+    values |= {ours: hf.get(theirs) or 0 for ours, theirs in SIZES[family].items()}
+    n_vocab = values["n_vocab"]
+    if n_vocab not in TOKENIZERS:
+        raise BadInput(f"vocab_size is {n_vocab}; fgpt's tokenizers have {', '.join(map(str, TOKENIZERS))} ids")
+    try:
+        return GPTConfig(vocab_size=-(-n_vocab // 64) * 64, **FAMILIES[family], **values)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def check_vocabulary(folder, tokenizer):
+    """BadInput when the folder's tokenizer has other ids than ours; many models have as many ids as GPT-2."""
+    ours = {spell(token): i for token, i in ranks_of(tokenizer).items()}
+    for name in ("tokenizer.json", "vocab.json"):
+        if not (folder / name).exists():
+            continue
+        theirs = read_json(folder / name)
+        if name == "tokenizer.json":
+            theirs = theirs["model"]["vocab"]
+        if any(theirs.get(token) != i for token, i in ours.items()):
+            raise BadInput(f"{name} is not the vocabulary of fgpt's {tokenizer.name} tokenizer")
+
+
 def read_weights(folder):
-    """Names to tensors of a folder's model*.safetensors. FileNotFoundError or ValueError, one line."""
-    paths, load_file, weights = sorted(folder.glob("model*.safetensors")), safetensors().load_file, {}
+    """Names to tensors of a folder's model*.safetensors. OSError where there is none, or one is damaged."""
+    load_file = safetensors().load_file
+    paths = sorted(folder.glob("model*.safetensors"))
     if not paths:
         raise FileNotFoundError(
             f"{folder}: no model.safetensors there (a pytorch_model.bin may hold code and is not read: "
             "save_pretrained of transformers writes .safetensors)"
         )
+    weights = {}
     for path in paths:
         try:
             weights |= load_file(path)
-        except Exception as error:  # its own kinds
-            raise ValueError(f"{path}: damaged ({error}): get it again") from None
+        except Exception as error:  # it has exceptions of its own
+            raise OSError(f"{path}: damaged ({error}): download it again") from None
     return weights
 
 
-def check_vocabulary(folder, coder):
-    """ValueError when the folder's tokenizer has other ids than ours; most models have as many as GPT-2."""
-    ours = {spell(token): i for token, i in ranks_of(coder).items()}
-    for name in ("tokenizer.json", "vocab.json"):
-        if (folder / name).exists():
-            theirs = read_json(folder / name)
-            theirs = theirs["model"]["vocab"] if name == "tokenizer.json" else theirs
-            if any(theirs.get(token) != i for token, i in ours.items()):
-                raise ValueError(f"{name} is not the vocabulary of fgpt's {coder.name} tokenizer")
+def weights_from_hf(weights, gpt):
+    """The model's state dict, fp32. BadInput where weights are missing, unknown, or do not fit.
 
-
-def import_model(model, path, overwrite):
-    """Write a checkpoint from a folder or a model of the Hub."""
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} is there: choose another --out, or --overwrite=True")
-    folder = Path(model)
-    if not model or not folder.is_dir():
-        if not is_repo(model):
-            raise FileNotFoundError(f"--model={model}: no such folder (a model of the Hub is owner/name)")
-        folder = fetch_model(model)
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder}: no config.json there: not a folder of save_pretrained")
-    hf = read_json(folder / "config.json")
-    try:
-        config = config_from_hf(hf)
-        coder = Tokenizer(TOKENIZERS[config.n_vocab])
-        check_vocabulary(folder, coder)
-        with torch.device("meta"):  # its weights come from there
-            gpt = GPT(config)
-        gpt.load_state_dict(weights_from_hf(read_weights(folder), gpt), assign=True)
-    except ValueError as error:
-        raise ValueError(f"{model}: {error}") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    entries = dict(tokenizer=coder.name, stage=hf.get("fgpt_stage", "pretrain"), settings={"model": model})
-    save_checkpoint(path, gpt, step=0, tokens=0, metrics={}, **entries)
-    print(f"{path}: {count_params(gpt):,} parameters, {config.n_vocab:,} tokens")
-
-
-def main(command):
-    if command == "export":
-        export_model(checkpoint, Path(out or "hf_model"), dtype, overwrite)
-    elif command == "import":
-        import_model(model, Path(out or "ckpt.pt"), overwrite)
-    else:
-        raise ValueError(f"python -m tools.convert_hf export or import: not {command!r}")
+    Rows that they do not have (padding, and GPT-2's chat tokens) get the mean of theirs: a row of zeros would have
+    logit 0, which is far more than GPT-2 gives to most tokens.
+    """
+    config = gpt.config
+    family = family_of(config)
+    weights = {name.removeprefix(PREFIXES[family]): p for name, p in weights.items()}
+    weights = {name: p for name, p in weights.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}  # masks
+    head = weights.pop("lm_head.weight", None)
+    state = {}
+    for name, p in gpt.state_dict().items():
+        names, transposed = counterpart(name, family)
+        missing = [their_name for their_name in names if their_name not in weights]
+        if missing:
+            raise BadInput(f"no weight {missing[0]}: is a file missing?")
+        parts = [weights.pop(their_name) for their_name in names]
+        if name == "wte.weight":
+            if head is not None and not torch.equal(head, parts[0]):
+                raise BadInput("its head is not its embedding; fgpt's models are tied")
+            n_new = config.vocab_size - config.n_vocab
+            parts.append(parts[0].float().mean(dim=0).expand(n_new, -1))
+        state[name] = torch.cat([part.T if transposed else part for part in parts]).float()
+        if state[name].shape != p.shape:
+            raise BadInput(f"weight {names[0]} is {tuple(parts[0].shape)}, which does not fit config.json")
+    if weights:
+        raise BadInput(f"weight {next(iter(weights))} has no counterpart in fgpt")
+    return state
 
 
 if __name__ == "__main__":
