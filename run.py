@@ -124,8 +124,9 @@ class Run:
     def restore(self, model, optimizers, tokenizer, data):
         """Load the checkpoint, or write that of step 0, so that a run can be resumed from its first moment.
 
-        tokenizer: its name. data: fingerprints, by which a resumed run recognizes its data. OSError when resuming would
-        change the run. From here on signals and max_minutes stop the run after a step.
+        model: has a `config`, a dataclass. tokenizer: its name. data: fingerprints, by which a resumed run recognizes
+        its data. OSError when resuming would change the run. From here on signals and max_minutes stop the run after a
+        step.
         """
         rank, world = rank_and_world()
         self.model = model
@@ -283,6 +284,7 @@ class Run:
     def check_finite(self):
         """FloatingPointError after three steps in a row that were not applied."""
         if self.progress.skipped_in_a_row == 3:
+            self.bar.close()  # so that the message is on a line of its own
             raise FloatingPointError(
                 f"loss or gradient is not finite since step {self.step - 2}: resume from {self.folder}/ckpt.pt "
                 f"(of step {self.progress.saved_step}) with a lower learning rate "
@@ -320,7 +322,8 @@ class Run:
         parts += [f"{label} {row[name]:.4f}" for name, label in self.labels.items() if name in row]
         if "tokens_per_second" in row:
             left = int((self.n_steps - row["step"]) * statistics.median_low(self.recent_seconds))
-            parts.append(f"lr {row['learning_rate']:.2e}")
+            if "learning_rate" in row:
+                parts.append(f"lr {row['learning_rate']:.2e}")
             parts.append(f"{row['tokens_per_second']:,} tok/s")
             if "mfu" in row:
                 parts.append(f"MFU {row['mfu']:.1%}")
