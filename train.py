@@ -392,7 +392,7 @@ def train_step(loss_of, model, optimizers, batch, n_targets, batch_size, grad_cl
     for start in range(0, len(share[0]), batch_size):
         rows = [part[start : start + batch_size].to(device, non_blocking=True) for part in share]
         with autocast():
-            loss = loss_of(model, *rows) / n_targets
+            loss = loss_of(model, *rows) / max(1, n_targets)  # a batch may have none
         loss.backward()
         total += loss.detach()
     sum_gradients(model.parameters())
