@@ -70,7 +70,8 @@ class Run:
     terminal calls it}. may_change: settings that may differ on resuming, because they do not change the weights, or
     extend the run on purpose. fixed: settings that not even `force` can change, because the tensors would not fit.
 
-    Raises FileExistsError when out_dir would be overwritten, FileNotFoundError when there is nothing to resume.
+    Raises FileExistsError when out_dir would be overwritten, FileNotFoundError when there is nothing to resume, OSError
+    when what is there cannot be resumed.
     """
 
     def __init__(self, stage, settings, n_steps, units, labels, may_change=(), fixed=()):
@@ -110,7 +111,13 @@ class Run:
         if exists and all(name.endswith(".tmp") for name in names):  # killed before the first checkpoint
             print(f"{self.folder} has no checkpoint yet: the run starts")
             return None
-        return load_checkpoint(self.folder / "ckpt.pt")
+        stored = load_checkpoint(self.folder / "ckpt.pt")
+        if "optimizers" not in stored:
+            raise OSError("ckpt.pt has no optimizer state (is it a copy of best.pt?): it cannot be resumed")
+        if stored["stage"] != self.stage:
+            problem = f"{self.folder} holds a {stored['stage']} run, not a {self.stage} run"
+            raise OSError(f"{problem}: choose another --out_dir")
+        return stored
 
     def remove_stale(self, resuming):
         """Delete unfinished files, and those of an earlier run, which a later resume must not find."""
@@ -158,8 +165,6 @@ class Run:
 
     def check_same_run(self):
         """OSError naming everything that would make the resumed run differ from the stored one."""
-        if "optimizers" not in self.stored:
-            raise OSError("ckpt.pt has no optimizer state (is it a copy of best.pt?): it cannot be resumed")
         may_change = set(self.may_change)
         if self.stored.get("processes", 1) != self.about["processes"]:
             print("another number of processes than before: the run continues as it would have, within rounding")
