@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from finetune import (
     MAY_CHANGE,
     QUESTIONS,
-    answers,
-    batch_numbers,
+    answer,
+    batch_at,
     check,
     fingerprint,
     load_base,
@@ -41,7 +41,7 @@ from finetune import (
     write_samples,
 )
 from model import IGNORE, cross_entropy_sum, make_optimizers
-from run import Run, due, join_processes, prefetch, rank_and_world, sum_over_ranks
+from run import Run, due, join_processes, pick_device, prefetch, rank_and_world, sum_over_ranks
 from train import UNITS as TRAIN_UNITS
 from train import lr_scale, set_learning_rates, train_step
 
@@ -86,46 +86,55 @@ UNITS = {
     "val_preference_accuracy": "share of pairs whose chosen answer has the higher reward",
 }
 LABELS = {"loss": "loss", "val_loss": "val", "val_preference_accuracy": "preferred"}
+AT_LEAST_1 = {  # all other numbers must be at least 0
+    "pairs_per_step", "batch_size", "epochs", "eval_interval", "log_interval", "checkpoint_interval", "answer_tokens",
+}  # fmt: skip
 
 
 def main():
     settings = settings_of(globals())
-    check(settings, [(beta > 0, "beta must be above 0: with 0 nothing is learned"),
-                     (label_smoothing < 0.5, "label_smoothing must be below 0.5")])  # fmt: skip
+    rules = [
+        (beta > 0, "beta must be above 0: with 0 nothing is learned"),
+        (label_smoothing < 0.5, "label_smoothing must be below 0.5"),
+    ]
+    check(settings, AT_LEAST_1, rules)
     join_processes(settings["device"])
-    model, tokenizer, device, autocast = load_base(settings)
+    device = pick_device(settings["device"], deterministic)
+    model, tokenizer = load_base(settings, device)
     splits = load_conversations(data_dir, tokenizer, model.config.block_size, preferences=True)
     train, val = Pairs(splits[0]), Pairs(splits[1])
     n_steps = epochs * -(-len(train) // pairs_per_step)
     optimizers = make_optimizers(model, "adamw", learning_rate, weight_decay=weight_decay, beta2=beta2)
-    run = Run("dpo", settings, n_steps, UNITS, LABELS, MAY_CHANGE)
-    if run.stored:
-        use_current_names(run.stored["settings"])
-    before = answers(model, tokenizer, QUESTIONS, answer_tokens, autocast)
+    run = Run("dpo", settings, n_steps, UNITS, LABELS, MAY_CHANGE, upgrade=use_current_names)
+    autocast = run.pick_autocast(device, model.config.n_embd)
+    before = answer(model, tokenizer, QUESTIONS, answer_tokens, autocast)  # before `restore` changes the weights
     data = fingerprint(checkpoint, data_dir)
-    # the file is valid for the same batches only, so that before the first step all rewards are 0
+    # log-probabilities depend, within rounding, on the batches and the dtype that they were computed with
     reference_file = Path(out_dir, "reference.npz")
     belongs_to = json.dumps([*data, batch_size, settings["dtype"]])
-    if not read_reference(reference_file, belongs_to, train, val):
-        for pairs in (train, val):
-            pairs.reference = reference_log_probs(model, pairs, batch_size, autocast)
+    is_known = read_reference(reference_file, belongs_to, train, val)
+    if not is_known:
+        train.reference = reference_log_probs(model, train, batch_size, autocast)
+        val.reference = reference_log_probs(model, val, batch_size, autocast)
     run.restore(model, optimizers, tokenizer.name, data)
-    write_reference(reference_file, belongs_to, train, val)
+    if not is_known:
+        write_reference(reference_file, belongs_to, train, val)
     print(f"{len(train):,} pairs, {n_steps:,} steps of {pairs_per_step}; {len(val):,} for validation")
-    loss_of_margins = partial(preference_losses, label_smoothing=label_smoothing)
-    margins_of = partial(reward_margins, beta=beta, length_normalized=length_normalized)
+    batches = prefetch(partial(batch_at, train, pairs_per_step, seed), run.step, device)
+
+    def margins_of(model, ids, mask, reference):
+        return reward_margins(model, ids, mask, reference, beta, length_normalized)
 
     def loss_of(model, ids, mask, reference):
-        return loss_of_margins(margins_of(model, ids, mask, reference)).sum()
+        return preference_losses(margins_of(model, ids, mask, reference), label_smoothing).sum()
 
-    def evaluate():
-        if due(run.step, eval_interval, n_steps):
-            return preference_metrics(model, val, margins_of, loss_of_margins, batch_size, autocast)
+    def evaluate(step):
+        if due(step, eval_interval, n_steps):
+            return preference_metrics(model, val, margins_of, label_smoothing, batch_size, autocast)
         return {}
 
-    batches = prefetch(lambda step: train.batch(batch_numbers(train, pairs_per_step, seed, step)), run.step, device)
     if run.step == 0:
-        run.begin(evaluate())
+        run.begin(evaluate(0))
     while not run.over():
         started = time.perf_counter()
         batch = next(batches)
@@ -133,7 +142,7 @@ def main():
         ids = batch[0]  # (P, 2, T)
         result = train_step(loss_of, model, optimizers, batch, len(ids), batch_size, grad_clip, autocast)
         row = run.count(result, len(ids), ids.numel(), time.perf_counter() - started)
-        run.end_step(row | rates | evaluate())
+        run.end_step(row | rates | evaluate(run.step))
     if rank_and_world()[0] == 0:
         write_samples(out_dir, before, tokenizer, device, autocast, answer_tokens)
     run.finish("samples.md")
@@ -163,10 +172,10 @@ class Pairs:
         mask = torch.zeros(len(numbers), 2, width, dtype=torch.bool)
         for pair, number in enumerate(numbers):
             for side in (0, 1):
-                place = self.rows.place(2 * number + side)
-                n = place.stop - place.start
-                ids[pair, side, :n] = torch.from_numpy(self.rows.tokens[place].astype(np.int64))
-                mask[pair, side, :n] = torch.from_numpy(self.rows.mask[place] == 1)
+                span = self.rows.span(2 * number + side)
+                n = span.stop - span.start
+                ids[pair, side, :n] = torch.from_numpy(self.rows.tokens[span].astype(np.int64))
+                mask[pair, side, :n] = torch.from_numpy(self.rows.mask[span] == 1)
         return ids, mask, self.reference[torch.from_numpy(numbers)]
 
 
@@ -234,7 +243,7 @@ def reference_log_probs(model, pairs, batch_size, autocast):
 
 
 @torch.inference_mode()
-def preference_metrics(model, pairs, margins_of, loss_of_margins, batch_size, autocast):
+def preference_metrics(model, pairs, margins_of, label_smoothing, batch_size, autocast):
     """{"val_loss", "val_reward_margin", "val_preference_accuracy"}: means over all pairs; a tie counts half."""
     device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -243,7 +252,8 @@ def preference_metrics(model, pairs, margins_of, loss_of_margins, batch_size, au
         with autocast():
             margins = margins_of(model, *batch)
         right = ((margins > 0).double() + (margins >= 0)) / 2
-        sums += torch.stack([loss_of_margins(margins).sum().double(), margins.sum().double(), right.sum()])
+        losses = preference_losses(margins, label_smoothing)
+        sums += torch.stack([losses.sum().double(), margins.sum().double(), right.sum()])
     loss, margin, accuracy = (sum_over_ranks(sums) / len(pairs)).tolist()
     return {"val_loss": loss, "val_reward_margin": margin, "val_preference_accuracy": accuracy}
 

@@ -31,12 +31,10 @@ from data import read_json
 from model import IGNORE, make_optimizers
 from run import (
     Run,
-    autocast_for,
     due,
     join_processes,
     load_model,
     pick_device,
-    pick_dtype,
     prefetch,
     rank_and_world,
     sum_over_ranks,
@@ -87,7 +85,7 @@ UNITS = {
 }
 LABELS = {"loss": "loss", "val_loss": "val", "val_exact_match": "exact match", "hellaswag_acc": "hellaswag"}
 AT_LEAST_1 = {  # all other numbers must be at least 0
-    "rows_per_step", "pairs_per_step", "batch_size", "epochs", "eval_interval", "log_interval", "checkpoint_interval",
+    "rows_per_step", "batch_size", "epochs", "eval_interval", "log_interval", "checkpoint_interval",
     "answer_tokens",
 }  # fmt: skip
 MAY_CHANGE = {  # on resuming; files are recognized by their checksums
@@ -108,33 +106,33 @@ Summarize the plot of '1984' by George Orwell.""".splitlines()
 
 def main():
     settings = settings_of(globals())
-    check(settings)
+    check(settings, AT_LEAST_1)
     join_processes(settings["device"])
-    model, tokenizer, device, autocast = load_base(settings)
+    device = pick_device(settings["device"], deterministic)
+    model, tokenizer = load_base(settings, device)
     train, val = load_conversations(data_dir, tokenizer, model.config.block_size)
     hellaswag, items = load_hellaswag(settings)
     n_steps = epochs * -(-len(train) // rows_per_step)
     optimizers = make_optimizers(model, "adamw", learning_rate, weight_decay=weight_decay, beta2=beta2)
-    run = Run("finetune", settings, n_steps, UNITS, LABELS, MAY_CHANGE)
-    if run.stored:
-        use_current_names(run.stored["settings"])
-    before = answers(model, tokenizer, QUESTIONS, answer_tokens, autocast)
+    run = Run("finetune", settings, n_steps, UNITS, LABELS, MAY_CHANGE, upgrade=use_current_names)
+    autocast = run.pick_autocast(device, model.config.n_embd)
+    before = answer(model, tokenizer, QUESTIONS, answer_tokens, autocast)  # before `restore` changes the weights
     run.restore(model, optimizers, tokenizer.name, fingerprint(checkpoint, data_dir))
     print(f"{len(train):,} conversations, {n_steps:,} steps of {rows_per_step}; {len(val):,} for validation")
-    batches = prefetch(partial(conversation_batch, train, rows_per_step, seed), run.step, device)
+    batches = prefetch(partial(batch_at, train, rows_per_step, seed), run.step, device)
 
-    def evaluate():
+    def evaluate(step):
         metrics = {}
-        if due(run.step, eval_interval, n_steps):
+        if due(step, eval_interval, n_steps):
             metrics |= answer_loss(model, val, batch_size, autocast)
             metrics |= answer_scores(model, tokenizer, val, scored_answers, answer_tokens, autocast)
-        if due(run.step, hellaswag_interval, n_steps):
+        if due(step, hellaswag_interval, n_steps):
             scores = hellaswag.evaluate(model, tokenizer, items, autocast=autocast)
             metrics |= {"hellaswag_acc": scores["acc"], "hellaswag_acc_norm": scores["acc_norm"]}
         return metrics
 
     if run.step == 0:
-        run.begin(evaluate())
+        run.begin(evaluate(0))
     while not run.over():
         started = time.perf_counter()
         batch = next(batches)
@@ -143,7 +141,7 @@ def main():
         n_targets = int((targets != IGNORE).sum())
         result = train_step(next_token_loss, model, optimizers, batch, n_targets, batch_size, grad_clip, autocast)
         row = run.count(result, n_targets, idx.numel(), time.perf_counter() - started)
-        run.end_step(row | rates | evaluate())
+        run.end_step(row | rates | evaluate(run.step))
     if rank_and_world()[0] == 0:
         write_samples(out_dir, before, tokenizer, device, autocast, answer_tokens)
     run.finish("samples.md")
@@ -153,8 +151,8 @@ def main():
 # preparation, for dpo.py too
 
 
-def check(settings, rules=()):
-    """BadInput that names every setting that cannot be used. rules: further (whether it holds, what must hold)."""
+def check(settings, at_least_1, rules=()):
+    """BadInput that names every setting that cannot be used; at_least_1 and rules: see check_settings."""
     path = Path(settings["checkpoint"])
     folder = Path(settings["out_dir"])
     start = settings["init_from"]
@@ -167,19 +165,16 @@ def check(settings, rules=()):
             f"out_dir {folder} is the folder of the checkpoint, which would be overwritten: choose another",
         ),
     ]
-    check_settings(settings, AT_LEAST_1, rules)
+    check_settings(settings, at_least_1, rules)
 
 
-def load_base(settings):
-    """(model to start from, its tokenizer, device, autocast); notes the device and dtype it chose in `settings`."""
-    device = pick_device(settings["device"], settings["deterministic"])
+def load_base(settings, device):
+    """(the model to start from, its tokenizer)."""
     model, stored = load_model(settings["checkpoint"], device)
+    model.checkpoint_activations = settings["activation_checkpointing"]
     tokenizer = Tokenizer(stored["tokenizer"])
     model.config.n_vocab = tokenizer.n_vocab  # an imported GPT-2 has rows for the chat tokens that it does not use yet
-    model.checkpoint_activations = settings["activation_checkpointing"]
-    settings["device"] = device.type
-    settings["dtype"] = pick_dtype(settings["dtype"], device, model.config.n_embd)
-    return model, tokenizer, device, autocast_for(device, settings["dtype"])
+    return model, tokenizer
 
 
 def load_conversations(folder, tokenizer, block_size, preferences=False):
@@ -206,7 +201,7 @@ def load_conversations(folder, tokenizer, block_size, preferences=False):
 
 
 def use_current_names(stored):
-    """The settings of a checkpoint by an earlier version, changed in place to those of today. BadInput for Muon."""
+    """Remove from a checkpoint's settings, in place, what an earlier version had. BadInput for a run with Muon."""
     if stored.pop("optimizer", "adamw") != "adamw":
         raise BadInput("this run was trained with Muon, which is no longer offered here: start a new run")
     stored.pop("muon_learning_rate", None)
@@ -216,6 +211,7 @@ def use_current_names(stored):
 def fingerprint(checkpoint, data_dir):
     """Checksums of the checkpoint and the arrays of data_dir, by which a resumed run recognizes them."""
     paths = [checkpoint, *sorted(Path(data_dir).glob("*.npy"))]
+    # mapped rather than read: a checkpoint has gigabytes
     return [hashlib.sha256(np.memmap(path, mode="r")).hexdigest() for path in paths]
 
 
@@ -241,14 +237,14 @@ class Conversations:
     def __len__(self):
         return len(self.lengths)
 
-    def place(self, number):
+    def span(self, number):
         """The slice of `tokens` and `mask` that is conversation `number`."""
         return slice(self.offsets[number], self.offsets[number + 1])
 
     def turns(self, number):
         """(ids of everything before an answer, ids of the answer without its end token), for each answer."""
-        ids = self.tokens[self.place(number)].tolist()
-        edges = np.flatnonzero(np.diff(self.mask[self.place(number)], prepend=0, append=0))
+        ids = self.tokens[self.span(number)].tolist()
+        edges = np.flatnonzero(np.diff(self.mask[self.span(number)], prepend=0, append=0))
         return [(ids[:start], ids[start : end - 1]) for start, end in edges.reshape(-1, 2)]
 
     def batch(self, numbers):
@@ -257,22 +253,17 @@ class Conversations:
         idx = torch.zeros(len(numbers), width, dtype=torch.long)
         targets = torch.full((len(numbers), width), IGNORE)
         for row, number in enumerate(numbers):
-            ids = torch.from_numpy(self.tokens[self.place(number)].astype(np.int64))
-            mask = torch.from_numpy(self.mask[self.place(number)] == 1)
+            ids = torch.from_numpy(self.tokens[self.span(number)].astype(np.int64))
+            mask = torch.from_numpy(self.mask[self.span(number)] == 1)
             idx[row, : len(ids) - 1] = ids[:-1]
             targets[row, : len(ids) - 1] = ids[1:].masked_fill(~mask[1:], IGNORE)
         return idx, targets
 
 
-def conversation_batch(conversations, n_rows, seed, step):
-    """The global batch of a step, a pure function of (seed, step): (idx, targets), each (n_rows, T) int64."""
-    return conversations.batch(batch_numbers(conversations, n_rows, seed, step))
-
-
-def batch_numbers(rows, n_rows, seed, step):
-    """The numbers of the rows (anything with `lengths`) that are the batch of a step."""
+def batch_at(rows, n_rows, seed, step):
+    """The global batch of a step, a pure function of (seed, step), from rows with `lengths` and `batch`."""
     epoch, position = divmod(step, -(-len(rows) // n_rows))
-    return epoch_order(rows, n_rows, seed, epoch)[position]
+    return rows.batch(epoch_order(rows, n_rows, seed, epoch)[position])
 
 
 @functools.lru_cache(maxsize=2)
@@ -318,15 +309,15 @@ def answer_scores(model, tokenizer, conversations, limit, max_new_tokens, autoca
     of second turns end in _2; those that no conversation of the sample has are left out.
     """
     sample = np.random.default_rng(0).permutation(len(conversations))[:limit]
-    prompts, answers, endings = [], [], []
+    prompts = []
+    right = []  # (the answer, the end of its scores' names)
     for number in sample:
         for (prompt, answer), ending in zip(conversations.turns(number), ("", "_2"), strict=False):
             prompts.append(prompt)
-            answers.append(tokenizer.decode(answer).strip())
-            endings.append(ending)
+            right.append((tokenizer.decode(answer).strip(), ending))
     given = most_likely(model, prompts, tokenizer.eot, max_new_tokens, autocast)
     scores = {}
-    for ids, answer, ending in zip(given, answers, endings, strict=True):
+    for ids, (answer, ending) in zip(given, right, strict=True):
         text = tokenizer.decode(ids).strip()
         scores.setdefault(f"val_exact_match{ending}", []).append(text.lower() == answer.lower())
         scores.setdefault(f"val_f1{ending}", []).append(token_f1(text, answer))
@@ -356,7 +347,7 @@ def most_likely(model, prompts, stop, max_new_tokens, autocast, batch_size=32):
     return [found[i] for i in range(len(prompts))]
 
 
-def answers(model, tokenizer, questions, max_new_tokens, autocast):
+def answer(model, tokenizer, questions, max_new_tokens, autocast):
     """The most likely answer to each question, as text; a note for one too long for the context."""
     texts = ["(the question does not fit into the context)"] * len(questions)
     prompts = {}
@@ -373,25 +364,17 @@ def answers(model, tokenizer, questions, max_new_tokens, autocast):
 def write_samples(out_dir, before, tokenizer, device, autocast, max_new_tokens):
     """samples.md: the ten questions and what the log has measured, before the first step and with best.pt."""
     best, stored = load_model(f"{out_dir}/best.pt", device)
-    after = answers(best, tokenizer, QUESTIONS, max_new_tokens, autocast)
+    after = answer(best, tokenizer, QUESTIONS, max_new_tokens, autocast)
     first = json.loads(Path(out_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()[1])
-    texts = []
+    lines = ["| question | before | after |", "|---|---|---|"]
     for row in zip(QUESTIONS, before, after, strict=True):
-        texts.append([cell.replace("|", "\\|").replace("\n", " ") for cell in row])
-    scores = []
+        cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| measure | before | after |", "|---|---|---|"]
     for name, value in stored["metrics"].items():
         if name in first:
-            scores.append([name, f"{first[name]:.4f}", f"{value:.4f}"])
-    lines = markdown_table(["question", "before", "after"], texts)
-    lines += ["", *markdown_table(["measure", "before", "after"], scores)]
+            lines.append(f"| {name} | {first[name]:.4f} | {value:.4f} |")
     Path(out_dir, "samples.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def markdown_table(header, rows):
-    """The lines of a table in Markdown."""
-    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
-    lines.insert(1, "|---" * len(header) + "|")
-    return lines
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from muon import Muon
 
 IGNORE = -100  # a target that does not count
 ATTENTION_IN_FP32 = {"cpu"}  # devices where attention is faster in fp32: on CPUs bf16 took 1.7 times as long
+OPTIMIZERS = ("muon", "adamw")  # of make_optimizers
 LOGITS_AT_ONCE = 2**27  # elements: the loss is computed in chunks of rows so that no more exist at once
 
 
@@ -214,8 +215,8 @@ class GPT(nn.Module):
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         if not prompts or lengths.min() < 1 or lengths.max() > block_size:
             raise ValueError(f"a prompt must have 1 to {block_size} tokens (block_size), not {lengths.tolist()}")
-        room = (block_size + 1 - lengths).clamp(max=max_new_tokens)  # ids a row can get: the last one is not read
-        n_positions = max(int((lengths + room).max()) - 1, int(lengths.max()))
+        room = (block_size + 1 - lengths).clamp(max=max_new_tokens)  # ids that a row can get
+        n_positions = max(int((lengths + room).max()) - 1, int(lengths.max()))  # the last id is not read
         if cache is None:
             cache = self.new_cache(len(prompts), n_positions, static=compile)
         if cache.n_positions < n_positions or len(cache.ids) != len(prompts) or (compile and not cache.static):
@@ -232,7 +233,7 @@ class GPT(nn.Module):
                     "the model's logits are not numbers: training diverged; use an earlier checkpoint"
                 )
             yield ids.masked_fill(stopped | (room <= step), -1)
-            stopped |= (room > step) & (ids == stop)
+            stopped |= ids == stop
             live = ~stopped & (room > step + 1)
             if not live.any():
                 break
@@ -484,8 +485,8 @@ def make_optimizers(model, optimizer="muon", learning_rate=3e-3, muon_learning_r
     Muon gets the matrices of the blocks, AdamW the embeddings, norms and biases, or everything with optimizer="adamw".
     Weight decay applies to matrices and embeddings. ValueError for another optimizer.
     """
-    if optimizer not in ("muon", "adamw"):
-        raise ValueError(f"optimizer must be 'muon' or 'adamw', not {optimizer!r}")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}")
     embeddings, vectors, qkv, matrices = [], [], [], []
     for name, p in model.named_parameters():
         if p.ndim < 2:

@@ -3,7 +3,7 @@
 Needs only torch and tqdm: copy this file where you like. A stage writes its own training loop and leaves to `Run` what
 keeps a run alive:
 
-    run = Run("pretrain", settings, n_steps, units, labels)   # claims out_dir
+    run = Run("pretrain", settings, n_steps, units, labels)   # refuses an out_dir in use
     run.restore(model, optimizers, tokenizer.name, data)      # or writes the checkpoint of step 0
     while not run.over():
         ...                                                   # one step
@@ -69,12 +69,13 @@ class Run:
     log_interval, checkpoint_interval and max_minutes. units: what the log's numbers are. labels: {name: what the
     terminal calls it}. may_change: settings that may differ on resuming, because they do not change the weights, or
     extend the run on purpose. fixed: settings that not even `force` can change, because the tensors would not fit.
+    upgrade: function that changes the settings of a checkpoint by an earlier version, in place, to today's.
 
     Raises FileExistsError when out_dir would be overwritten, FileNotFoundError when there is nothing to resume, OSError
     when what is there cannot be resumed.
     """
 
-    def __init__(self, stage, settings, n_steps, units, labels, may_change=(), fixed=()):
+    def __init__(self, stage, settings, n_steps, units, labels, may_change=(), fixed=(), upgrade=lambda settings: None):
         self.stage = stage
         self.settings = settings
         self.n_steps = n_steps
@@ -88,6 +89,8 @@ class Run:
         self.signalled = False  # SIGINT or SIGTERM came
         self.stopped = False
         self.stored = self.claim()  # the checkpoint to resume from, or None
+        if self.stored is not None:
+            upgrade(self.stored["settings"])
 
     @property
     def step(self):
@@ -95,7 +98,7 @@ class Run:
         return self.progress.step
 
     def claim(self):
-        """Take out_dir; returns the checkpoint to resume from, or None for a new run."""
+        """Check that out_dir may be used; returns the checkpoint to resume from, or None for a new run."""
         resuming = self.settings["init_from"] == "resume"
         exists = self.folder.is_dir()
         names = [path.name for path in self.folder.iterdir()] if exists else []
@@ -104,8 +107,6 @@ class Run:
             raise FileExistsError(
                 f"{self.folder} is in use: --init_from=resume continues, --overwrite=True starts over, or --out_dir="
             )
-        if rank_and_world()[0] == 0:
-            self.remove_stale(resuming)
         if not resuming:
             return None
         if exists and all(name.endswith(".tmp") for name in names):  # killed before the first checkpoint
@@ -119,14 +120,21 @@ class Run:
             raise OSError(f"{problem}: choose another --out_dir")
         return stored
 
-    def remove_stale(self, resuming):
+    def remove_stale(self):
         """Delete unfinished files, and those of an earlier run, which a later resume must not find."""
         names = ["ckpt.pt.tmp", "best.pt.tmp"]
-        if not resuming:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if self.stored is None:
             names += ["ckpt.pt", "best.pt", "log.jsonl"]
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
+
+    def pick_autocast(self, device, n_embd):
+        """See autocast_for. Notes device and dtype in the settings; a resumed run keeps the dtype chosen for it."""
+        self.settings["device"] = device.type
+        if self.stored is not None and not self.settings["dtype"]:
+            self.settings["dtype"] = self.stored["settings"]["dtype"]
+        self.settings["dtype"] = pick_dtype(self.settings["dtype"], device, n_embd)
+        return autocast_for(device, self.settings["dtype"])
 
     def restore(self, model, optimizers, tokenizer, data):
         """Load the checkpoint, or write that of step 0, so that a run can be resumed from its first moment.
@@ -147,10 +155,14 @@ class Run:
             "data": data,
             "processes": world,
         }
+        if self.stored is not None:
+            self.check_same_run()
+        if rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.remove_stale()
         if self.stored is None:
             self.save(must=True)
         else:
-            self.check_same_run()
             self.load()
         self.log = open_log(self.folder / "log.jsonl", self.progress.log_bytes, self.units)
         self.bar = tqdm(total=self.n_steps, initial=self.step, unit=" steps", disable=None if rank == 0 else True)
@@ -177,7 +189,7 @@ class Run:
                 changed.append(name)
                 problems.append(f"{name} {old!r} -> {new!r}")
         if self.stored["data"] != self.about["data"]:
-            problems.append("the data have changed")
+            problems.append("the data or the model to start from have changed")
         can_force = self.fixed.isdisjoint(changed)
         if problems and not (self.settings["force"] and can_force):
             remedy = "restore it, or --force=True" if can_force else "restore it"

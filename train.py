@@ -23,15 +23,13 @@ from configurator import BadInput, check_settings, configure, settings_of
 import torch
 
 from data import Windows, find_shards, read_meta
-from model import FAMILIES, GPT, GPTConfig, make_optimizers
+from model import FAMILIES, GPT, OPTIMIZERS, GPTConfig, make_optimizers
 from run import (
     Run,
-    autocast_for,
     due,
     is_out_of_memory,
     join_processes,
     pick_device,
-    pick_dtype,
     prefetch,
     print_line,
     rank_and_world,
@@ -131,17 +129,15 @@ def main():
     device = pick_device(settings["device"], deterministic)
     tokenizer, train, val = load_data(settings)
     hellaswag, items = load_hellaswag(settings)
-    settings["device"] = device.type
-    settings["dtype"] = pick_dtype(settings["dtype"], device, n_embd)
     settings["compile"] = device.type == "cuda" if compile is None else compile
-    autocast = autocast_for(device, settings["dtype"])
     model = make_model(settings, tokenizer).to(device)
     model.checkpoint_activations = activation_checkpointing
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
-    run = Run("pretrain", settings, n_steps, UNITS, LABELS, MAY_CHANGE, FIXED)
-    stored = use_current_names(run.stored["settings"]) if run.stored else {}
+    run = Run("pretrain", settings, n_steps, UNITS, LABELS, MAY_CHANGE, FIXED, use_current_names)
+    autocast = run.pick_autocast(device, n_embd)
     if batch_size == 0:
-        settings["batch_size"] = find_batch_size(model, optimizers, stored.get("batch_size"), n_rows, autocast)
+        stored = run.stored["settings"]["batch_size"] if run.stored else 0
+        settings["batch_size"] = find_batch_size(model, optimizers, stored, n_rows, autocast)
     run.restore(model, optimizers, tokenizer.name, train.fingerprint() + val.fingerprint())
     describe(model, optimizers, settings, tokenizer, train, val, n_steps)
 
@@ -151,17 +147,17 @@ def main():
     trained = torch.compile(model) if settings["compile"] else model  # evaluation and samples use the raw model
     batches = prefetch(partial(next_token_batch, train, n_rows), run.step, device)
 
-    def evaluate():
+    def evaluate(step):
         metrics = {}
-        if due(run.step, eval_interval, n_steps):
+        if due(step, eval_interval, n_steps):
             metrics |= validation_loss(model, val, n_val, micro_batch, token_bytes, autocast)
-        if due(run.step, hellaswag_interval, n_steps):
+        if due(step, hellaswag_interval, n_steps):
             scores = hellaswag.evaluate(model, tokenizer, items, autocast=autocast)
             metrics |= {"hellaswag_acc": scores["acc"], "hellaswag_acc_norm": scores["acc_norm"]}
         return metrics
 
     if run.step == 0:
-        run.begin(evaluate())
+        run.begin(evaluate(0))
     while not run.over():
         started = time.perf_counter()
         batch = next(batches)
@@ -171,7 +167,7 @@ def main():
         result = train_step(next_token_loss, trained, optimizers, batch, n_tokens, micro_batch, grad_clip, autocast)
         row = run.count(result, n_tokens, n_tokens, time.perf_counter() - started)
         row |= rates
-        row |= evaluate()
+        row |= evaluate(run.step)
         if due(run.step, sample_interval, n_steps):
             print_sample(model, tokenizer, sample_prompt, run.step, autocast)
         run.end_step(row)
@@ -187,7 +183,7 @@ def check(settings):
     rules = [
         (init_from in ("scratch", "resume"), f"init_from must be scratch or resume, not {init_from!r}"),
         (family in FAMILIES, f"family must be one of {', '.join(FAMILIES)}, not {family!r}"),
-        (optimizer in ("muon", "adamw"), f"optimizer must be muon or adamw, not {optimizer!r}"),
+        (optimizer in OPTIMIZERS, f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}"),
         (schedule in ("trapezoid", "cosine"), f"schedule must be trapezoid or cosine, not {schedule!r}"),
         (beta2 < 1, "beta2 must be below 1"),
         (decay_fraction <= 1, "decay_fraction must be at most 1"),
@@ -255,10 +251,9 @@ def make_model(settings, tokenizer):
 
 
 def use_current_names(stored):
-    """The settings of a checkpoint, those that an earlier version called otherwise renamed, in place."""
+    """Change the settings of a checkpoint by an earlier version, in place, to today's names."""
     if stored["schedule"] == "constant":
         stored["schedule"] = "trapezoid"
-    return stored
 
 
 def find_batch_size(model, optimizers, stored, n_rows, autocast):
