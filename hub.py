@@ -1,46 +1,61 @@
-"""The Hugging Face Hub over an unreliable network: list a dataset's files, download them, verify them.
+"""Files of the Hugging Face Hub over an unreliable network: list them, download them, verify them.
 
     for file in list_hub("HuggingFaceFW/fineweb-edu", "sample/10BT"):
         path = download(file, Path("data"))
 
-What breaks off is resumed, also by a later run; what the server cannot do now is tried again; what cannot be got is one
-line with the URL and what to do. HF_ENDPOINT and HF_TOKEN name another Hub and a token for it.
+Needs requests and tqdm. A download that breaks off is resumed, also by a later run; a server that is busy is asked
+again; everything else is an OSError of one line with the URL and what to do. HF_ENDPOINT and HF_TOKEN name another Hub
+and a token for it.
 """
 
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import sys
-import threading
 import time
-from concurrent.futures import Future
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import requests
+from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-STALL_SECONDS = 60  # a connection that is silent for so long is given up
-FIRST_CONTACT, PATIENCE = 30, 600  # seconds without any progress: see `patiently`
-FIRST_WAIT, LONGEST_WAIT = 1, 60  # seconds between tries: doubled each time
-ADVICE = {  # what to do after an HTTP code of the Hub
-    401: "no such dataset or model, or it asks for a token: check its name, set HF_TOKEN",
+STALL_SECONDS = 60  # a connection that is silent for this long is given up
+RETRIES = 11  # ten minutes of waiting: retries without any progress
+CONTACT_RETRIES = 5  # half a minute: retries when a first contact fails, as the address or the network may be wrong
+FIRST_WAIT = 1  # seconds: the first retry follows at once, the next ones after 2, 4, 8, ... times this
+LONGEST_WAIT = 300  # seconds, if a server asks for more; the Hub limits the requests of five minutes
+RETRY_CODES = (408, 429, *range(500, 600))  # HTTP codes of a server that is busy or out of order
+CHECK = "check the network (a proxy in between?) and, for the Hub, HF_ENDPOINT and HF_TOKEN"
+ADVICE = {  # what to do about an HTTP code of the Hub
+    401: "no such dataset or model, or it needs a token: check its name, set HF_TOKEN",
     403: "no access: accept the terms on its page, and set HF_TOKEN to a token of the account that did",
-    404: "not there: check its name (a local path has to exist), folder and revision",
+    404: "not found: check its name (a local path must exist), folder and revision",
     451: "withheld for legal reasons: choose another source",
 }
 
+logging.getLogger("urllib3").setLevel(logging.ERROR)  # AnnouncedRetry says the same, without signed links
 
-class Later(OSError):
-    """A request failed that may succeed later. seconds: the wait that the server asks for; None: it did not answer."""
 
-    def __init__(self, message, seconds=None):
-        super().__init__(message)
-        self.seconds = seconds
+class AnnouncedRetry(Retry):
+    """urllib3's retries, which say what they wait for, and wait at most LONGEST_WAIT seconds."""
+
+    def sleep(self, response=None):
+        seconds = self.get_backoff_time()
+        if response is not None:
+            with suppress(InvalidHeader):  # a Retry-After that is neither seconds nor a date
+                seconds = self.get_retry_after(response) or seconds
+        seconds = min(seconds, LONGEST_WAIT)
+        failure = self.history[-1]
+        reason = f"HTTP {failure.status}" if failure.status else f"no answer ({type(failure.error).__name__})"
+        path = urlsplit(failure.url).path  # without the query, where signatures are
+        tqdm.write(f"{path}: {reason}: trying again in {seconds:,.0f} s", file=sys.stderr)
+        time.sleep(seconds)
 
 
 def hub_endpoint():
@@ -56,140 +71,172 @@ def is_repo(name):
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
-def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="datasets"):
-    """Files of a Hub dataset (or kind="models"): those in a folder of it whose path is `wanted`, sorted; a dict each.
-
-    name, url, size; checksum: sha256 (files in LFS) or git blob hash (small files); revision: a branch, tag or commit
-    is resolved to a commit, at which the files are listed and fetched (a server that does not name it is asked for the
-    one given). ValueError when no file is wanted, OSError as `fetch`.
-    """
-    subset, ref = subset.strip("/"), quote(revision, safe="")
-    url = f"{hub_endpoint()}/api/{kind}/{repo}/tree/{ref}{'/' * bool(subset)}{quote(subset)}?recursive=true"
-    files, endings = [], set()
-    while url:  # the listing comes in pages
-        response = fetch(url)
-        for entry in json_of(response):
-            path = entry["path"]
-            endings.add(Path(path).suffix)
-            if entry["type"] == "file" and wanted(path):
-                link = f"{hub_endpoint()}/{'datasets/' * (kind == 'datasets')}{repo}/resolve/{ref}/{quote(path)}"
-                file = {"name": f"{repo}/{path}", "url": link, "size": entry["size"], "revision": revision}
-                files.append({**file, "checksum": entry.get("lfs", entry)["oid"]})
-        url = response.links.get("next", {}).get("url")
-    if not files:
-        raise ValueError(
-            f"{repo}: no file that can be used in {subset or 'it'} (it has {', '.join(sorted(endings)) or 'none'}): "
-            "name another folder or repository"
-        )
-    if not is_commit(revision):
-        commit = fetch(files[0]["url"], method="HEAD", allow_redirects=False).headers.get("X-Repo-Commit", "")
-        if is_commit(commit):
-            return list_hub(repo, subset, commit, wanted, kind)  # listed again, as the branch may have moved
-    return sorted(files, key=lambda file: file["name"])
-
-
-def json_of(response):
-    """What a listing holds. OSError where it is not JSON."""
-    try:
-        return response.json()
-    except ValueError:
-        setting = ", check HF_ENDPOINT" * is_hub(response.url)
-        raise OSError(f"{response.url}: no listing came: is there a proxy in between?{setting}") from None
-
-
 def is_commit(revision):
     return re.fullmatch("[0-9a-f]{40}", revision) is not None
 
 
-def patiently(attempt, patience=None, progress=lambda: 0):
-    """attempt(), again and again while it raises Later, waiting as long as the server asks for, else ever longer.
+# ----------------------------------------------------------------------------------------------------------------------
+# requests and listings
 
-    OSError after `patience` seconds without progress(); None: FIRST_CONTACT without any answer, else PATIENCE.
+
+def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="datasets"):
+    """Files of a Hub dataset (or kind="models") in a folder of it, those whose path is `wanted`, sorted: a dict each.
+
+    name, url, size; checksum: sha256 (files in LFS) or git blob hash (small files); revision: a branch or tag is
+    resolved to a commit, at which the files are listed and fetched (if the server does not tell the commit, the branch
+    is used). FileNotFoundError when no file is wanted, OSError as `fetch`.
     """
-    since, best, wait = time.monotonic(), progress(), FIRST_WAIT
-    while True:
-        try:
-            return attempt()
-        except Later as error:
-            if progress() > best:
-                since, best, wait = time.monotonic(), progress(), FIRST_WAIT
-            limit = patience or (FIRST_CONTACT if error.seconds is None else PATIENCE)
-            seconds = max(wait, error.seconds or 0)
-            if time.monotonic() + seconds - since > limit:
-                raise OSError(f"{error}: no progress: run the same command later, it goes on from there") from None
-            tqdm.write(f"{error}: trying again in {seconds:,.0f} s", file=sys.stderr)
-            time.sleep(seconds)
-            wait = min(2 * wait, LONGEST_WAIT)
+    ref = quote(revision, safe="")
+    folder = quote(subset.strip("/"))
+    site = hub_endpoint() if kind == "models" else f"{hub_endpoint()}/{kind}"
+    page = f"{hub_endpoint()}/api/{kind}/{repo}/tree/{ref}/{folder}".rstrip("/") + "?recursive=true"
+    entries = []
+    while page:
+        response = fetch(page)
+        entries += json_of(response)
+        page = response.links.get("next", {}).get("url")
+    files = []
+    for entry in entries:
+        path = entry["path"]
+        if entry["type"] == "file" and wanted(path):
+            url = f"{site}/{repo}/resolve/{ref}/{quote(path)}"
+            file = {"name": f"{repo}/{path}", "url": url, "size": entry["size"], "revision": revision}
+            files.append({**file, "checksum": entry.get("lfs", entry)["oid"]})
+    if not files:
+        endings = ", ".join(sorted({Path(entry["path"]).suffix for entry in entries})) or "none"
+        raise FileNotFoundError(
+            f"{repo}/{subset}: no usable file (it has {endings}): name another folder or repository"
+        )
+    if not is_commit(revision):
+        commit = fetch(files[0]["url"], method="HEAD", allow_redirects=False).headers.get("X-Repo-Commit", "")
+        if is_commit(commit):
+            return list_hub(repo, subset, commit, wanted, kind)  # list again, as the branch may have moved
+    return sorted(files, key=lambda file: file["name"])
+
+
+def json_of(response):
+    """The content of a JSON response. OSError when it is something else."""
+    try:
+        return response.json()
+    except ValueError:
+        raise OSError(f"{response.url}: the answer is not a listing: {CHECK}") from None
 
 
 def fetch(url, **options):
-    """The response to a request that is tried again with patience. OSError, one line with the URL and what to do."""
-    return patiently(partial(request, url, **options))
+    """The response to a request, with its whole content. OSError of one line with the URL and what to do."""
+    for _ in range(3):
+        response = request(url, **options)
+        try:
+            response.content  # noqa: B018  (reads it)
+            return response
+        except requests.RequestException as error:
+            tqdm.write(f"{url}: the answer broke off ({type(error).__name__})", file=sys.stderr)
+    raise OSError(f"{url}: the answer broke off three times: run the same command later")
 
 
-def request(url, start=0, method="GET", **options):
-    """The response to one request, from byte `start` on where the server can do that.
+def request(url, start=0, method="GET", contact_retries=CONTACT_RETRIES, **options):
+    """The response to a request, whose content is still to be read: from byte `start` on, if the server can do that.
 
-    The token goes to the Hub alone: requests drops it when a redirect leads to another host. Raises Later where it
-    makes sense to try again, else OSError, one line with the URL and what to do.
+    The token goes to the Hub alone: requests drops it when a redirect leads to another host. OSError as `fetch`.
     """
-    token, headers = os.environ.get("HF_TOKEN", "").strip(), {"Accept-Encoding": "identity"}
+    headers = {"Accept-Encoding": "identity"}  # ranges and sizes are those of the file
+    token = os.environ.get("HF_TOKEN", "").strip()
     if token and is_hub(url):
         headers["Authorization"] = f"Bearer {token}"
     if start:
         headers["Range"] = f"bytes={start}-"
+    timeout = (10, STALL_SECONDS)  # seconds to connect, and of silence after that
+    retries = AnnouncedRetry(RETRIES, connect=contact_retries, status_forcelist=RETRY_CODES, backoff_factor=FIRST_WAIT)
     try:
-        response = requests.request(method, url, headers=headers, timeout=(10, STALL_SECONDS), **options)
-    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-        stalled = isinstance(error, requests.ReadTimeout)  # there is a server
-        setting = " and HF_ENDPOINT" * is_hub(url)
-        message = f"{url}: no answer ({type(error).__name__}): check the network{setting}"
-        raise Later(message, 0 if stalled else None) from None
-    except requests.RequestException as error:  # whose text may hold the token
-        what = "HF_ENDPOINT and HF_TOKEN" if is_hub(url) else "the network"
-        raise OSError(f"{url}: {type(error).__name__}: check {what}") from None
-    code, after = response.status_code, response.headers.get("Retry-After")
-    if code in (408, 429) or code >= 500:
-        try:
-            seconds = Retry().parse_retry_after(after or "0")  # seconds, or a date
-        except InvalidHeader:
-            seconds = 0
-        raise Later(f"{url}: HTTP {code}", seconds)
-    if code >= 400 and not (code == 416 and start):
-        elsewhere = "refused, perhaps because too many requests came: try again later"
-        advice = ADVICE.get(code, "check the name, folder and revision") if is_hub(url) else elsewhere
+        with requests.Session() as session:
+            session.mount("http://", HTTPAdapter(max_retries=retries))
+            session.mount("https://", HTTPAdapter(max_retries=retries))
+            response = session.request(method, url, headers=headers, timeout=timeout, stream=True, **options)
+    except requests.exceptions.RetryError as error:
+        reason = error.args[0].reason  # "too many 503 error responses"
+        raise OSError(f"{url}: {reason}: run the same command later, it resumes") from None
+    except requests.RequestException as error:  # its text may contain the token
+        raise OSError(f"{url}: no answer ({type(error).__name__}): {CHECK}") from None
+    code = response.status_code
+    if code >= 400:
+        advice = "refused, perhaps because of too many requests: try again later"
+        if is_hub(url):
+            advice = ADVICE.get(code, "check the name, folder and revision")
         raise OSError(f"{url}: HTTP {code}: {advice}")
     if "text/html" in response.headers.get("Content-Type", ""):
-        raise OSError(f"{url}: a web page came instead of data: is there a proxy or sign-in page in between?")
+        raise OSError(f"{url}: a web page came instead of data: {CHECK}")
     return response
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# downloads
+
+
+def download(file, folder):
+    """Path of the file in `folder`, downloaded and verified; what is there already is used, partial content too.
+
+    file: dict of url, size, checksum (sha256, or git blob hash) and perhaps save_as, a name other than that in the URL.
+    If the content is wrong, it is downloaded again, twice. OSError of one line with the URL and what to do.
+    """
+    path, temporary = place(file, folder)
+    expected = file["checksum"]
+    is_git = len(expected) == 40
+    if path.exists() and checksum(path, is_git) == expected:
+        return path
+    with tqdm(total=file["size"], desc=path.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        for n_left in (2, 1, 0):
+            receive(file["url"], temporary, file["size"], bar)
+            found = checksum(temporary, is_git)
+            if found == expected:
+                os.replace(temporary, path)
+                return path
+            temporary.unlink()
+            message = f"{file['url']}: wrong content, checksum {found}, not {expected}"
+            if n_left:
+                tqdm.write(f"{message}: downloading it again", file=sys.stderr)
+    raise OSError(f"{message}, three times: the server or a proxy has a damaged copy: run the same command later")
+
+
+def place(file, folder):
+    """Paths of a file that `download` has verified, and of the partial content of it."""
+    name = file.get("save_as") or Path(unquote(urlsplit(file["url"]).path)).name
+    return folder / name, folder / f"{name}.tmp"
+
+
 def receive(url, path, size, bar):
-    """Get what is missing of the file over one connection. Raises Later when that breaks off."""
-    start = size_of(path)
-    if size is not None and start == size:
-        return
-    with request(url, start, stream=True) as response:
-        sent = response.headers.get("Content-Range", "")
-        if response.status_code == 416 and sent.endswith(f"/{start}"):
-            return  # it was whole
-        if response.status_code == 416 or response.status_code == 206 and not sent.startswith(f"bytes {start}-"):
-            path.unlink()
-            raise Later(f"{url}: {start:,} bytes are there, the server cannot go on from them: begins anew", 0)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open_alone(path, keep=response.status_code == 206) as target:
-                for chunk in response.iter_content(1 << 16):  # of a chunk that breaks off nothing is kept
-                    target.write(chunk)
-                    bar.update(target.tell() - bar.n)
-        except requests.RequestException as error:
-            raise Later(f"{url}: broke off at {size_of(path):,} bytes ({type(error).__name__})") from None
-    if size_of(path) < (size or 0):
-        raise Later(f"{url}: ended at {size_of(path):,} of {size:,} bytes")
+    """Get what is missing of a file, over as many connections as it takes. OSError after RETRIES without progress."""
+    longest = size_of(path)
+    n_in_vain = 0
+    while size_of(path) < size:
+        receive_some(url, path, bar)
+        n_bytes = size_of(path)
+        if n_bytes >= size:
+            return
+        if n_bytes > longest:
+            longest = n_bytes
+            n_in_vain = 0
+        else:
+            n_in_vain += 1
+        message = f"{url}: broke off at {n_bytes:,} of {size:,} bytes"
+        if n_in_vain > RETRIES:
+            raise OSError(f"{message}, no progress: run the same command later, it resumes")
+        seconds = FIRST_WAIT * 2 ** min(n_in_vain, 6)
+        tqdm.write(f"{message}: resuming in {seconds:,.0f} s", file=sys.stderr)
+        time.sleep(seconds)
+
+
+def receive_some(url, path, bar):
+    """Append to a file what one connection brings."""
+    with request(url, size_of(path), contact_retries=RETRIES) as response:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open_alone(path, keep=response.status_code == 206) as target, suppress(requests.RequestException):
+            for chunk in response.iter_content(1 << 16):  # of a chunk that breaks off nothing is kept
+                target.write(chunk)
+                bar.update(target.tell() - bar.n)
 
 
 def open_alone(path, keep=False):
-    """The file open to write, empty or (keep) at its end. OSError while another process has it open so."""
+    """The file opened for writing, empty or (keep) at its end. OSError while another process has opened it so."""
     file = open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
@@ -205,61 +252,6 @@ def open_alone(path, keep=False):
 def size_of(path):
     """Bytes of a file, 0 where there is none."""
     return path.stat().st_size if path.exists() else 0
-
-
-def place(file, folder):
-    """Paths of a file that `download` has verified, and of what it has of it so far."""
-    name = file.get("save_as") or file.get("name", urlsplit(file["url"]).path).rsplit("/", 1)[-1]
-    return folder / name, folder / f"{name}.tmp"
-
-
-def download(file, folder):
-    """Path of the file in `folder`, fetched and verified; what is there already is used, in parts too.
-
-    file: dict of url and checksum (sha256, or git blob hash), and optionally size, name, and save_as (what to call it).
-    A file that is not what was meant is fetched again, twice. Raises OSError, one line with the URL and what to do.
-    """
-    path, temporary = place(file, folder)
-    size, expected = file.get("size"), file["checksum"]
-    is_git = len(expected) == 40
-    if path.exists() and checksum(path, is_git) == expected:
-        return path
-    bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, leave=False, disable=None)
-    for n_left in (2, 1, 0):
-        patiently(partial(receive, file["url"], temporary, size, bar), PATIENCE, partial(size_of, temporary))
-        found = checksum(temporary, is_git)
-        if found == expected:
-            os.replace(temporary, path)
-            bar.close()
-            return path
-        temporary.unlink()
-        if n_left:
-            tqdm.write(f"{file['url']}: checksum {found}, not {expected}: fetching it again", file=sys.stderr)
-    raise OSError(
-        f"{file['url']}: three times the wrong content, checksum {found}, not {expected}: the server or a proxy in "
-        "between has a damaged copy: run the same command later"
-    )
-
-
-def fetch_ahead(files, folder):
-    """Yield the path of each file; while it is used, the next one downloads. An error comes when its turn comes."""
-
-    def start(file):
-        def work():
-            try:
-                future.set_result(file["path"] if "path" in file else download(file, folder))
-            except BaseException as error:
-                future.set_exception(error)
-
-        future = Future()
-        threading.Thread(target=work, daemon=True).start()  # an executor's would keep a process that ends alive
-        return future
-
-    future = start(files[0]) if files else None
-    for following in files[1:] + [None]:
-        path = future.result()
-        future = start(following) if following else None
-        yield path
 
 
 def checksum(path, is_git=False):
