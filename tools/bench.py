@@ -11,7 +11,7 @@
 
 Machines are noisy: things that are compared take turns, `repeats` times, and
 the table shows medians. A training step runs in a process of its own, so that
-the memory is its own; nan: it did not fit.
+its peak memory is its own; nan means that it did not fit.
 """
 
 import datetime
@@ -251,7 +251,8 @@ def attention_kernels(step):
 
 def product_speed(device, dtype):
     """FLOP/s of a large product of random matrices of this dtype: the ceiling of training."""
-    n, calls = (8192, 20) if device.type == "cuda" else (2048, 2)
+    n = 8192 if device.type == "cuda" else 2048
+    calls = 20 if device.type == "cuda" else 2
     a, b = torch.randn(2, n, n, device=device).to(getattr(torch, dtype))
     return calls * 2 * n**3 / seconds_of(lambda: [a @ b for _ in range(calls)], device, calls=3)
 
@@ -270,7 +271,7 @@ def estimated_gigabytes(settings, batch_size):
     PyTorch's memory tracker follows the step with tensors that have shapes but no data: no GPU is needed, and nothing
     is computed.
     """
-    model_py.ATTENTION_IN_FP32 = ()  # the tensors are on a CPU, but attention should be as on a GPU
+    model_py.ATTENTION_IN_FP32 = ()  # for the rest of this process: attention on the CPU is as on a GPU
     tracker = MemTracker()
     with FakeTensorMode():
         model, device, autocast = prepare(settings | {"device": "cpu", "dtype": "bfloat16"})

@@ -15,7 +15,7 @@ from configurator import configure
 import torch
 
 from data import read_json, write_json
-from finetune import answers
+from finetune import answer
 from run import autocast_for, load_model
 from tokenizer import Tokenizer
 from tools.plot import read_log
@@ -40,8 +40,8 @@ def main():
     write_json(folder / "summary.json", result)
 
     print(f"{'':46} before   after")
-    before, after = result["val_loss_before"], result["val_loss_after"]
-    print(f"{'validation loss (nats per byte)':44} {before:8.3f} {after:7.3f}   by pretraining")
+    losses = f"{result['val_loss_before']:8.3f} {result['val_loss_after']:7.3f}"
+    print(f"{'validation loss (nats per byte)':44} {losses}   by pretraining")
     asked = f"{len(questions)} held-out questions answered right"
     for what, before, after, stage in (
         ("HellaSwag format, right of four (chance 25%)", "hellaswag_before", "hellaswag_after", "pretraining"),
@@ -66,7 +66,7 @@ def held_out_accuracy(checkpoint, questions):
     model, stored = load_model(checkpoint)
     asked = [question["question"] for question in questions]
     autocast = autocast_for(torch.device("cpu"), "float32")
-    given = answers(model, Tokenizer(stored["tokenizer"]), asked, 64, autocast)
+    given = answer(model, Tokenizer(stored["tokenizer"]), asked, 64, autocast)
     right = [a.strip().lower() == q["answer"].strip().lower() for a, q in zip(given, questions, strict=True)]
     return sum(right) / len(right)
 
