@@ -356,7 +356,8 @@ def random_items(n_items, n_vocab, longest):
     items = []
     for _ in range(n_items):
         n_context, n_ending = (22, 14) if rng.random() < 1 / 3 else (75, 28)
-        sizes = [max(3, round(rng.gauss(n, n / 3))) for n in (n_context, *[n_ending] * 4)]
+        lengths = [n_context, n_ending, n_ending, n_ending, n_ending]
+        sizes = [max(3, round(rng.gauss(n, n / 3))) for n in lengths]
         context, *endings = (rng.choices(range(n_vocab), k=size) for size in sizes)
         items.append([((context + ids)[-longest:], min(len(ids), longest - 1)) for ids in endings])
     return items
