@@ -72,7 +72,7 @@ HUB_FILE = Path("data/hellaswag/validation.parquet")
 HUB_ITEMS = 10_042
 WIDTH_STEP = 16  # batches are padded to multiples of this, so that there are few different shapes
 SHARED = -1  # the branch of inputs that all rows of an item have
-PADDING = (0, 0, -2)  # token, position and branch of inputs on the right, which nothing sees
+PADDING = (0, 0, 0)  # an input on the right, where nothing sees it
 LOGIT_ROWS = 128  # positions whose fp32 logits exist at once: 26 MB with GPT-2's vocabulary; more is slower on CPUs
 
 
@@ -183,8 +183,8 @@ def evaluate(
         context, endings = texts_of(item, style)
         rows = make_rows(context, endings, tokenizer, style, chat)
         cut += any(len(ids) > longest for ids, _ in rows)
-        # the first token of a row cannot be scored: none before it predicts it
-        rows = [(ids[-longest:], min(n_scored, len(ids) - 1, longest - 1)) for ids, n_scored in rows]
+        rows = [(ids[-longest:], n_scored) for ids, n_scored in rows]
+        rows = [(ids, min(n_scored, len(ids) - 1)) for ids, n_scored in rows]  # nothing predicts the first token
         groups.append(rows)
         if style == "harness":
             divisors += [max(len(ending), 1) for ending in endings]  # the clean-up may leave nothing of an ending
