@@ -7,7 +7,7 @@ prepare_instruct.py make an assistant.
 
 The loss counts only the answers and their end tokens. Each validation also
 scores the most likely answers to a fixed sample of validation questions, and,
-with --hellaswag_interval, HellaSwag shows whether finetuning harms the base.
+with --score_hellaswag, HellaSwag shows whether finetuning harms the base.
 Writes into out_dir what train.py writes (log.jsonl, ckpt.pt, best.pt: talk to
 it with sample.py) and samples.md: ten questions answered, and these scores,
 before and after (by best.pt).
@@ -67,7 +67,7 @@ checkpoint_interval = 200  # steps between writes of ckpt.pt
 max_minutes = 0.0  # save and stop after this time; 0: no limit
 answer_tokens = 64  # longest answer that is generated, tokens
 scored_answers = 64  # validation conversations whose answers are scored, a fixed sample; 0: none
-hellaswag_interval = 0  # steps between HellaSwag scores; 0: never
+score_hellaswag = False  # score HellaSwag at each validation
 hellaswag_source = ""  # HellaSwag-format file; empty: the real one
 hellaswag_limit = 0  # items to score; 0: all
 # machine
@@ -89,7 +89,7 @@ AT_LEAST_1 = {  # all other numbers must be at least 0
     "answer_tokens",
 }  # fmt: skip
 MAY_CHANGE = {  # on resuming; files are recognized by their checksums
-    "checkpoint", "data_dir", "epochs", "eval_interval", "answer_tokens", "scored_answers", "hellaswag_interval",
+    "checkpoint", "data_dir", "epochs", "eval_interval", "answer_tokens", "scored_answers", "score_hellaswag",
     "hellaswag_source", "hellaswag_limit",
 }  # fmt: skip
 QUESTIONS = """What is the capital of France?
@@ -111,7 +111,7 @@ def main():
     device = pick_device(settings["device"], deterministic)
     model, tokenizer = load_base(settings, device)
     train, val = load_conversations(data_dir, tokenizer, model.config.block_size)
-    hellaswag, items = load_hellaswag(settings)
+    hellaswag, items = load_hellaswag(score_hellaswag, hellaswag_source, hellaswag_limit)
     n_steps = epochs * -(-len(train) // rows_per_step)
     optimizers = make_optimizers(model, "adamw", learning_rate, weight_decay=weight_decay, beta2=beta2)
     run = Run("finetune", settings, n_steps, UNITS, LABELS, MAY_CHANGE, upgrade=use_current_names)
@@ -123,10 +123,11 @@ def main():
 
     def evaluate(step):
         metrics = {}
-        if due(step, eval_interval, n_steps):
-            metrics |= answer_loss(model, val, batch_size, autocast)
-            metrics |= answer_scores(model, tokenizer, val, scored_answers, answer_tokens, autocast)
-        if due(step, hellaswag_interval, n_steps):
+        if not due(step, eval_interval, n_steps):
+            return metrics
+        metrics |= answer_loss(model, val, batch_size, autocast)
+        metrics |= answer_scores(model, tokenizer, val, scored_answers, answer_tokens, autocast)
+        if score_hellaswag:
             scores = hellaswag.evaluate(model, tokenizer, items, autocast=autocast)
             metrics |= {"hellaswag_acc": scores["acc"], "hellaswag_acc_norm": scores["acc_norm"]}
         return metrics
@@ -205,7 +206,8 @@ def use_current_names(stored):
     if stored.pop("optimizer", "adamw") != "adamw":
         raise BadInput("this run was trained with Muon, which is no longer offered here: start a new run")
     stored.pop("muon_learning_rate", None)
-    stored.pop("hellaswag_items", None)
+    if stored.pop("hellaswag_items", 0):
+        print("HellaSwag is scored with --score_hellaswag=True now")
 
 
 def fingerprint(checkpoint, data_dir):

@@ -128,7 +128,7 @@ def main():
     n_steps = math.ceil(max_tokens / tokens_per_step) or max_steps
     device = pick_device(settings["device"], deterministic)
     tokenizer, train, val = load_data(settings)
-    hellaswag, items = load_hellaswag(settings)
+    hellaswag, items = load_hellaswag(hellaswag_interval > 0, hellaswag_source, hellaswag_limit)
     settings["compile"] = device.type == "cuda" if compile is None else compile
     model = make_model(settings, tokenizer).to(device)
     model.checkpoint_activations = activation_checkpointing
@@ -227,13 +227,13 @@ def load_data(settings):
     return tokenizer, train, val
 
 
-def load_hellaswag(settings):
-    """(the module hellaswag, its items), both None when it is not asked for: it brings the Hub and requests along."""
-    if settings["hellaswag_interval"] == 0:
+def load_hellaswag(wanted, source, limit):
+    """(the module hellaswag, its items), both None when they are not wanted: the module imports much else."""
+    if not wanted:
         return None, None
     import hellaswag
 
-    return hellaswag, hellaswag.load_items(settings["hellaswag_source"], settings["hellaswag_limit"])
+    return hellaswag, hellaswag.load_items(source, limit)
 
 
 def make_model(settings, tokenizer):

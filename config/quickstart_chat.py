@@ -5,5 +5,5 @@ epochs = 5
 learning_rate = 1e-3
 eval_interval = 100
 log_interval = 50
-hellaswag_interval = 100
+score_hellaswag = True
 hellaswag_source = "out/quickstart/world/hellaswag_val.jsonl"
