@@ -9,8 +9,8 @@ tokens, zeros), then the tokens as uint16. Every document begins with the end to
 
 import hashlib
 import json
-import math
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -21,8 +21,6 @@ MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 HASH_KEY = b"fgpt validation"  # never change it: documents would change sides
 # prepare_fineweb.py writes a record about each source file; these must be the same for all files of a folder
 RULES = ("tokenizer", "split", "text_field", "split_blank_lines")
-RECORD = ("source", "stem", "size", "checksum", "revision", "val_fraction")
-COUNTS = ("documents", "tokens", "bytes")  # what is counted of each split; bytes of the text as UTF-8
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -51,8 +49,7 @@ def open_shard(path):
     size = os.path.getsize(path)
     header = np.fromfile(path, "<i4", 256)
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
-        found = f"magic {header[0]}, version {header[1]}" if len(header) > 1 else f"{size} bytes"
-        raise OSError(f"{path}: not a token shard (header: {found}): create it with prepare_fineweb.py")
+        raise OSError(f"{path}: not a token shard (it has another header): create it with prepare_fineweb.py")
     if size != HEADER_BYTES + 2 * int(header[2]):
         raise OSError(
             f"{path}: its header says {header[2]:,} tokens but it holds {(size - HEADER_BYTES) / 2:,.10g}: "
@@ -64,27 +61,18 @@ def open_shard(path):
 
 
 def split_of(name):
-    """The split in the name of a shard, or None: its beginning (train_, val_) counts first, then any part of it."""
-    for split in SPLITS:
-        if name.startswith(f"{split}_"):
-            return split
-    for split in ("val", "train"):
-        if split in name:
-            return split
-    return None
+    """The split of a shard, train or val: the word that comes first in its name; None where there is neither."""
+    found = re.search("train|val", name)
+    return found[0] if found else None
 
 
 def find_shards(folder, split):
     """Sorted paths of a folder's shards of a split. FileNotFoundError when there are none."""
     paths = sorted(path for path in Path(folder).glob("*.bin") if split_of(path.name) == split)
-    if paths:
-        return paths
-    if not Path(folder).is_dir():
-        problem, more = "no such folder of shards", ""
-    else:
-        problem = f"no {split} shards ({split}_*.bin) there"
-        more = " and a larger --val_fraction" if split == "val" else ""
-    raise FileNotFoundError(f"{folder}: {problem}: create them with prepare_fineweb.py --out_dir={folder}{more}")
+    if not paths:
+        remedy = f"create them with prepare_fineweb.py --out_dir={folder}"
+        raise FileNotFoundError(f"{folder}: no {split} shards ({split}_*.bin) there: {remedy}")
+    return paths
 
 
 def is_validation(text, val_fraction):
@@ -160,17 +148,17 @@ def write_json(path, value):
 def read_sidecars(folder):
     """The records source_*.json of a folder's source files. OSError for a file that only has the name of one."""
     records = []
-    needed = {*RULES, *SPLITS, *RECORD} - {"revision"}
     for path in sorted(Path(folder).glob("source_*.json")):
         record = read_json(path)
-        if not isinstance(record, dict) or not needed <= record.keys():
+        if not isinstance(record, dict) or not record.keys() >= {*RULES, *SPLITS}:
             raise OSError(f"{path}: not a record by prepare_fineweb.py: move it to another folder")
         records.append(record)
     return records
 
 
 def read_meta(folder):
-    """What a folder of shards holds: tokenizer, split rule, totals of train and val; {} where nothing says so.
+    """What a folder of shards holds: tokenizer, split rule, totals of train and val (bytes are those of the text as
+    UTF-8); {} where nothing says so.
 
     Derived from the sidecars, so folders may be merged by copying; meta.json counts only where there are none.
     OSError when the sidecars contradict each other.
@@ -186,7 +174,7 @@ def read_meta(folder):
             raise OSError(f"{folder}: prepared in parts with {name} {' and '.join(values)}: keep one of them")
         meta[name] = records[0][name]
     for split in SPLITS:
-        meta[split] = {key: sum(record[split][key] for record in records) for key in COUNTS}
+        meta[split] = {key: sum(record[split][key] for record in records) for key in records[0][split]}
     meta["sources"] = sorted(record["source"] for record in records)
     return meta
 
@@ -265,7 +253,7 @@ def permute(index, n, key):
     A four-round Feistel network permutes the numbers below the next power of four; a value that lands at n or above is
     sent through again (cycle walking) until it lands below.
     """
-    half = np.uint64(max(1, math.ceil(math.log2(max(n, 2)) / 2)))  # bits of each half of a number
+    half = np.uint64(max(2, (n - 1).bit_length() + 1) // 2)  # bits of each half of a number, at least one
     mask = (np.uint64(1) << half) - np.uint64(1)
 
     def shuffle(x):

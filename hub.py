@@ -84,7 +84,7 @@ def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="d
 
     name, url, size; checksum: sha256 (files in LFS) or git blob hash (small files); revision: a branch or tag is
     resolved to a commit, at which the files are listed and fetched (if the server does not tell the commit, the branch
-    is used). FileNotFoundError when no file is wanted, OSError as `fetch`.
+    is used). FileNotFoundError when no file is wanted, OSError as `fetch_json`.
     """
     ref = quote(revision, safe="")
     folder = quote(subset.strip("/"))
@@ -92,9 +92,8 @@ def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="d
     page = f"{hub_endpoint()}/api/{kind}/{repo}/tree/{ref}/{folder}".rstrip("/") + "?recursive=true"
     entries = []
     while page:
-        response = fetch(page)
-        entries += json_of(response)
-        page = response.links.get("next", {}).get("url")
+        some, page = fetch_json(page)
+        entries += some
     files = []
     for entry in entries:
         path = entry["path"]
@@ -108,27 +107,20 @@ def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="d
             f"{repo}/{subset}: no usable file (it has {endings}): name another folder or repository"
         )
     if not is_commit(revision):
-        commit = fetch(files[0]["url"], method="HEAD", allow_redirects=False).headers.get("X-Repo-Commit", "")
+        commit = request(files[0]["url"], method="HEAD", allow_redirects=False).headers.get("X-Repo-Commit", "")
         if is_commit(commit):
             return list_hub(repo, subset, commit, wanted, kind)  # list again, as the branch may have moved
     return sorted(files, key=lambda file: file["name"])
 
 
-def json_of(response):
-    """The content of a JSON response. OSError when it is something else."""
-    try:
-        return response.json()
-    except ValueError:
-        raise OSError(f"{response.url}: the answer is not a listing: {CHECK}") from None
-
-
-def fetch(url, **options):
-    """The response to a request, with its whole content. OSError of one line with the URL and what to do."""
+def fetch_json(url):
+    """(content, URL of the next page or None) of a listing. OSError of one line with the URL and what to do."""
     for _ in range(3):
-        response = request(url, **options)
+        response = request(url)
         try:
-            response.content  # noqa: B018  (reads it)
-            return response
+            return response.json(), response.links.get("next", {}).get("url")
+        except ValueError:
+            raise OSError(f"{url}: the answer is not a listing: {CHECK}") from None
         except requests.RequestException as error:
             tqdm.write(f"{url}: the answer broke off ({type(error).__name__})", file=sys.stderr)
     raise OSError(f"{url}: the answer broke off three times: run the same command later")
@@ -137,7 +129,7 @@ def fetch(url, **options):
 def request(url, start=0, method="GET", contact_retries=CONTACT_RETRIES, **options):
     """The response to a request, whose content is still to be read: from byte `start` on, if the server can do that.
 
-    The token goes to the Hub alone: requests drops it when a redirect leads to another host. OSError as `fetch`.
+    The token goes to the Hub alone: requests drops it when a redirect leads to another host. OSError as `fetch_json`.
     """
     headers = {"Accept-Encoding": "identity"}  # ranges and sizes are those of the file
     token = os.environ.get("HF_TOKEN", "").strip()
@@ -184,7 +176,7 @@ def download(file, folder):
     if path.exists() and checksum(path, is_git) == expected:
         return path
     with tqdm(total=file["size"], desc=path.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        for n_left in (2, 1, 0):
+        for _ in range(3):
             receive(file["url"], temporary, file["size"], bar)
             found = checksum(temporary, is_git)
             if found == expected:
@@ -192,8 +184,7 @@ def download(file, folder):
                 return path
             temporary.unlink()
             message = f"{file['url']}: wrong content, checksum {found}, not {expected}"
-            if n_left:
-                tqdm.write(f"{message}: downloading it again", file=sys.stderr)
+            tqdm.write(message, file=sys.stderr)
     raise OSError(f"{message}, three times: the server or a proxy has a damaged copy: run the same command later")
 
 
@@ -212,11 +203,10 @@ def receive(url, path, size, bar):
         n_bytes = size_of(path)
         if n_bytes >= size:
             return
+        n_in_vain += 1
         if n_bytes > longest:
             longest = n_bytes
             n_in_vain = 0
-        else:
-            n_in_vain += 1
         message = f"{url}: broke off at {n_bytes:,} of {size:,} bytes"
         if n_in_vain > RETRIES:
             raise OSError(f"{message}, no progress: run the same command later, it resumes")

@@ -468,7 +468,7 @@ def tokenize_file(file, path, folder, rules, tokenizer, n_threads, advance):
     return {
         "format_version": FORMAT_VERSION,
         "source": file["name"],
-        **{key: file.get(key) for key in data.RECORD[1:]},
+        **{key: file.get(key) for key in ("stem", "size", "checksum", "revision", "val_fraction")},
         **rules,
         **{split: asdict(counts[split]) for split in SPLITS},
         "documents_without_text": n_rows - len(lengths),

@@ -34,6 +34,7 @@ kept in data/instruct_sources.
 import glob
 import hashlib
 import heapq
+import itertools
 import random
 import re
 from collections import Counter
@@ -44,7 +45,7 @@ from configurator import BadInput, check_settings, configure, settings_of
 import numpy as np
 
 from data import SPLITS, is_validation, read_json, read_records, write_json
-from hub import download, fetch, json_of, list_hub
+from hub import download, list_hub
 from tokenizer import Tokenizer
 
 source = "raschka,alpaca"  # names, .json, .jsonl or .parquet files, globs; separated by commas; :5000 limits one
@@ -55,13 +56,21 @@ max_tokens = 1024  # longest conversation; longer ones lose their last turns, or
 show = 0  # print this many records, with what is trained on in brackets
 
 DOWNLOADS = Path("data/instruct_sources")
-GITHUB_API = "https://api.github.com"
-RASCHKA = {  # path: commit
-    "ch07/01_main-chapter-code/instruction-data.json": "b80e7804b30830a00eb55d2abc7ac25a07f36fdc",
-    "ch07/02_dataset-utilities/instruction-examples.json": "abdb2fc61f4245e27a9bf4c24f8afbda85fe1170",
-}
+CHAPTER_7 = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/b80e7804b30830a00eb55d2abc7ac25a07f36fdc/ch07"
+RASCHKA = [  # checksum: git blob hash
+    {
+        "url": f"{CHAPTER_7}/01_main-chapter-code/instruction-data.json",
+        "checksum": "ffda7284cf1e6d833d704d111f2e78732c727eae",
+        "size": 203_524,
+    },
+    {
+        "url": f"{CHAPTER_7}/02_dataset-utilities/instruction-examples.json",
+        "checksum": "d2a157083dfbda8c1c18b71d8bbc76abdfa9d07a",
+        "size": 39_348,
+    },
+]
 SOURCES = {  # name: function that lists its files as dicts for hub.download
-    "raschka": lambda: [list_github("rasbt/LLMs-from-scratch", path, commit) for path, commit in RASCHKA.items()],
+    "raschka": lambda: RASCHKA,
     "alpaca": lambda: list_hub("yahma/alpaca-cleaned", wanted=lambda path: path == "alpaca_data_cleaned.json"),
     "smoltalk": lambda: list_hub("HuggingFaceTB/smol-smoltalk", "data", wanted=lambda path: "/train-" in path),
 }
@@ -112,8 +121,6 @@ def open_sources(source):
         opened[name] = (record for path in paths for record in read_records(path))
         if limit:
             opened[name] = take(opened[name], int(limit))
-    if not opened:
-        raise BadInput(f"--source= needs names ({', '.join(SOURCES)}) or {', '.join(FORMATS)} files")
     return opened
 
 
@@ -127,18 +134,11 @@ def download_source(name):
     return [download(file, listing.parent) for file in read_json(listing)]
 
 
-def list_github(repo, path, commit):
-    """One file of a GitHub repository as a dict for hub.download; its checksum is a git blob hash."""
-    entry = json_of(fetch(f"{GITHUB_API}/repos/{repo}/contents/{path}?ref={commit}"))
-    return {"url": entry["download_url"], "checksum": entry["sha"], "size": entry["size"]}
-
-
 def list_files(item):
     """Paths of a file or glob. FileNotFoundError when there is none, BadInput for one of another format."""
-    paths = [Path(item)]
-    if any(character in item for character in "*?["):
-        paths = [Path(path) for path in sorted(glob.glob(item, recursive=True))]
-    if not paths or not all(path.is_file() for path in paths):
+    found = glob.glob(item, recursive=True) or [item]  # the name of a file may look like a pattern
+    paths = [Path(path) for path in sorted(found) if Path(path).is_file()]
+    if not paths:
         raise FileNotFoundError(f"{item}: no such file (--source= needs {', '.join(SOURCES)}, or files)")
     for path in paths:
         if path.suffix not in FORMATS:
@@ -167,12 +167,15 @@ def collect(sources, tokenizer, max_tokens, val_fraction):
     for name, records in sources.items():
         for where, record in records:
             counts[f"read from {name}"] += 1
-            sides = to_conversations(record, where)
+            try:
+                sides = to_conversations(record)
+                rows, note = render_record(sides, tokenizer, max_tokens)
+            except ValueError as error:  # BadInput, or the tokenizer's for roles in a wrong order
+                raise BadInput(f"{where}: {error}") from None
             longest = max((len(message["content"]) for messages in sides for message in messages), default=0)
             if name in LONGEST_TEXT and longest > LONGEST_TEXT[name]:
-                counts[f"dropped, longer than {LONGEST_TEXT[name]:,} characters"] += 1
-                continue
-            rows, note = render_record(sides, tokenizer, max_tokens, where)
+                rows = []
+                note = f"dropped, longer than {LONGEST_TEXT[name]:,} characters"
             digest = hashlib.blake2b(b"".join(ids.tobytes() for ids, _ in rows), digest_size=16).digest()
             if rows and digest in seen:
                 rows = []
@@ -189,10 +192,10 @@ def collect(sources, tokenizer, max_tokens, val_fraction):
     return kept, counts
 
 
-def to_conversations(record, where):
+def to_conversations(record):
     """A record as lists of {role, content}: one, or for a preference two, with the chosen and the rejected answer.
 
-    BadInput that begins with `where` for another form.
+    BadInput for another form.
     """
     fields = record if isinstance(record, dict) else {}
     question = fields.get("instruction", fields.get("prompt"))
@@ -213,46 +216,49 @@ def to_conversations(record, where):
         conversations = [[asked, {"role": "assistant", "content": answer}] for answer in answers]
     else:
         found = ", ".join(fields) or type(record).__name__
-        raise BadInput(f"{where}: neither instruction and output nor messages nor chosen and rejected, but {found}")
-    return [[clean(message, where) for message in messages] for messages in conversations]
+        raise BadInput(f"neither instruction and output nor messages nor chosen and rejected, but {found}")
+    return [[clean(message) for message in messages] for messages in conversations]
 
 
-def clean(message, where):
+def clean(message):
     """The message as valid UTF-8 without spaces around it; an empty text for none."""
     role = message.get("role") if isinstance(message, dict) else None
     if not isinstance(role, str) or not isinstance(message.get("content"), str | None):
-        raise BadInput(f"{where}: a message needs a role and a text as content, not {message!r:.80}")
+        raise BadInput(f"a message needs a role and a text as content, not {message!r:.80}")
     text = (message["content"] or "").strip()
     return {"role": role, "content": text.encode("utf-8", errors="replace").decode()}
 
 
-def render_record(sides, tokenizer, max_tokens, where):
-    """(rows, note): (ids, mask) arrays of a conversation or a pair; what was cut, why there are none, or ""."""
+def render_record(sides, tokenizer, max_tokens):
+    """(rows, note): (ids, mask) arrays of a conversation or a pair; what was cut, why there are none, or "".
+
+    ValueError for roles in a wrong order.
+    """
     if not all(messages and all(message["content"] for message in messages) for messages in sides):
         return [], "dropped, an empty side"
     if len(sides) == 2:
-        rows, note = render_pair(*sides, tokenizer, max_tokens, where)
+        rows, note = render_pair(*sides, tokenizer, max_tokens)
     else:
-        rows, note = render_within(*sides, tokenizer, max_tokens, where)
+        rows, note = render_within(*sides, tokenizer, max_tokens)
     return [(np.array(ids, np.uint16), np.array(mask, np.uint8)) for ids, mask in rows], note
 
 
-def render_within(messages, tokenizer, max_tokens, where):
+def render_within(messages, tokenizer, max_tokens):
     """(rows, note) of the whole turns of a conversation that fit into max_tokens."""
-    render_or_refuse(messages, tokenizer, where)
-    if messages[-1]["role"] != "assistant":  # a question without an answer teaches nothing
-        messages = messages[:-1]
     note = ""
-    while len(messages) > 1:
+    while messages:
         ids, mask = tokenizer.render(messages)
-        if len(ids) <= max_tokens:
+        if messages[-1]["role"] != "assistant":  # a question without an answer teaches nothing
+            messages = messages[:-1]
+        elif len(ids) <= max_tokens:
             return [(ids, mask)], note
-        messages = messages[:-2]
-        note = "kept without their last turns, which do not fit"
+        else:
+            messages = messages[:-2]
+            note = "kept without their last turns, which do not fit"
     return [], "dropped, no whole turn that fits"
 
 
-def render_pair(chosen, rejected, tokenizer, max_tokens, where):
+def render_pair(chosen, rejected, tokenizer, max_tokens):
     """(rows, note) of the chosen and the rejected conversation."""
     if chosen[:-1] != rejected[:-1]:
         return [], "dropped, two answers to different questions"
@@ -261,21 +267,13 @@ def render_pair(chosen, rejected, tokenizer, max_tokens, where):
     rows = []
     for messages in (chosen, rejected):
         if messages[-1]["role"] != "assistant":
-            raise BadInput(f"{where}: a chosen or rejected conversation must end with an answer")
-        ids, mask = render_or_refuse(messages, tokenizer, where)
+            raise BadInput("a chosen or rejected conversation must end with an answer")
+        ids, mask = tokenizer.render(messages)
         n_asked = len(tokenizer.render(messages[:-1])[0])  # earlier answers are part of what was asked
         rows.append((ids, [0] * n_asked + mask[n_asked:]))
     if any(len(ids) > max_tokens for ids, _ in rows):
         return [], "dropped, a pair that does not fit"
     return rows, ""
-
-
-def render_or_refuse(messages, tokenizer, where):
-    """`Tokenizer.render`, but BadInput that begins with `where` for a wrong order of roles."""
-    try:
-        return tokenizer.render(messages)
-    except ValueError as error:
-        raise BadInput(f"{where}: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -284,15 +282,11 @@ def render_or_refuse(messages, tokenizer, where):
 
 def mark_supervised(ids, mask, tokenizer):
     """A conversation as text, what is trained on between ⟦ and ⟧."""
-    text = b""
-    start = 0
-    for end in [*(np.flatnonzero(np.diff(mask)) + 1), len(ids)]:
-        piece = tokenizer.decode_bytes(ids[start:end])
-        if mask[start]:
-            piece = "⟦".encode() + piece + "⟧".encode()
-        text += piece
-        start = end
-    return text.decode("utf-8", errors="replace")
+    text = ""
+    for trained, pairs in itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
+        piece = tokenizer.decode([i for i, _ in pairs])
+        text += f"⟦{piece}⟧" if trained else piece
+    return text
 
 
 def write_rows(folder, split, records):
