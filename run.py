@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-FORMAT_VERSION = 1  # of checkpoint files: whoever increases it makes load_checkpoint read the earlier ones too
+FORMAT_VERSION = 1  # of checkpoint files; load_checkpoint must read files of all earlier versions too
 BF16_WIDTH = 128  # on CPUs, narrower networks lose about as much by casting as their products gain
 BF16_WIDTH_DECODING = 512  # token by token, where weights are read rather than multiplied
 BUCKET = 2**25  # elements of gradients that are summed over processes in one call
