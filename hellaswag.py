@@ -59,20 +59,20 @@ from run import (
 from tokenizer import Tokenizer
 
 checkpoint = "out/fgpt_712m/best.pt"  # the model to score
-source = ""  # .jsonl or .parquet file; empty: the Hub's validation split, kept in data/hellaswag
+source = ""  # .jsonl, .parquet or .json file; empty: the Hub's validation split, kept in data/hellaswag
 limit = 0  # score only this many items, the first of a fixed shuffle; 0: all
 style = "completion"  # completion or harness: the convention, see above
 chat = False  # the context as a user's turn, the endings as the assistant's: for finetuned checkpoints
-batch_tokens = 0  # tokens in one batch, padding included; 0: 2048 on a CPU, 16384 on GPUs
 device = ""  # cpu, cuda, cuda:1, ...; empty: cuda where there is one
 dtype = ""  # float32 or bfloat16; empty: bfloat16 where it was measured to be faster
 
 HUB_DATASET = "Rowan/hellaswag"
 HUB_FILE = Path("data/hellaswag/validation.parquet")
 HUB_ITEMS = 10_042
+CPU_BATCH = 2048  # tokens in one batch, padding included
+GPU_BATCH = 16384
 WIDTH_STEP = 16  # batches are padded to multiples of this, so that there are few different shapes
 SHARED = -1  # the branch of inputs that all rows of an item have
-PADDING = (0, 0, 0)  # an input on the right, where nothing sees it
 LOGIT_ROWS = 128  # positions whose fp32 logits exist at once: 26 MB with GPT-2's vocabulary; more is slower on CPUs
 
 
@@ -87,7 +87,7 @@ def main():
     autocast = autocast_for(device, dtype)
     tokenizer = Tokenizer(stored["tokenizer"])
     items = load_items(source, limit)
-    result = evaluate(model, tokenizer, items, batch_tokens, autocast, style, chat, progress=True)
+    result = evaluate(model, tokenizer, items, autocast, style, chat)
     if rank_and_world()[0] == 0:
         report(result, stored["step"], model.config.block_size)
     leave_processes()
@@ -100,7 +100,7 @@ def main():
 def load_items(source="", limit=0):
     """List of items, dicts with at least ctx (str), endings (4 str) and label (int, 0 to 3).
 
-    source: a .jsonl or .parquet file, or "" for the validation split from the Hub, which is downloaded once.
+    source: a .jsonl, .parquet or .json file, or "" for the validation split from the Hub, which is downloaded once.
     limit: return only this many, the first of a fixed shuffle (the file is sorted by origin); 0: all, in file order.
     OSError for a missing or damaged file; BadInput, with the file and the line or row, for what is not HellaSwag.
     """
@@ -108,13 +108,7 @@ def load_items(source="", limit=0):
         raise BadInput(f"limit must be 0 (all items) or more, not {limit}")
     path = Path(source) if source else download_validation()
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such HellaSwag file (--source= takes a .jsonl or .parquet file)")
-    with open(path, "rb") as file:
-        start = file.read(1000).lstrip().lower()
-    if start.startswith((b"<!doctype", b"<html")):
-        raise BadInput(f"{path} is an HTML page, not HellaSwag items: delete it and download it again")
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise BadInput(f"{path}: HellaSwag items are read from .jsonl or .parquet files")
+        raise FileNotFoundError(f"{path}: no such HellaSwag file (--source= takes a .jsonl, .parquet or .json file)")
     items = [check_item(record, where) for where, record in read_records(path)]
     if not items:
         raise BadInput(f"{path} has no items")
@@ -152,10 +146,8 @@ def check_item(record, where):
     if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(e, str) and e for e in endings):
         raise BadInput(f"{where}: endings must be a list of 4 texts, not {endings!r}")
     label = record.get("label")
-    if label is None or label == "":
-        raise BadInput(f"{where} has no label: HellaSwag's test split cannot be scored, its validation split can")
     if str(label) not in ("0", "1", "2", "3"):  # some files have "3" instead of 3
-        raise BadInput(f"{where}: label must be 0, 1, 2 or 3, not {label!r}")
+        raise BadInput(f"{where}: label must be 0, 1, 2 or 3, not {label!r} (the test split has no labels)")
     return {**record, "label": int(label)}
 
 
@@ -163,39 +155,31 @@ def check_item(record, where):
 # accuracies
 
 
-def evaluate(
-    model, tokenizer, items, batch_tokens=0, autocast=nullcontext, style="completion", chat=False, progress=False
-):
+def evaluate(model, tokenizer, items, autocast=nullcontext, style="completion", chat=False):
     """Score a GPT on items from `load_items`: acc, acc_norm, acc_stderr, acc_norm_stderr, items, cut in a dict.
 
     autocast: makes the context in which the network runs, see run.autocast_for; the softmax is fp32 in any case.
     A standard error is sqrt(p (1 - p) / n). cut: number of items that do not fit into block_size; of these the model
-    sees only the last block_size + 1 tokens. Leaves the model's mode and torch's random state as they were.
+    sees only the last block_size + 1 tokens. BadInput for another style and for items that lack a field of harness
+    style; FloatingPointError for a model that has diverged.
     Under torchrun every process must call it, with the same arguments, and gets the same numbers.
-    BadInput for another style and for items that lack a field of harness style; FloatingPointError for a model that
-    has diverged.
     """
-    longest = model.config.block_size + 1
+    block_size = model.config.block_size
     groups = []  # the rows of each item
     divisors = []  # of each row, for acc_norm
     cut = 0
     for item in items:
         context, endings = texts_of(item, style)
-        rows = make_rows(context, endings, tokenizer, style, chat)
-        cut += any(len(ids) > longest for ids, _ in rows)
-        rows = [(ids[-longest:], n_scored) for ids, n_scored in rows]
-        rows = [(ids, min(n_scored, len(ids) - 1)) for ids, n_scored in rows]  # nothing predicts the first token
+        rows = [make_row(context, ending, tokenizer, style, chat) for ending in endings]
+        cut += any(len(ids) > block_size + 1 for ids, _ in rows)
+        # Nothing predicts the first of the block_size + 1 tokens that are left.
+        rows = [(ids[-block_size - 1 :], min(n_scored, block_size)) for ids, n_scored in rows]
         groups.append(rows)
         if style == "harness":
             divisors += [max(len(ending), 1) for ending in endings]  # the clean-up may leave nothing of an ending
         else:
             divisors += [n_scored for _, n_scored in rows]
-    was_training = model.training
-    model.eval()
-    try:
-        sums = log_likelihoods(model, groups, batch_tokens, autocast, progress)
-    finally:
-        model.train(was_training)
+    sums = log_likelihoods(model, groups, autocast)
     if np.isnan(sums).any():
         raise FloatingPointError("the model's log-likelihoods are not numbers: its training has diverged")
     labels = np.array([item["label"] for item in items])
@@ -213,9 +197,8 @@ def texts_of(item, style):
         return item["ctx"], item["endings"]
     if style != "harness":
         raise BadInput(f"style must be completion or harness, not {style!r}")
-    missing = [name for name in ("activity_label", "ctx_a", "ctx_b") if not isinstance(item.get(name), str)]
-    if missing:
-        raise BadInput(f"--style=harness needs the fields {', '.join(missing)}, which an item lacks: {item['ctx']!r}")
+    if not all(isinstance(item.get(name), str) for name in ("activity_label", "ctx_a", "ctx_b")):
+        raise BadInput(f"--style=harness needs activity_label, ctx_a, ctx_b; an item lacks one: {item['ctx']!r}")
     context = clean_up(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
     return context, [clean_up(ending) for ending in item["endings"]]
 
@@ -225,28 +208,22 @@ def clean_up(text):
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def make_rows(context, endings, tokenizer, style, chat=False):
-    """One row for each ending: (ids of context and ending, how many of the last ids are scored).
+def make_row(context, ending, tokenizer, style, chat=False):
+    """(ids of the context and an ending, how many of the last ids are scored).
 
-    chat: the context is a user's turn and each ending the assistant's answer. Its end token is scored too, because
+    chat: the context is a user's turn and the ending the assistant's answer. Its end token is scored too, because
     finetuning teaches it: the ending is the whole answer.
     """
-    rows = []
-    for ending in endings:
-        if chat:
-            question = {"role": "user", "content": context.strip()}
-            answer = {"role": "assistant", "content": ending.strip()}
-            ids, mask = tokenizer.render([question, answer])
-            n_scored = sum(mask)
-        elif style == "completion":
-            scored = tokenizer.encode(" " + ending)
-            ids = tokenizer.encode(context) + scored
-            n_scored = len(scored)
-        else:
-            ids = tokenizer.encode(context + " " + ending)
-            n_scored = len(ids) - len(tokenizer.encode(context.rstrip()))  # spaces between them count to the ending
-        rows.append((ids, n_scored))
-    return rows
+    if chat:
+        question = {"role": "user", "content": context.strip()}
+        answer = {"role": "assistant", "content": ending.strip()}
+        ids, mask = tokenizer.render([question, answer])
+        return ids, sum(mask)
+    if style == "completion":
+        scored = tokenizer.encode(" " + ending)
+        return tokenizer.encode(context) + scored, len(scored)
+    ids = tokenizer.encode(context + " " + ending)
+    return ids, len(ids) - len(tokenizer.encode(context.rstrip()))  # spaces between them count to the ending
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -254,27 +231,23 @@ def make_rows(context, endings, tokenizer, style, chat=False):
 
 
 @torch.inference_mode()
-def log_likelihoods(model, items, batch_tokens=0, autocast=nullcontext, progress=False):
+def log_likelihoods(model, items, autocast=nullcontext):
     """(number of rows,) float64: sum of the log-likelihoods, in nats, of each row's last n_scored tokens.
 
     items: lists of rows (ids, n_scored) with 0 < n_scored < len(ids) <= block_size + 1. What the rows of an item share
     at their beginning is computed once. Under torchrun the processes share the batches, and each returns all sums.
     """
-    if not batch_tokens:
-        batch_tokens = 2048 if next(model.parameters()).device.type == "cpu" else 16384
     packed = [pack(rows) for rows in items]
-    batches = make_batches([len(item.inputs) for item in packed], batch_tokens)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    batches = make_batches([len(item.inputs) for item in packed], CPU_BATCH if on_cpu else GPU_BATCH)
     first_rows = np.cumsum([0] + [len(rows) for rows in items])  # the number of each item's first row
     rank, world = rank_and_world()
     scores = []  # of targets; they stay on the device, so that it need not wait for the host
     rows = []  # the number of each target's row
-    show = progress and rank == 0
-    with tqdm(total=len(items), desc="hellaswag", unit=" items", disable=None if show else True) as bar:
-        for number, (width, batch) in enumerate(batches):
-            if number % world == rank:
-                scores.append(score_batch(model, [packed[i] for i in batch], width, autocast))
-                rows += [first_rows[i] + row for i in batch for _, _, row in packed[i].targets]
-            bar.update(len(batch))
+    no_bar = True if rank > 0 else None  # None: none unless stderr is a terminal
+    for width, batch in tqdm(batches[rank::world], "hellaswag", unit=" batches", leave=False, disable=no_bar):
+        scores.append(score_batch(model, [packed[i] for i in batch], width, autocast))
+        rows += [first_rows[i] + row for i in batch for _, _, row in packed[i].targets]
     sums = np.zeros(first_rows[-1])
     if rows:
         sums = np.bincount(rows, torch.cat(scores).cpu().numpy(), minlength=len(sums))
@@ -300,17 +273,14 @@ class Packed:
 def pack(rows):
     """Rows (ids, n_scored) as a Packed."""
     n = n_shared([ids[:-1] for ids, _ in rows])  # the last token of a row is only predicted
-    shared = [(token, position, SHARED) for position, token in enumerate(rows[0][0][:n])]
-    packed = Packed(inputs=shared, targets=[])
+    inputs = [(token, position, SHARED) for position, token in enumerate(rows[0][0][:n])]
+    targets = []
     for row, (ids, n_scored) in enumerate(rows):
-        shift = len(packed.inputs) - n  # the inputs of earlier rows are between what is shared and this row's own
-        for position in range(len(ids) - n_scored, len(ids)):
-            predictor = position - 1
-            if predictor >= n:
-                predictor += shift
-            packed.targets.append((ids[position], predictor, row))
-        packed.inputs += [(ids[position], position, row) for position in range(n, len(ids) - 1)]
-    return packed
+        own = [(ids[position], position, row) for position in range(n, len(ids) - 1)]
+        where = [*range(n), *range(len(inputs), len(inputs) + len(own))]  # the row's inputs among all
+        inputs += own
+        targets += [(token, i, row) for token, i in zip(ids[-n_scored:], where[-n_scored:], strict=True)]
+    return Packed(inputs, targets)
 
 
 def make_batches(lengths, batch_tokens):
@@ -328,7 +298,8 @@ def make_batches(lengths, batch_tokens):
 def score_batch(model, batch, width, autocast):
     """Log-likelihoods of all targets of a list of Packed, one after the other: (number of targets,) fp32."""
     device = next(model.parameters()).device
-    inputs = [item.inputs + [PADDING] * (width - len(item.inputs)) for item in batch]
+    # Items are padded on the right, where nothing sees it.
+    inputs = [item.inputs + [(0, 0, 0)] * (width - len(item.inputs)) for item in batch]
     idx, position, branch = torch.tensor(inputs, device=device).unbind(-1)  # (B, T) each
     targets = [token for item in batch for token, _, _ in item.targets]
     where = [number * width + i for number, item in enumerate(batch) for _, i, _ in item.targets]  # what predicts them
@@ -337,8 +308,7 @@ def score_batch(model, batch, width, autocast):
     hidden = hidden.flatten(0, 1)[torch.tensor(where, device=device)].float()  # (number of targets, C)
     targets = torch.tensor(targets, device=device)
     chunks = zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
-    with torch.autocast(device.type, enabled=False):
-        return torch.cat([-F.cross_entropy(model.logits(h).float(), t, reduction="none") for h, t in chunks])
+    return torch.cat([-F.cross_entropy(model.logits(h).float(), t, reduction="none") for h, t in chunks])
 
 
 class Branches:
