@@ -31,10 +31,12 @@ def race(config, folder, seeds, rates, more=(), n_points=8):
     over the seeds with its standard deviation (0 of one seed); a share is of the baseline's tokens and seconds to its
     own final loss (the mean over the seeds): the median over the seeds, and its range.
     """
-    losses = bracket(config, folder, rates, more)
+    losses = {}
+    for rate in rates:
+        rows = run(config, BASELINE, f"{folder}/bracket_{rate:g}", "--seed=0", f"--learning_rate={rate}", *more)
+        losses[rate] = float(curve(rows)[2, -1])
+        yield {"baseline's learning rate": rate, "final loss": losses[rate]}
     best = min(losses, key=losses.get)
-    for rate, loss in losses.items():
-        yield {"baseline's learning rate": rate, "final loss": loss, "used": "*" if rate == best else ""}
     if len(rates) > 1 and best in (rates[0], rates[-1]):
         raise BadInput("the baseline's best learning rate is at the edge: widen --learning_rates")
     curves = {arm: [] for arm in ARMS}
@@ -48,15 +50,6 @@ def race(config, folder, seeds, rates, more=(), n_points=8):
     curves = {arm: np.array(of_seeds) for arm, of_seeds in curves.items()}  # (seeds, 3, validations)
     yield from loss_rows(curves, n_points)
     yield from share_rows(curves)
-
-
-def bracket(config, folder, rates, more):
-    """{learning rate: final loss} of the baseline."""
-    losses = {}
-    for rate in rates:
-        rows = run(config, BASELINE, f"{folder}/bracket_{rate:g}", "--seed=0", f"--learning_rate={rate}", *more)
-        losses[rate] = float(curve(rows)[2, -1])
-    return losses
 
 
 def run(config, arm, out_dir, *arguments):
@@ -73,7 +66,7 @@ def run(config, arm, out_dir, *arguments):
         if code:
             raise BadInput(f"the run in {out_dir} failed (exit code {code})")
         done.write_text(recipe, encoding="utf-8")
-    return read_log(folder / "log.jsonl")[1]
+    return read_log(folder)[1]
 
 
 def curve(rows):
@@ -118,8 +111,5 @@ def first_reached(curve, loss):
     if len(below) == 0:
         return np.array([np.nan, np.nan])
     i = max(1, below[0])
-    before, after = curve[:, i - 1], curve[:, i]
-    if before[2] == after[2]:
-        return after[:2]
-    part = np.clip((before[2] - loss) / (before[2] - after[2]), 0, 1)
-    return before[:2] + part * (after[:2] - before[:2])
+    losses = curve[2, [i, i - 1]]  # ascending, as np.interp needs them
+    return np.array([np.interp(loss, losses, values[[i, i - 1]]) for values in curve[:2]])

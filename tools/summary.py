@@ -40,24 +40,23 @@ def main():
     write_json(folder / "summary.json", result)
 
     print(f"{'':46} before   after")
-    losses = f"{result['val_loss_before']:8.3f} {result['val_loss_after']:7.3f}"
-    print(f"{'validation loss (nats per byte)':44} {losses}   by pretraining")
     asked = f"{len(questions)} held-out questions answered right"
-    for what, before, after, stage in (
-        ("HellaSwag format, right of four (chance 25%)", "hellaswag_before", "hellaswag_after", "pretraining"),
-        (asked, "heldout_base", "heldout_finetuned", "finetuning"),
-        ("HellaSwag format", "hellaswag_after", "hellaswag_finetuned", "finetuning"),
-        ("preferences of held-out pairs (chance 50%)", "preference_before", "preference_after", "DPO"),
-        (asked, "heldout_finetuned", "heldout_dpo", "DPO"),
+    for what, before, after, kind, stage in (
+        ("validation loss (nats per byte)", "val_loss_before", "val_loss_after", ".3f", "pretraining"),
+        ("HellaSwag format, right of four (chance 25%)", "hellaswag_before", "hellaswag_after", ".1%", "pretraining"),
+        (asked, "heldout_base", "heldout_finetuned", ".1%", "finetuning"),
+        ("HellaSwag format", "hellaswag_after", "hellaswag_finetuned", ".1%", "finetuning"),
+        ("preferences of held-out pairs (chance 50%)", "preference_before", "preference_after", ".1%", "DPO"),
+        (asked, "heldout_finetuned", "heldout_dpo", ".1%", "DPO"),
     ):
-        print(f"{what:44} {result[before]:8.1%} {result[after]:7.1%}   by {stage}")
+        print(f"{what:44} {result[before]:8{kind}} {result[after]:7{kind}}   by {stage}")
     seconds = ", ".join(f"{stage} {n}" for stage, n in result["seconds"].items())
     print(f"seconds: {seconds}; in all {result['seconds'].total()}")
 
 
 def first_and_last(run, name):
     """The first and the last value of a column of a run's log."""
-    values = [row[name] for row in read_log(run / "log.jsonl")[1] if name in row]
+    values = [row[name] for row in read_log(run)[1] if name in row]
     return values[0], values[-1]
 
 
