@@ -10,12 +10,11 @@
     decode      tokens/s of sampling, and without a cache
 
 Machines are noisy: things that are compared take turns, `repeats` times, and
-the table shows medians. A training step runs in a process of its own, so that
-its peak memory is its own; nan means that it did not fit.
+the table shows medians. The rows are printed as they are measured: a training
+step that does not fit into memory ends the table.
 """
 
 import datetime
-import math
 import multiprocessing
 import os
 import platform
@@ -26,7 +25,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -34,27 +32,17 @@ from types import SimpleNamespace
 
 from configurator import BadInput, apply_file, check_settings, configure, settings_of
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn.utils.rnn import pad_sequence
 
 import hellaswag
 import model as model_py
 import prepare_fineweb
 import train
-from run import (
-    BF16_WIDTH,
-    BF16_WIDTH_DECODING,
-    autocast_for,
-    is_out_of_memory,
-    peak_flops,
-    peak_memory,
-    pick_device,
-    pick_dtype,
-    prefetch,
-)
+from run import BF16_WIDTH, BF16_WIDTH_DECODING, autocast_for, peak_memory, pick_device, pick_dtype
 from tokenizer import Tokenizer
 from tools.race import race
 
@@ -64,7 +52,7 @@ dtype = ""  # float32 or bfloat16; empty: that of the config, else bfloat16 wher
 configs = "config/fgpt_712m.py,config/fgpt_modern.py"  # models to measure, configs of train.py
 batch_sizes = "1,4,16"  # train, memory: micro-batches, rows
 tokens_per_step = 0  # train: 0: those of the config
-activation_checkpointing = False  # train: less memory for a third more compute
+activation_checkpointing = False  # train, memory: less memory for a third more compute
 data_dir = "data/fineweb"  # race: folder of token shards
 race_config = "config/race.py"  # race: config of train.py
 out_dir = "out/race"  # race: folder of the runs; those that are finished are not repeated
@@ -74,6 +62,7 @@ source = ""  # tokenize: files of text, as in prepare_fineweb.py
 n_items = 64  # hellaswag: items to score
 decode_batches = "1,64"  # decode: rows generated together
 new_tokens = 512  # decode: tokens for each of them
+compile = False  # decode: as sample.py's, for GPUs
 
 
 def main(what):
@@ -149,13 +138,17 @@ def cell(value):
     return f"{value:,}" if type(value) is int else str(value)
 
 
+def compare(n, functions, device):
+    """{name: n a second} of two functions that do the same work, by name, and the ratio of the first to the second."""
+    seconds = take_turns([partial(seconds_of, function, device) for function in functions.values()])
+    ours, theirs = [n / each for each in seconds]
+    return dict(zip(functions, (ours, theirs), strict=True), ratio=ours / theirs)
+
+
 def take_turns(functions):
-    """{name: median of what the function of that name returned, one number or several}, called `repeats` times."""
-    results = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            results[name].append(function())
-    return {name: np.median(values, axis=0).tolist() for name, values in results.items()}
+    """The median of the numbers that each function returns; all are called `repeats` times."""
+    turns = [[function() for function in functions] for _ in range(repeats)]
+    return [statistics.median(results) for results in zip(*turns, strict=True)]
 
 
 def seconds_of(function, device, calls=1):
@@ -184,22 +177,10 @@ def prepare(settings):
 
 def training(settings):
     for size in numbers("batch_sizes"):
-        yield {"micro-batch": size} | in_child(training_step, settings | {"batch_size": size}, repeats)
-
-
-def in_child(function, *arguments):
-    """The dict that the function returns in a new process, whose peak memory is its own.
-
-    {"peak GB": nan} when the memory does not suffice, or the process was killed, as the system does because of it.
-    """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except (RuntimeError, BrokenProcessPool) as error:
-            if not isinstance(error, BrokenProcessPool) and not is_out_of_memory(error):
-                raise
-            print(str(error).splitlines()[0], file=sys.stderr)
-            return {"peak GB": math.nan}
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # a new process, whose peak memory is its own
+            figures = pool.submit(training_step, settings | {"batch_size": size}, repeats).result()
+        yield {"micro-batch": size} | figures
 
 
 def training_step(settings, repeats):
@@ -212,13 +193,12 @@ def training_step(settings, repeats):
     optimizers = model_py.make_optimizers(model, settings["optimizer"])
     batch_size = settings["batch_size"]
     n_micro_batches = max(1, settings["tokens_per_step"] // settings["block_size"] // batch_size)
-    idx = torch.randint(model.config.n_vocab, (n_micro_batches * batch_size, settings["block_size"]))
-    batch = next(prefetch(lambda step: (idx, idx), 0, device))
+    shape = (n_micro_batches * batch_size, settings["block_size"])
+    idx = torch.randint(model.config.n_vocab, shape, device=device)
     compiled = device.type == "cuda" if settings["compile"] is None else settings["compile"]
     trained = torch.compile(model) if compiled else model
-    step = partial(
-        train.train_step, train.next_token_loss, trained, optimizers, batch, idx.numel(), batch_size, 1.0, autocast
-    )
+    arguments = (trained, optimizers, (idx, idx), idx.numel(), batch_size, settings["grad_clip"], autocast)
+    step = partial(train.train_step, train.next_token_loss, *arguments)
     seconds_of(step, device, calls=2)
     with torch.compiler.set_stance("fail_on_recompile"):
         seconds = statistics.median([seconds_of(step, device) for _ in range(repeats)])
@@ -229,30 +209,31 @@ def training_step(settings, repeats):
         p.grad = torch.zeros_like(p)
     with autocast():  # as in train_step
         optimizer_seconds = seconds_of(lambda: [opt.step() for opt in optimizers], device, calls=3)
-    speed = idx.numel() / seconds
-    flops = speed * model.flops_per_token()
+    flops = idx.numel() * model.flops_per_token() / seconds
     ceiling = product_speed(device, settings["dtype"])
-    row = {"peak GB": peak_gigabytes, "tokens/s": speed, "TFLOP/s": flops / 1e12}
-    row |= {"a large product's": ceiling / 1e12, "share of that": flops / ceiling}
-    if peak_flops(device):
-        row["MFU"] = flops / peak_flops(device)
-    return row | {"optimizers' share of the time": optimizer_seconds / seconds}
+    return {
+        "peak GB": peak_gigabytes,
+        "tokens/s": idx.numel() / seconds,
+        "TFLOP/s": flops / 1e12,
+        "a large product's": ceiling / 1e12,
+        "share of that": flops / ceiling,
+        "optimizers' share of the time": optimizer_seconds / seconds,
+    }
 
 
 def attention_kernels(step):
     """Which of PyTorch's attention kernels a step runs on a GPU, by their names; flash or cuDNN is the fast one."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
         step()
-    names = [event.key for event in record.key_averages() if not event.key.startswith("triton")]
+    names = "\n".join(event.key for event in record.key_averages() if not event.key.startswith("triton"))
     kinds = {"flash": "flash_(fwd|bwd)", "cuDNN": "cudnn.*(sdpa|attention)", "memory-efficient": "fmha_cutlass"}
-    found = [kind for kind, name in kinds.items() if any(re.search(name, each) for each in names)]
-    return ", ".join(found) or "unfused, or not recorded"
+    return ", ".join(kind for kind, name in kinds.items() if re.search(name, names)) or "unfused, or not recorded"
 
 
 def product_speed(device, dtype):
     """FLOP/s of a large product of random matrices of this dtype: the ceiling of training."""
-    n = 8192 if device.type == "cuda" else 2048
-    calls = 20 if device.type == "cuda" else 2
+    n = 8192 if device.type == "cuda" else 1024
+    calls = 20
     a, b = torch.randn(2, n, n, device=device).to(getattr(torch, dtype))
     return calls * 2 * n**3 / seconds_of(lambda: [a @ b for _ in range(calls)], device, calls=3)
 
@@ -260,9 +241,7 @@ def product_speed(device, dtype):
 def memory(settings):
     """An estimate of the peak memory on a GPU, without the CUDA context and what the allocator wastes (1 to 2 GB)."""
     for size in numbers("batch_sizes"):
-        plain = estimated_gigabytes(settings | {"activation_checkpointing": False}, size)
-        checkpointed = estimated_gigabytes(settings | {"activation_checkpointing": True}, size)
-        yield {"micro-batch": size, "estimated GB": plain, "with --activation_checkpointing": checkpointed}
+        yield {"micro-batch": size, "estimated GB": estimated_gigabytes(settings, size)}
 
 
 def estimated_gigabytes(settings, batch_size):
@@ -279,16 +258,16 @@ def estimated_gigabytes(settings, batch_size):
         idx = torch.zeros(batch_size, settings["block_size"], dtype=torch.long)
         tracker.track_external(model, *optimizers)
         with tracker:
-            for number in range(4):  # two steps of two micro-batches: the second one has the first one's gradients
-                tracker.reset_mod_stats()
-                with autocast():
-                    loss = model(idx, idx)
-                loss.backward()
-                if number % 2:
-                    for opt in optimizers:
-                        with autocast():
-                            opt.step()
-                        opt.zero_grad(set_to_none=True)
+            for _ in range(2):
+                for _ in range(2):  # the second micro-batch has the first one's gradients
+                    tracker.reset_mod_stats()
+                    with autocast():
+                        loss = model(idx, idx)
+                    loss.backward()
+                for opt in optimizers:
+                    with autocast():
+                        opt.step()
+                    opt.zero_grad(set_to_none=True)
     return tracker.get_tracker_snapshot("peak")[device]["Total"] / 1e9
 
 
@@ -317,16 +296,8 @@ def tokenize(source):
     def tiktoken_alone():
         tokenizer.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
 
-    ours, theirs = compare(stage, tiktoken_alone, torch.device("cpu"))
-    row = {"documents": len(texts), "tokens": n_tokens, "threads": os.cpu_count()}
-    row |= {"prepare_fineweb.py, tokens/s": n_tokens / ours, "tiktoken alone": n_tokens / theirs}
-    yield row | {"ratio": theirs / ours}
-
-
-def compare(ours, theirs, device):
-    """(seconds of ours, seconds of theirs), functions that take turns."""
-    seconds = take_turns({"ours": partial(seconds_of, ours, device), "theirs": partial(seconds_of, theirs, device)})
-    return seconds["ours"], seconds["theirs"]
+    functions = {"prepare_fineweb.py, tokens/s": stage, "tiktoken alone": tiktoken_alone}
+    yield {"documents": len(texts), "tokens": n_tokens} | compare(n_tokens, functions, torch.device("cpu"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -341,9 +312,8 @@ def score_items(settings):
     ours = partial(hellaswag.log_likelihoods, model, items, autocast=autocast)
     theirs = partial(one_item_at_a_time, model, items, autocast)
     error = max(abs(a - b) for a, b in zip(ours(), theirs(), strict=True))  # which also warms up
-    our_seconds, their_seconds = compare(ours, theirs, device)
-    row = {"items/s": n_items / our_seconds, "one at a time": n_items / their_seconds}
-    yield row | {"ratio": their_seconds / our_seconds, "sums differ by, nats": error}
+    row = compare(n_items, {"items/s": ours, "one at a time": theirs}, device)
+    yield row | {"sums differ by, nats": error}
 
 
 def random_items(n_items, n_vocab, longest):
@@ -369,16 +339,13 @@ def one_item_at_a_time(model, items, autocast):
     device = model.wte.weight.device
     sums = []
     for rows in items:
-        width = max(len(ids) for ids, _ in rows) - 1
-        idx = torch.zeros(len(rows), width, dtype=torch.long)
-        targets = torch.full_like(idx, model_py.IGNORE)
-        for i, (ids, n_scored) in enumerate(rows):
-            idx[i, : len(ids) - 1] = torch.tensor(ids[:-1])
-            targets[i, len(ids) - 1 - n_scored : len(ids) - 1] = torch.tensor(ids[-n_scored:])
+        ids = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True).to(device)
         with autocast():
-            logits = model(idx.to(device))[..., : model.config.n_vocab]
-        losses = F.cross_entropy(logits.float().mT, targets.to(device), reduction="none")  # (4, T)
-        sums += (-losses.double().sum(dim=1)).tolist()
+            logits = model(ids[:, :-1])[..., : model.config.n_vocab]
+        losses = F.cross_entropy(logits.float().mT, ids[:, 1:], reduction="none").cpu()  # (4, T)
+        for loss, (ids, n_scored) in zip(losses, rows, strict=True):
+            end = len(ids) - 1
+            sums.append(-float(loss[end - n_scored : end].double().sum()))
     return sums
 
 
@@ -403,33 +370,23 @@ def decode(settings, n_prompt=16):
     row_bytes = 2 * c.n_layer * c.n_head * c.head_dim * (n_prompt + n_new / 2) * bytes_per_value
     for n_rows in numbers("decode_batches"):
         step_bytes = model.n_params() * bytes_per_value + n_rows * row_bytes
-        prompts = np.random.default_rng(0).integers(0, c.n_vocab, (n_rows, n_prompt)).tolist()
-        ways = {"eager": partial(decoding, model, prompts, n_new)}
-        if device.type == "cuda":
-            ways["compiled"] = partial(decoding, model, prompts, n_new, compile=True)
-        for way in ways.values():
-            way()  # warms up, compiles
-        plain = {"recomputing": partial(recomputing, model, prompts, n_new), "copy": partial(copy_bandwidth, device)}
-        medians = take_turns(ways | plain)
-        slow = medians["recomputing"]
-        for way in ways:
-            speed, first_token = medians[way]
-            share = step_bytes * (speed / n_rows) / medians["copy"]
-            row = {"batch": n_rows, "way": way, "tokens/s": speed, "first token, ms": first_token * 1e3}
-            yield row | {"of the limit": share, "recomputing": slow, "ratio": speed / slow}
+        prompts = torch.randint(c.n_vocab, (n_rows, n_prompt)).tolist()
+        cached = partial(decoding, model, prompts, n_new)
+        cached()  # warms up, compiles
+        others = [partial(recomputing, model, prompts, n_new), partial(copy_bandwidth, device)]
+        speed, slow, bandwidth = take_turns([cached, *others])
+        share = step_bytes * (speed / n_rows) / bandwidth
+        yield {"batch": n_rows, "tokens/s": speed, "of the limit": share, "recomputing": slow, "ratio": speed / slow}
 
 
-def decoding(model, prompts, n_new, compile=False):
-    """(tokens/s after the fourth token, seconds to the first one) of sampling with sample.py's defaults."""
-    start = time.perf_counter()
+def decoding(model, prompts, n_new):
+    """Tokens/s of sampling with sample.py's defaults, after the fourth token: compilation and its cache come before."""
     steps = model.generate(prompts, n_new, temperature=0.8, top_k=50, compile=compile)
-    next(steps)
-    first = time.perf_counter()
-    for _ in range(3):
-        next(steps)  # with compile, a new cache is recorded by its first steps
-    fourth = time.perf_counter()
+    for _ in range(4):
+        next(steps)
+    start = time.perf_counter()
     n = sum(len(ids) for ids in steps)
-    return n / (time.perf_counter() - fourth), first - start
+    return n / (time.perf_counter() - start)
 
 
 @torch.inference_mode()
