@@ -12,7 +12,6 @@ files, and writes one checkpoint.
 
 import re
 import sys
-from functools import cache
 from pathlib import Path
 
 from configurator import BadInput, configure
@@ -57,6 +56,10 @@ FIXED = {  # what the families compute: export writes it, import refuses anythin
         rope_scaling=None, rope_type="default",
     ),
 }  # fmt: skip
+# The letter for each byte in GPT-2's published files: printable ones are themselves, the others from 256 on.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+LETTERS = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
 GPT2_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 QWEN3 = {  # our modules to theirs, which have separate queries, keys and values
     "wte": ["embed_tokens"],
@@ -121,7 +124,7 @@ def export_model(checkpoint, folder, dtype, overwrite):
     """Write the folder; config.json last, without which it cannot be loaded."""
     if dtype not in ("float32", "bfloat16"):
         raise BadInput(f"dtype must be float32 or bfloat16, not {dtype!r}")
-    save_file = safetensors().save_file
+    save = safetensors().save
     gpt, stored = load_model(checkpoint)
     tokenizer = Tokenizer(stored["tokenizer"])
     config = config_to_hf(gpt.config, tokenizer.eot, stored["stage"], dtype)
@@ -130,10 +133,7 @@ def export_model(checkpoint, folder, dtype, overwrite):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     weights = weights_to_hf(gpt, getattr(torch, dtype))
-    try:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    except Exception as error:  # it has exceptions of its own
-        raise OSError(f"{folder}/model.safetensors could not be written (disk full?): {error}") from None
+    (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     tokenizer_json, tokenizer_config = tokenizer_to_hf(tokenizer, gpt.config)
     write_json(folder / "tokenizer.json", tokenizer_json)
     write_json(folder / "tokenizer_config.json", tokenizer_config)
@@ -230,15 +230,7 @@ def ranks_of(tokenizer):
 
 def spell(token):
     """A token's bytes as GPT-2's published files write them."""
-    return "".join(letters_of_bytes()[byte] for byte in token)
-
-
-@cache
-def letters_of_bytes():
-    """The letter for each byte in GPT-2's published files: printable ones are themselves, the others from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return "".join(LETTERS[byte] for byte in token)
 
 
 def merge_of(token, ranks):
@@ -277,7 +269,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}")
-{example}
+inputs = tokenizer("{prompt}", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 
@@ -286,26 +278,17 @@ split_special_tokens=True)` reads them as text. The chat template refuses messag
 `apply_chat_template(messages, sanitize_control_tokens=True, sanitized=True)` reads them as text (transformers
 5.23 can do this).
 """
-CHAT_EXAMPLE = """messages = [{"role": "user", "content": "What is the capital of France?"}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
-BASE_EXAMPLE = """# a document starts with this token
-inputs = tokenizer("<|endoftext|>Once upon a time", return_tensors="pt")"""
+BASE_PROMPT = "<|endoftext|>Once upon a time"
+CHAT_PROMPT = "<|user|>What is the capital of France?<|assistant|>"
 
 
 def card(gpt, stored, name):
     """The README.md of an export."""
     c = gpt.config
-    text = CARD.format(
-        name=name, n_params=count_params(gpt), architecture=ARCHITECTURES[family_of(c)], n_layer=c.n_layer,
-        n_embd=c.n_embd, block_size=c.block_size,
-        example=BASE_EXAMPLE if stored["stage"] == "pretrain" else CHAT_EXAMPLE,
-    )  # fmt: skip
+    n_params = gpt.n_params() - (c.vocab_size - c.n_vocab) * c.n_embd  # the padding rows are not exported
+    prompt = BASE_PROMPT if stored["stage"] == "pretrain" else CHAT_PROMPT
+    text = CARD.format(name=name, n_params=n_params, architecture=ARCHITECTURES[family_of(c)], prompt=prompt, **vars(c))
     return text + "\n".join(stages_of(stored)) + "\n"
-
-
-def count_params(gpt):
-    """Without the padding rows, which are not exported."""
-    return gpt.n_params() - (gpt.config.vocab_size - gpt.config.n_vocab) * gpt.config.n_embd
 
 
 def stages_of(stored):
@@ -325,12 +308,10 @@ def stages_of(stored):
 
 
 def sources_of(folder):
-    """Names of what a stage's data_dir was made from (of many files their folders), or the data_dir itself."""
+    """The folders or names of what a stage's data_dir was made from, or the data_dir itself."""
     path = Path(folder) / "meta.json"
     names = read_json(path).get("sources", []) if path.exists() else []
-    if len(names) > 3:
-        names = [name.rpartition("/")[0] or name for name in names]
-    return sorted(set(names)) or [str(folder)]
+    return sorted({name.rpartition("/")[0] or name for name in names}) or [str(folder)]
 
 
 def licence_of(source):
@@ -352,8 +333,6 @@ def import_model(model, path, overwrite):
     folder = Path(model)
     if not model or not folder.is_dir():
         folder = fetch_model(model)
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder}: no config.json there: not a folder of save_pretrained")
     hf = read_json(folder / "config.json")
     try:
         config = config_from_hf(hf)
@@ -367,7 +346,7 @@ def import_model(model, path, overwrite):
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = dict(tokenizer=tokenizer.name, stage=hf.get("fgpt_stage", "pretrain"), settings={"model": model})
     save_checkpoint(path, gpt, step=0, tokens=0, metrics={}, **entries)
-    print(f"{path}: {count_params(gpt):,} parameters, {config.n_vocab:,} tokens")
+    print(f"{path}: {config.n_layer} layers of width {config.n_embd}, {config.n_vocab:,} tokens")
 
 
 def fetch_model(repo):
