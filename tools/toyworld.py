@@ -208,8 +208,7 @@ def main():
         (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     lines = [json.dumps(item) + "\n" for item in make_hellaswag(facts, relations, rng("hellaswag"))]
     (folder / "hellaswag_val.jsonl").write_text("".join(lines), encoding="utf-8")
-    n_bytes = sum(len(text.encode("utf-8")) for text in docs)
-    print(f"{folder}: {len(facts)} facts ({len(heldout)} held out), {len(docs):,} documents of {n_bytes:,} bytes")
+    print(f"{folder}: {len(facts)} facts ({len(heldout)} held out), {len(docs):,} documents")
 
 
 def world_facts():
@@ -241,11 +240,11 @@ def parse_relations(text):
     relations = {}
     for block in text.strip().split("\n\n"):
         name, *lines = block.split("\n")
-        patterns = {"!": [], "": [], "?": []}
+        relation = Relation(openings=[], statements=[], questions=[])
+        marked = {"!": relation.openings, "?": relation.questions}
         for line in lines:
-            mark = line[0] if line[0] in "!?" else ""
-            patterns[mark] += line.removeprefix(mark).strip().split(" | ")
-        relations[name] = Relation(patterns["!"], patterns[""], patterns["?"])
+            marked.get(line[0], relation.statements).extend(line.lstrip("!? ").split(" | "))
+        relations[name] = relation
     return relations
 
 
