@@ -42,6 +42,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from configurator import BadInput, check_settings, configure, settings_of
@@ -70,22 +71,18 @@ workers = 0  # threads that tokenize (0: all cores)
 
 FORMATS = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".bin")
 DEFAULT_SUBSETS = {"HuggingFaceFW/fineweb-edu": "sample/10BT"}
-BATCH_CHARS = 250_000  # characters that a thread tokenizes at a time
-MAX_IN_WORK = 32_000_000  # characters in memory at a time
-BATCH_BYTES = 16_000_000  # parquet rows decoded at a time
+BATCH_CHARS = 250_000  # characters that a thread tokenizes at a time; for each, three times as many are in memory
 MAX_DOCUMENT = 50_000_000  # characters: needs 1.5 GiB of memory
-# Bytes of shard per byte of source, until the folder has finished files to measure it on: a guess for FineWeb-Edu's
-# parquet with GPT-2's tokenizer. Every format needs more than half of it, and a disk is refused only if it lacks that.
+# Bytes of shard per byte of source: a guess for FineWeb-Edu's parquet with GPT-2's tokenizer. Every format needs more
+# than half of it, and a disk is refused only if it lacks that.
 GROWTH = 0.7
 SHARD_STEP = 4_000_000  # tokens of a published shard that are checked at a time
-FORMAT_VERSION = 1
 
 
 def main():
     settings = settings_of(globals())
     check_settings(settings, rules=[(val_fraction < 1, f"val_fraction must be below 1, not {val_fraction}")])
     with stoppable():
-        started = time.time()
         folder = Path(out_dir)
         tokenizer = Tokenizer(settings["tokenizer"])
         sidecars = data.read_sidecars(folder)
@@ -100,9 +97,12 @@ def main():
             return
         records = check_folder(folder, sidecars, rules, sources)
         folder.mkdir(parents=True, exist_ok=True)
-        done = prepare(mine, records, folder, rules, tokenizer, workers or os.cpu_count(), max_tokens, keep_downloads)
-        write_meta(folder)
-        print(summary(done, folder, time.time() - started))
+        prepare(mine, records, folder, rules, tokenizer, workers or os.cpu_count(), max_tokens, keep_downloads)
+        meta = data.read_meta(folder)
+        if not meta:
+            raise BadInput(f"{source}: no documents there, nothing to train on")
+        data.write_json(folder / "meta.json", meta)
+        print(summary(meta))
 
 
 @contextmanager
@@ -144,9 +144,9 @@ def list_sources(source, val_source, val_fraction, list_dataset):
     if all(file["val_fraction"] == 1 for file in files.values()):
         raise BadInput(f"source={source!r} has no file to train on (files of val_source do not count)")
     for file in files.values():
-        name = Path(file["name"]).name
-        file["stem"] = re.sub(r"[^\w.-]", "_", name.split(".")[0])[:80] + "_" + file["checksum"][:8]
-        file["save_as"] = file["stem"] + next(ending for ending in FORMATS if name.endswith(ending))
+        name, _, ending = Path(file["name"]).name.partition(".")
+        file["stem"] = re.sub(r"[^\w-]", "_", name)[:80] + "_" + file["checksum"][:8]
+        file["save_as"] = f"{file['stem']}.{ending}"
     return sorted(files.values(), key=lambda file: file["val_fraction"] != 1)
 
 
@@ -167,29 +167,22 @@ def find_files(item, list_dataset):
 
     FileNotFoundError where there are none, BadInput for one that cannot be read.
     """
-    path = Path(item)
-    if path.is_dir():
-        paths = [p for p in path.rglob("[!.]*") if is_source(p.name) and p.is_file()]
-    elif path.exists():
-        paths = [path]
-    elif any(character in item for character in "*?["):
-        paths = [p for p in map(Path, glob.glob(item, recursive=True)) if p.is_file()]
-    elif is_repo(item) and not item.endswith(FORMATS):
-        return list_dataset(item)
+    if Path(item).is_dir():
+        paths = [path for path in Path(item).rglob("[!.]*") if is_source(path.name)]
     else:
-        raise FileNotFoundError(f"{item}: no such file or folder (a dataset of the Hub is owner/name)")
+        paths = map(Path, glob.glob(item, recursive=True) or [item])  # the name of a file may look like a pattern
+    paths = [path for path in paths if path.is_file()]
+    if not paths and is_repo(item) and not Path(item).exists() and not item.endswith(FORMATS):
+        return list_dataset(item)
     if not paths:
-        raise FileNotFoundError(f"{item}: no {', '.join(FORMATS)} files there")
+        raise FileNotFoundError(f"{item}: no {', '.join(FORMATS)} file there (a dataset of the Hub is owner/name)")
     return [local_file(path) for path in tqdm(sorted(paths), "checksums", delay=2, leave=False, disable=None)]
 
 
 def local_file(path):
-    size = path.stat().st_size
     if not is_source(path.name):
         raise BadInput(f"{path}: the name of a source must end in {', '.join(FORMATS)} (.bin with train or val in it)")
-    if size == 0:
-        raise BadInput(f"{path}: an empty file: download it again, or leave it out")
-    return {"name": path.as_posix(), "path": path, "size": size, "checksum": checksum(path)}
+    return {"name": path.as_posix(), "path": path, "size": size_of(path), "checksum": checksum(path)}
 
 
 def list_at_commit(repo, subset, revision, sidecars):
@@ -198,11 +191,7 @@ def list_at_commit(repo, subset, revision, sidecars):
     if commits and revision == "main":
         revision = min(commits)
     subset = subset or DEFAULT_SUBSETS.get(repo, "")
-    files = list_hub(repo, subset, revision, lambda path: is_source(path) and not path.endswith(".txt"))
-    current = files[0]["revision"]
-    if commits and commits != {current}:
-        print(f"{repo}: files are of {current} now, finished ones of {' and '.join(sorted(commits))}")
-    return files
+    return list_hub(repo, subset, revision, lambda path: is_source(path) and not path.endswith(".txt"))
 
 
 def is_shard(file):
@@ -271,8 +260,8 @@ class Counts:
         self.bytes += piece.n_bytes
 
 
-def prepare(files, records, folder, rules, tokenizer, n_threads, max_tokens, keep_downloads=False):
-    """Prepare every source file that is not finished, in order; returns the sidecars of all. BadInput without any text.
+def prepare(files, records, folder, rules, tokenizer, n_threads, max_tokens, keep_downloads):
+    """Prepare every source file that is not finished, in order.
 
     records: what check_folder returned. Stops after the file that brings train to max_tokens, unless that is 0.
     """
@@ -280,7 +269,6 @@ def prepare(files, records, folder, rules, tokenizer, n_threads, max_tokens, kee
     n_bytes = check_space(files, finished, folder, max_tokens, keep_downloads)
     todo = [file for file in files if file["checksum"] not in finished]
     paths = fetch_ahead(todo, folder / "downloads")
-    done = []
     n_train = 0
     totals = Counts()
     layout = "{percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
@@ -298,15 +286,11 @@ def prepare(files, records, folder, rules, tokenizer, n_threads, max_tokens, kee
                     data.write_json(folder / f"source_{file['stem']}.json", record)
                 if "url" in file and not keep_downloads:
                     path.unlink()
-                tqdm.write(f"{file['name']}: {total(record, 'documents'):,} documents")
-            if total(record, "tokens"):
-                done.append(record)
-                n_train += record["train"]["tokens"]
+                blank = f"{record['documents_without_text']:,} without text ignored"
+                tqdm.write(f"{file['name']}: {total(record, 'documents'):,} documents, {blank}")
+            n_train += record["train"]["tokens"]
     if not keep_downloads:
         remove_downloads(files, folder / "downloads")
-    if not done:
-        raise BadInput(f"{', '.join(file['name'] for file in files[:3])}: no documents there, nothing to train on")
-    return done
 
 
 def is_finished(folder, record):
@@ -319,7 +303,7 @@ def is_finished(folder, record):
 
 
 def total(record, what):
-    """Documents, tokens or bytes of a source file, of both splits."""
+    """Documents or tokens of a source file, of both splits."""
     return sum(record[split][what] for split in SPLITS)
 
 
@@ -328,8 +312,6 @@ def check_space(files, finished, folder, max_tokens, keep_downloads):
 
     finished: {checksum: record} of the folder's finished files.
     """
-    growth = growth_of(finished.values())
-    n_files = 0
     n_bytes = 0
     n_train = 0
     missing = []  # bytes of each download
@@ -339,31 +321,21 @@ def check_space(files, finished, folder, max_tokens, keep_downloads):
         if file["checksum"] in finished:
             n_train += finished[file["checksum"]]["train"]["tokens"]
             continue
-        n_files += 1
         n_bytes += file["size"]
         if file["val_fraction"] < 1:
-            n_train += file["size"] * growth / 2
+            n_train += file["size"] * GROWTH / 2
         if "url" in file:
             missing.append(file["size"] - max(map(size_of, place(file, folder / "downloads"))))
     if not keep_downloads:
         missing = sorted(missing)[-2:]  # one is tokenized, the next one downloads
     free = shutil.disk_usage(folder).free
-    needed = sum(missing) + n_bytes * growth
-    least = needed if finished else sum(missing) + n_bytes * growth / 2
-    guess = "" if finished else " (a guess)"
-    sizes = f"about {tqdm.format_sizeof(needed, 'B')} needed{guess}, {tqdm.format_sizeof(free, 'B')} free"
-    if least > free:
-        remedy = "free some, choose another --out_dir, or take less with --subset, --part or --max_tokens"
-        raise OSError(f"{folder}: {sizes}: {remedy}")
-    print(f"files to do: {n_files:,}, {sizes}")
+    needed = sum(missing) + n_bytes * GROWTH / 2
+    if needed > free:
+        raise OSError(
+            f"{folder}: at least {tqdm.format_sizeof(needed, 'B')} needed, {tqdm.format_sizeof(free, 'B')} free: "
+            "free some, choose another --out_dir, or take less with --subset, --part or --max_tokens"
+        )
     return n_bytes
-
-
-def growth_of(records):
-    """Bytes of shard per byte of source: as in the finished files, or the constant when there are none."""
-    if not records:
-        return GROWTH
-    return 2 * sum(total(record, "tokens") for record in records) / sum(record["size"] for record in records)
 
 
 def fetch_ahead(files, folder):
@@ -428,7 +400,7 @@ class Batch:
 
     share: float  # of the source file: how much has been read after the last document
     texts: list
-    n_chars: int = 0
+    n_chars: int = 0  # and one for each document, as there may be many without text
 
 
 def tokenize_file(file, path, folder, rules, tokenizer, n_threads, advance):
@@ -466,7 +438,7 @@ def tokenize_file(file, path, folder, rules, tokenizer, n_threads, advance):
             for leftover in paths.values():
                 leftover.unlink(missing_ok=True)
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1,
         "source": file["name"],
         **{key: file.get(key) for key in ("stem", "size", "checksum", "revision", "val_fraction")},
         **rules,
@@ -490,14 +462,10 @@ def read_documents(path, text_field, split_blank_lines):
     try:
         for share, text in documents:
             if text and len(text) > MAX_DOCUMENT:
-                raise too_long(path)
+                raise BadInput(f"{path}: a document has more than {MAX_DOCUMENT:,} characters: split it into several")
             yield share, text
     except UnicodeDecodeError:
         raise BadInput(f"{path}: not UTF-8 text: convert it first") from None
-
-
-def too_long(where):
-    return BadInput(f"{where}: a document has more than {MAX_DOCUMENT:,} characters: split it into several documents")
 
 
 def parquet_documents(path, text_field):
@@ -509,17 +477,13 @@ def parquet_documents(path, text_field):
             columns = file.schema_arrow.names
             if text_field not in columns:
                 raise BadInput(f"{path}: no column {text_field!r}: set --text_field to one of {', '.join(columns)}")
-            row_bytes = 1  # of the row group with the longest rows
-            for group in map(file.metadata.row_group, range(file.num_row_groups)):
-                row_bytes = max(row_bytes, group.total_byte_size // max(group.num_rows, 1))
             n_rows = 0
-            for batch in file.iter_batches(min(max(BATCH_BYTES // row_bytes, 1), 256), columns=[text_field]):
-                texts = batch.column(0).to_pylist()
-                wrong = {type(text).__name__ for text in texts} - {"str", "NoneType"}
-                if wrong:
-                    raise BadInput(f"{path}: column {text_field!r} holds {wrong.pop()}, not text: set --text_field")
-                n_rows += len(texts)
-                for text in texts:
+            for batch in file.iter_batches(16, columns=[text_field]):  # few at a time, as texts may be long
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str | None):
+                        kind = type(text).__name__
+                        raise BadInput(f"{path}: column {text_field!r} holds {kind}, not text: set --text_field")
+                    n_rows += 1
                     yield n_rows / file.metadata.num_rows, text
     except (pa.ArrowException, OSError) as error:
         reason = str(error).split(". ")[0]
@@ -532,19 +496,9 @@ def txt_documents(path, split_blank_lines):
         if not split_blank_lines:
             yield 1, file.read(MAX_DOCUMENT + 1)
             return
-        lines = []
-        n_chars = 0
-        while line := file.readline(MAX_DOCUMENT + 1):
-            if line.strip():
-                lines.append(line)
-                n_chars += len(line)
-                if n_chars > MAX_DOCUMENT:
-                    raise too_long(path)
-            elif lines:
+        for is_blank, lines in groupby(file, str.isspace):
+            if not is_blank:
                 yield file.buffer.tell() / size, "".join(lines).rstrip("\r\n")
-                lines = []
-                n_chars = 0
-        yield 1, "".join(lines).rstrip("\r\n")
 
 
 def jsonl_documents(path, text_field):
@@ -556,11 +510,9 @@ def jsonl_documents(path, text_field):
             while line := file.readline(2 * MAX_DOCUMENT):
                 number += 1
                 if line.strip():
-                    if len(line) == 2 * MAX_DOCUMENT:
-                        raise too_long(f"{path}, line {number}")
                     yield raw.tell() / size, text_of(json.loads(line), text_field, f"{path}, line {number}")
     except json.JSONDecodeError as error:
-        raise BadInput(f"{path}, line {number}: not JSON ({error.msg}): fix or remove the line") from None
+        raise BadInput(f"{path}, line {number}: not JSON ({error.msg}), or too long: fix or remove it") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise BadInput(f"{path}, after line {number}: damaged gzip ({error}): download it again") from None
 
@@ -586,7 +538,7 @@ def encode_documents(documents, encode, n_threads):
     try:
         for batch in group_documents(documents):
             pending.append((batch, pool.submit(encode, batch.texts)))
-            while len(pending) > 3 * n_threads or sum(batch.n_chars for batch, _ in pending) > MAX_IN_WORK:
+            while sum(batch.n_chars for batch, _ in pending) > 3 * n_threads * BATCH_CHARS:
                 oldest, future = pending.popleft()
                 yield oldest.share, len(oldest.texts), future.result()
         for oldest, future in pending:
@@ -601,26 +553,25 @@ def group_documents(documents):
     for share, text in documents:
         batch.share = share
         batch.texts.append(text)
-        batch.n_chars += len(text or "")
-        if batch.n_chars >= BATCH_CHARS or len(batch.texts) >= 1000:
+        batch.n_chars += 1 + len(text or "")
+        if batch.n_chars >= BATCH_CHARS:
             yield batch
             batch = Batch(share, [])
     yield batch
 
 
 def encode_batch(texts, tokenizer, val_fraction):
-    """Tokenize documents: a piece for each split, without documents that have no text."""
-    arrays = {split: [np.empty(0, np.uint16)] for split in SPLITS}
-    n_bytes = {split: 0 for split in SPLITS}
+    """Tokenize documents: a piece for each split that has any, without documents that have no text."""
+    texts_of = {split: [] for split in SPLITS}
     for text in texts:
         if text and not text.isspace():
-            split = "val" if data.is_validation(text, val_fraction) else "train"
-            arrays[split].append(tokenizer.encode_document(text))
-            n_bytes[split] += len(text.encode("utf-8"))
+            texts_of["val" if data.is_validation(text, val_fraction) else "train"].append(text)
     pieces = []
     for split in SPLITS:
-        lengths = [len(array) for array in arrays[split][1:]]
-        pieces.append(Piece(split, np.concatenate(arrays[split]), lengths, n_bytes[split]))
+        if texts_of[split]:
+            arrays = [tokenizer.encode_document(text) for text in texts_of[split]]
+            n_bytes = sum(len(text.encode("utf-8")) for text in texts_of[split])
+            pieces.append(Piece(split, np.concatenate(arrays), [len(array) for array in arrays], n_bytes))
     return pieces
 
 
@@ -648,32 +599,13 @@ def read_shard(path, tokenizer, split):
 # the end
 
 
-def write_meta(folder):
-    """Write meta.json, again if another machine has finished a file meanwhile."""
-    written = None
-    while (meta := data.read_meta(folder)) != written:
-        data.write_json(folder / "meta.json", meta)
-        written = meta
-
-
-def summary(done, folder, seconds):
-    """The closing table, with a warning for a split without documents."""
-    n_train = sum(record["train"]["tokens"] for record in done)
-    n_val = sum(record["val"]["tokens"] for record in done)
-    n_documents = sum(total(record, "documents") for record in done)
-    n_blank = sum(record["documents_without_text"] for record in done)
-    longest = max(record["tokens_per_document"]["max"] for record in done)
-    lines = [
-        f"files                {len(done):,}",
-        f"documents            {n_documents:,}, and {n_blank:,} without text ignored",
-        f"tokens               {n_train + n_val:,}",
-        f"tokens per document  mean {(n_train + n_val) / max(n_documents, 1):,.0f}, max {longest:,.0f}",
-        f"validation           {n_val:,} tokens, {n_val / (n_train + n_val):.2%}",
-        f"time                 {seconds:,.1f} s",
-        f"written to           {folder}",
-    ]
-    for split, n_tokens, change in (("train", n_train, "decrease"), ("val", n_val, "increase")):
-        if not n_tokens:
+def summary(meta):
+    """What the folder holds, with a warning for a split without documents."""
+    lines = []
+    for split, change in (("train", "decrease"), ("val", "increase")):
+        counts = meta[split]
+        lines.append(f"{split}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+        if not counts["tokens"]:
             lines.append(
                 f"warning: {split} got no document: {change} --val_fraction, split a .txt into documents with "
                 "--split_blank_lines, or name files with --val_source; and choose another --out_dir"
