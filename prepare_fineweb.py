@@ -95,9 +95,9 @@ def main():
         if not mine:
             print(f"part {part} has nothing to do: there are only {len(sources)} files")
             return
-        records = check_folder(folder, sidecars, rules, sources)
+        finished = check_folder(folder, sidecars, rules, sources)
         folder.mkdir(parents=True, exist_ok=True)
-        prepare(mine, records, folder, rules, tokenizer, workers or os.cpu_count(), max_tokens, keep_downloads)
+        prepare(mine, finished, folder, rules, tokenizer, workers or os.cpu_count(), max_tokens, keep_downloads)
         meta = data.read_meta(folder)
         if not meta:
             raise BadInput(f"{source}: no documents there, nothing to train on")
@@ -214,7 +214,7 @@ def take_part(files, part):
 
 
 def check_folder(folder, sidecars, rules, sources):
-    """The records of a folder by checksum. BadInput when they do not go with these rules and sources."""
+    """{checksum: record} of a folder's finished files. BadInput when they do not go with these rules and sources."""
     for name in data.RULES:
         for record in sidecars:
             if record[name] != rules[name]:
@@ -239,7 +239,16 @@ def check_folder(folder, sidecars, rules, sources):
                 f"{file['name']} {problem} since {folder} was prepared: choose another --out_dir, or delete "
                 f"source_{record['stem']}.json and its shards there"
             )
-    return by_checksum
+    return {key: record for key, record in by_checksum.items() if is_finished(folder, record)}
+
+
+def is_finished(folder, record):
+    """Whether the shards that a record describes are there, as long as it says."""
+    for split in SPLITS:
+        n_tokens = record[split]["tokens"]
+        if n_tokens and size_of(folder / f"{split}_{record['stem']}.bin") != data.HEADER_BYTES + 2 * n_tokens:
+            return False
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,12 +269,11 @@ class Counts:
         self.bytes += piece.n_bytes
 
 
-def prepare(files, records, folder, rules, tokenizer, n_threads, max_tokens, keep_downloads):
-    """Prepare every source file that is not finished, in order.
+def prepare(files, finished, folder, rules, tokenizer, n_threads, max_tokens, keep_downloads):
+    """Prepare every source file that is not finished, in order, up to the one that brings train to max_tokens (0: all).
 
-    records: what check_folder returned. Stops after the file that brings train to max_tokens, unless that is 0.
+    finished: what check_folder returned.
     """
-    finished = {key: record for key, record in records.items() if is_finished(folder, record)}
     n_bytes = check_space(files, finished, folder, max_tokens, keep_downloads)
     todo = [file for file in files if file["checksum"] not in finished]
     paths = fetch_ahead(todo, folder / "downloads")
@@ -293,25 +301,13 @@ def prepare(files, records, folder, rules, tokenizer, n_threads, max_tokens, kee
         remove_downloads(files, folder / "downloads")
 
 
-def is_finished(folder, record):
-    """Whether the shards that a record describes are there, as long as it says."""
-    for split in SPLITS:
-        n_tokens = record[split]["tokens"]
-        if n_tokens and size_of(folder / f"{split}_{record['stem']}.bin") != data.HEADER_BYTES + 2 * n_tokens:
-            return False
-    return True
-
-
 def total(record, what):
     """Documents or tokens of a source file, of both splits."""
     return sum(record[split][what] for split in SPLITS)
 
 
 def check_space(files, finished, folder, max_tokens, keep_downloads):
-    """Bytes of the source files to be read. OSError when shards and downloads clearly do not fit on the disk.
-
-    finished: {checksum: record} of the folder's finished files.
-    """
+    """Bytes of the source files to be read. OSError when shards and downloads clearly do not fit on the disk."""
     n_bytes = 0
     n_train = 0
     missing = []  # bytes of each download
