@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from configurator import BadInput, check_settings, configure, settings_of
@@ -62,20 +63,16 @@ def main():
     generator = torch.Generator(device).manual_seed(seed)
     stopwatch = Stopwatch()
 
-    def generate(ids, n=1):
-        if len(ids) > block_size:
-            raise BadInput(f"the prompt has {len(ids)} tokens, the context holds {block_size}")
+    def generate(ids):
         steps = model.generate(
-            [ids] * n, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+            [ids] * num_samples, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
             stop=tokenizer.eot, generator=generator, cache=cache, compile=compile,
         )  # fmt: skip
         return stopwatch.measure(steps)
 
-    def answer(ids):
-        return print_pieces(stream(tokenizer, generate(ids), block_size + 1 - len(ids)))
-
+    answer = partial(print_answers, generate, tokenizer, block_size)
     if text:
-        answer_prompt(text, is_chat, generate, tokenizer, block_size)
+        answer(prompt_ids(tokenizer, text, is_chat), "" if is_chat else text)
     elif is_chat:
         converse(answer, tokenizer, block_size, max_new_tokens)
     else:
@@ -98,16 +95,12 @@ def check(settings):
 
 
 def read_prompt():
-    """The text of the prompt; "" when there is none. BadInput for a file that does not hold one."""
+    """The text of the prompt; "" when there is none. OSError for an unreadable file, BadInput for an empty one."""
     if not prompt_file:
         return prompt
-    if not Path(prompt_file).exists() or Path(prompt_file).is_dir():  # a pipe is fine
-        raise BadInput(f"--prompt_file={prompt_file}: no such file")
     text = Path(prompt_file).read_text(encoding="utf-8", errors="replace")
     if not text.strip():
         raise BadInput(f"--prompt_file={prompt_file} is empty")
-    if "\0" in text:
-        raise BadInput(f"--prompt_file={prompt_file} is not a text")
     return text.removesuffix("\n")
 
 
@@ -129,26 +122,7 @@ class Stopwatch:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# one prompt, a chat, or lines to continue
-
-
-def answer_prompt(text, is_chat, generate, tokenizer, block_size):
-    """Print num_samples answers to a prompt: one as it is generated; several when all are complete, with headings.
-
-    generate(ids, n): the steps of n answers.
-    """
-    ids = prompt_ids(tokenizer, text, is_chat)
-    steps = generate(ids, num_samples)
-    answers = [steps]
-    if num_samples > 1:
-        rows = torch.stack(list(steps), dim=1)  # (num_samples, number of steps), -1 after the end of each
-        answers = [row[row >= 0] for row in rows]
-    for number, steps in enumerate(answers, 1):
-        if num_samples > 1:
-            print(f"--- {number} of {num_samples}")
-        if not is_chat:
-            print(text, end="", flush=True)
-        print_pieces(stream(tokenizer, steps, block_size + 1 - len(ids)))
+# a chat, or lines to continue
 
 
 def converse(answer, tokenizer, block_size, room):
@@ -161,12 +135,11 @@ def converse(answer, tokenizer, block_size, room):
         if command == "/reset":
             history = [message for message in history if message["role"] == "system"]
             print("[new conversation]")
-        elif command == "/system" and text.strip():
-            history = [{"role": "system", "content": text.strip()}]
-            print("[new conversation with this system message]")
         elif command == "/system":
             history = []
-            print("[new conversation without a system message]")
+            if text.strip():
+                history.append({"role": "system", "content": text.strip()})
+            print("[new conversation]")
         else:
             try:
                 ids, kept = fit_into_context(tokenizer, line, history, block_size, room)
@@ -209,7 +182,7 @@ def read_lines(label):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# from text to ids and back
+# from text to ids
 
 
 def prompt_ids(tokenizer, text, is_chat, history=()):
@@ -238,22 +211,42 @@ def fit_into_context(tokenizer, text, history, block_size, room):
         turns = turns[2:]
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# from ids to text
+
+
+def print_answers(generate, tokenizer, block_size, ids, before=""):
+    """Print num_samples answers: one as it is generated; several when all are complete, with headings.
+
+    generate(ids): the steps of GPT.generate. before: text to print before each answer. Returns the last answer.
+    """
+    if len(ids) > block_size:
+        raise BadInput(f"the prompt has {len(ids)} tokens, the context holds {block_size}")
+    steps = generate(ids)
+    answers = [steps]
+    if num_samples > 1:
+        rows = torch.stack(list(steps), dim=1)  # (num_samples, number of steps), -1 after the end of each
+        answers = [row[row >= 0] for row in rows]
+    for number, answer in enumerate(answers, 1):
+        if num_samples > 1:
+            print(f"--- {number} of {num_samples}")
+        print(before, end="", flush=True)
+        text = print_pieces(stream(tokenizer, answer, block_size + 1 - len(ids)))
+    return text
+
+
 def stream(tokenizer, generated, room=None):
     """Pieces of text from an iterator of (1,) id tensors, up to the end token; a character is never split.
 
     room: tokens that fit into the context; when they are used up without an end token, a note goes to stderr.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # keeps the bytes of an incomplete character
-    count = 0
-    ended = False
-    for ids in generated:
-        count += 1
+    for count, ids in enumerate(generated, 1):
         if int(ids) == tokenizer.eot:
-            ended = True
             break
         yield decoder.decode(tokenizer.decode_bytes([int(ids)]))
-    if count == room and not ended:
-        print(" [the context is full]", end="", file=sys.stderr, flush=True)
+        if count == room:
+            print(" [the context is full]", end="", file=sys.stderr, flush=True)
     yield decoder.decode(b"", final=True)
 
 
