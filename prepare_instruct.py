@@ -46,7 +46,7 @@ import numpy as np
 
 from data import SPLITS, is_validation, read_json, read_records, write_json
 from hub import download, list_hub
-from tokenizer import Tokenizer
+from tokenizer import BadConversation, Tokenizer
 
 source = "raschka,alpaca"  # names, .json, .jsonl or .parquet files, globs; separated by commas; :5000 limits one
 out_dir = "data/instruct"  # where the arrays go
@@ -170,7 +170,7 @@ def collect(sources, tokenizer, max_tokens, val_fraction):
             try:
                 sides = to_conversations(record)
                 rows, note = render_record(sides, tokenizer, max_tokens)
-            except ValueError as error:  # BadInput, or the tokenizer's for roles in a wrong order
+            except (BadInput, BadConversation) as error:
                 raise BadInput(f"{where}: {error}") from None
             longest = max((len(message["content"]) for messages in sides for message in messages), default=0)
             if name in LONGEST_TEXT and longest > LONGEST_TEXT[name]:
@@ -232,7 +232,7 @@ def clean(message):
 def render_record(sides, tokenizer, max_tokens):
     """(rows, note): (ids, mask) arrays of a conversation or a pair; what was cut, why there are none, or "".
 
-    ValueError for roles in a wrong order.
+    BadConversation for roles in a wrong order.
     """
     if not all(messages and all(message["content"] for message in messages) for messages in sides):
         return [], "dropped, an empty side"

@@ -15,6 +15,10 @@ import numpy as np
 SPECIALS = ("<|endoftext|>", "<|user|>", "<|assistant|>")
 
 
+class BadConversation(ValueError):
+    """The roles of a conversation are not user, assistant, user, ..."""
+
+
 class Tokenizer:
     """`Tokenizer("gpt2")` or `Tokenizer("bytes")`.
 
@@ -66,7 +70,7 @@ class Tokenizer:
 
         messages: dicts with `role` and `content`. User and assistant take turns, the user starts; one system message
         may come first and is prepended to the first question. mask is 1 exactly on each answer and its end token.
-        To ask for an answer, end with the user's turn and append `assistant`. ValueError for another order of roles.
+        To ask for an answer, end with the user's turn and append `assistant`. BadConversation for another order.
         """
         turns = list(messages)
         if turns and turns[0]["role"] == "system":
@@ -78,7 +82,7 @@ class Tokenizer:
         for position, message in enumerate(turns):
             if message["role"] != ("user", "assistant")[position % 2]:
                 roles = ", ".join(m["role"] for m in messages)
-                raise ValueError(f"a conversation is user, assistant, user, ... (one system first), not {roles}")
+                raise BadConversation(f"a conversation is user, assistant, user, ... (one system first), not {roles}")
             text = self.encode(message["content"])
             if message["role"] == "user":
                 ids += [self.user, *text]
