@@ -269,7 +269,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}")
-inputs = tokenizer("{prompt}", return_tensors="pt")
+{inputs}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 
@@ -278,16 +278,17 @@ split_special_tokens=True)` reads them as text. The chat template refuses messag
 `apply_chat_template(messages, sanitize_control_tokens=True, sanitized=True)` reads them as text (transformers
 5.23 can do this).
 """
-BASE_PROMPT = "<|endoftext|>Once upon a time"
-CHAT_PROMPT = "<|user|>What is the capital of France?<|assistant|>"
+BASE_INPUTS = """inputs = tokenizer("<|endoftext|>Once upon a time", return_tensors="pt")"""
+CHAT_INPUTS = """messages = [{"role": "user", "content": "What is the capital of France?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
 
 
 def card(gpt, stored, name):
     """The README.md of an export."""
     c = gpt.config
     n_params = gpt.n_params() - (c.vocab_size - c.n_vocab) * c.n_embd  # the padding rows are not exported
-    prompt = BASE_PROMPT if stored["stage"] == "pretrain" else CHAT_PROMPT
-    text = CARD.format(name=name, n_params=n_params, architecture=ARCHITECTURES[family_of(c)], prompt=prompt, **vars(c))
+    inputs = BASE_INPUTS if stored["stage"] == "pretrain" else CHAT_INPUTS
+    text = CARD.format(name=name, n_params=n_params, architecture=ARCHITECTURES[family_of(c)], inputs=inputs, **vars(c))
     return text + "\n".join(stages_of(stored)) + "\n"
 
 
