@@ -186,8 +186,9 @@ def read_meta(folder):
 class Windows:
     """Windows of block_size + 1 tokens from a list of shards, in an endless pseudo-random order.
 
-    A shard of n tokens has (n - 1) // block_size windows; each epoch visits every window of every shard once. What is
-    left over in a shard is skipped at its beginning or end, divided differently in each epoch. There may be no window.
+    A shard of n tokens has (n - 1) // block_size windows; each epoch visits every window of every shard once. The
+    (n - 1) % block_size tokens left over are skipped, part of them at the start of the shard and the rest at its end,
+    by an offset drawn per epoch. Validation uses this order too. A short shard has no window.
     """
 
     def __init__(self, paths, block_size, n_vocab, seed):

@@ -37,11 +37,21 @@ from finetune import (
     load_base,
     load_conversations,
     sorted_batches,
-    use_current_names,
+    upgrade_settings,
     write_samples,
 )
 from model import IGNORE, cross_entropy_sum, make_optimizers
-from run import Run, due, join_processes, pick_device, prefetch, rank_and_world, sum_over_ranks
+from run import (
+    Run,
+    autocast_for,
+    due,
+    join_processes,
+    pick_device,
+    pick_dtype,
+    prefetch,
+    rank_and_world,
+    sum_over_ranks,
+)
 from train import UNITS as TRAIN_UNITS
 from train import lr_scale, set_learning_rates, train_step
 
@@ -51,13 +61,13 @@ data_dir = "data/preferences"  # folder of prepare_instruct.py, made from prefer
 out_dir = "out/dpo"  # where the log, the checkpoints, reference.npz and samples.md go
 init_from = "scratch"  # scratch, or resume: continue from out_dir/ckpt.pt
 overwrite = False  # start over in an out_dir that holds a run
-force = False  # resume although settings changed that change the run
+force = False  # resume even if settings that affect training differ
 # optimization, by AdamW
 beta = 0.1  # strength of the pull towards the reference: a reward's nats per nat of log-probability
 label_smoothing = 0.0  # share of pairs assumed to be labelled the wrong way round (conservative DPO); below 0.5
 length_normalized = False  # log-probabilities are means over an answer's tokens instead of sums
 pairs_per_step = 16  # global batch, pairs
-batch_size = 4  # micro-batch, pairs; gradients are accumulated over the rest
+batch_size = 4  # pairs per forward pass; gradients are accumulated up to pairs_per_step
 epochs = 1  # passes over the pairs
 learning_rate = 1e-5  # peak
 weight_decay = 0.0  # decoupled, on matrices and embeddings
@@ -75,7 +85,7 @@ answer_tokens = 64  # longest answer in samples.md, tokens
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
 dtype = ""  # float32 or bfloat16; empty: bfloat16 where it was measured to be faster
 activation_checkpointing = False  # less memory for a third more compute
-deterministic = False  # bit-identical runs where kernels would differ
+deterministic = False  # use only deterministic kernels: the same bits every run, perhaps slower
 
 UNITS = {
     **TRAIN_UNITS,
@@ -105,8 +115,10 @@ def main():
     train, val = Pairs(splits[0]), Pairs(splits[1])
     n_steps = epochs * -(-len(train) // pairs_per_step)
     optimizers = make_optimizers(model, "adamw", learning_rate, weight_decay=weight_decay, beta2=beta2)
-    run = Run("dpo", settings, n_steps, UNITS, LABELS, MAY_CHANGE, upgrade=use_current_names)
-    autocast = run.pick_autocast(device, model.config.n_embd)
+    run = Run("dpo", settings, n_steps, UNITS, LABELS, may_change=MAY_CHANGE, upgrade=upgrade_settings)
+    settings["device"] = device.type
+    settings["dtype"] = pick_dtype(dtype or run.stored_settings.get("dtype", ""), device, model.config.n_embd)
+    autocast = autocast_for(device, settings["dtype"])
     before = answer(model, tokenizer, QUESTIONS, answer_tokens, autocast)  # before `restore` changes the weights
     data = fingerprint(checkpoint, data_dir)
     # log-probabilities depend, within rounding, on the batches and the dtype that they were computed with
@@ -117,7 +129,7 @@ def main():
         train.reference = reference_log_probs(model, train, batch_size, autocast)
         val.reference = reference_log_probs(model, val, batch_size, autocast)
     run.restore(model, optimizers, tokenizer.name, data)
-    if not is_known:
+    if not is_known:  # only now: a folder with this file but no checkpoint could not be resumed
         write_reference(reference_file, belongs_to, train, val)
     print(f"{len(train):,} pairs, {n_steps:,} steps of {pairs_per_step}; {len(val):,} for validation")
     batches = prefetch(partial(batch_at, train, pairs_per_step, seed), run.step, device)
@@ -141,7 +153,7 @@ def main():
         rates = set_learning_rates(optimizers, lr_scale(run.step, n_steps, warmup_steps, decay_fraction=1.0))
         ids = batch[0]  # (P, 2, T)
         result = train_step(loss_of, model, optimizers, batch, len(ids), batch_size, grad_clip, autocast)
-        row = run.count(result, len(ids), ids.numel(), time.perf_counter() - started)
+        row = run.count(result, len(ids), ids.numel(), seconds=time.perf_counter() - started)
         run.end_step(row | rates | evaluate(run.step))
     if rank_and_world()[0] == 0:
         write_samples(out_dir, before, tokenizer, device, autocast, answer_tokens)
@@ -209,7 +221,7 @@ def preference_losses(margins, label_smoothing=0.0):
 
 
 def read_reference(path, belongs_to, train, val):
-    """Set the `reference` of both Pairs from a file; False when there is none that belongs to the same."""
+    """Set the `reference` of both Pairs from a file; False if it is missing or was made from something else."""
     if not path.exists():
         return False
     with np.load(path) as stored:

@@ -31,10 +31,12 @@ from data import read_json
 from model import IGNORE, make_optimizers
 from run import (
     Run,
+    autocast_for,
     due,
     join_processes,
     load_model,
     pick_device,
+    pick_dtype,
     prefetch,
     rank_and_world,
     sum_over_ranks,
@@ -49,10 +51,10 @@ data_dir = "data/instruct"  # folder of prepare_instruct.py
 out_dir = "out/finetune"  # where the log, the checkpoints and samples.md go
 init_from = "scratch"  # scratch, or resume: continue from out_dir/ckpt.pt
 overwrite = False  # start over in an out_dir that holds a run
-force = False  # resume although settings changed that change the run
+force = False  # resume even if settings that affect training differ
 # optimization, by AdamW
 rows_per_step = 32  # global batch, conversations
-batch_size = 8  # micro-batch, conversations; gradients are accumulated over the rest
+batch_size = 8  # conversations per forward pass; gradients are accumulated up to rows_per_step
 epochs = 3  # passes over the conversations
 learning_rate = 3e-4  # peak; 1e-3 is better for a model of a few million parameters
 weight_decay = 0.0  # decoupled, on matrices and embeddings
@@ -74,7 +76,7 @@ hellaswag_limit = 0  # items to score; 0: all
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
 dtype = ""  # float32 or bfloat16; empty: bfloat16 where it was measured to be faster
 activation_checkpointing = False  # less memory for a third more compute
-deterministic = False  # bit-identical runs where kernels would differ
+deterministic = False  # use only deterministic kernels: the same bits every run, perhaps slower
 
 UNITS = {
     **TRAIN_UNITS,
@@ -114,8 +116,10 @@ def main():
     hellaswag, items = load_hellaswag(score_hellaswag, hellaswag_source, hellaswag_limit)
     n_steps = epochs * -(-len(train) // rows_per_step)
     optimizers = make_optimizers(model, "adamw", learning_rate, weight_decay=weight_decay, beta2=beta2)
-    run = Run("finetune", settings, n_steps, UNITS, LABELS, MAY_CHANGE, upgrade=use_current_names)
-    autocast = run.pick_autocast(device, model.config.n_embd)
+    run = Run("finetune", settings, n_steps, UNITS, LABELS, may_change=MAY_CHANGE, upgrade=upgrade_settings)
+    settings["device"] = device.type
+    settings["dtype"] = pick_dtype(dtype or run.stored_settings.get("dtype", ""), device, model.config.n_embd)
+    autocast = autocast_for(device, settings["dtype"])
     before = answer(model, tokenizer, QUESTIONS, answer_tokens, autocast)  # before `restore` changes the weights
     run.restore(model, optimizers, tokenizer.name, fingerprint(checkpoint, data_dir))
     print(f"{len(train):,} conversations, {n_steps:,} steps of {rows_per_step}; {len(val):,} for validation")
@@ -136,12 +140,11 @@ def main():
         run.begin(evaluate(0))
     while not run.over():
         started = time.perf_counter()
-        batch = next(batches)
+        idx, targets = batch = next(batches)
         rates = set_learning_rates(optimizers, lr_scale(run.step, n_steps, warmup_steps, decay_fraction=1.0))
-        idx, targets = batch
         n_targets = int((targets != IGNORE).sum())
         result = train_step(next_token_loss, model, optimizers, batch, n_targets, batch_size, grad_clip, autocast)
-        row = run.count(result, n_targets, idx.numel(), time.perf_counter() - started)
+        row = run.count(result, n_targets, idx.numel(), seconds=time.perf_counter() - started)
         run.end_step(row | rates | evaluate(run.step))
     if rank_and_world()[0] == 0:
         write_samples(out_dir, before, tokenizer, device, autocast, answer_tokens)
@@ -201,8 +204,8 @@ def load_conversations(folder, tokenizer, block_size, preferences=False):
     return splits
 
 
-def use_current_names(stored):
-    """Remove from a checkpoint's settings, in place, what an earlier version had. BadInput for a run with Muon."""
+def upgrade_settings(stored):
+    """Change the settings of a checkpoint by an earlier version, in place, to today's. BadInput for a run with Muon."""
     if stored.pop("optimizer", "adamw") != "adamw":
         raise BadInput("this run was trained with Muon, which is no longer offered here: start a new run")
     stored.pop("muon_learning_rate", None)

@@ -21,7 +21,6 @@ from muon import Muon
 
 IGNORE = -100  # a target that does not count
 ATTENTION_IN_FP32 = {"cpu"}  # devices where attention is faster in fp32: on CPUs bf16 took 1.7 times as long
-OPTIMIZERS = ("muon", "adamw")  # of make_optimizers
 LOGITS_AT_ONCE = 2**27  # elements: the loss is computed in chunks of rows so that no more exist at once
 
 
@@ -177,7 +176,7 @@ class GPT(nn.Module):
     def for_decoding(self):
         """Convert the weights, permanently, to what `generate` reads fastest; returns the model.
 
-        Called under autocast, they take its dtype, and autocast is no longer needed. On a CPU in fp32, matrices with
+        Under autocast the weights take its dtype, so that autocast is no longer needed. On a CPU in fp32, matrices with
         more rows than columns are stored by columns: a token of a 30M-parameter model then took 0.54 of the time.
         """
         dtype = self.compute_dtype()
@@ -206,8 +205,8 @@ class GPT(nn.Module):
         yielded, after max_new_tokens, or when it fills block_size; after that it yields -1 until all rows have ended.
 
         cache: a KVCache for B rows, new or from an earlier call; what the prompts share with it is not computed again.
-        compile: steps of one shape (a given cache must be static), in CUDA graphs on a GPU; the first two are slow, as
-        they may be with another cache.
+        compile: steps of one shape (a given cache must be static), in CUDA graphs on a GPU; the first two steps are
+        slow, and so are the first ones with another cache.
         ValueError for an empty or too long prompt and a cache of another size; FloatingPointError when the logits are
         not numbers.
         """
@@ -386,7 +385,7 @@ class KVCache:
     (B,) counts the filled positions of each sequence, `ids` lists their tokens; `end` is an upper bound of the lengths
     that the host knows without asking the device. Attention reads up to `end`, or with `static` all S positions, so
     that every step has the same shapes, for torch.compile.
-    Life: `rewind` to what new prompts share with it, `advance` and `extend` for the rest of the prompts; then for each
+    Use: `rewind` to what new prompts share with it, `advance` and `extend` for the rest of the prompts; then for each
     further token `make_room`, `advance` and `extend`.
     """
 
@@ -477,6 +476,9 @@ def sample_ids(logits, temperature, top_k, top_p, generator):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # parameter groups
+
+
+OPTIMIZERS = ("muon", "adamw")
 
 
 def make_optimizers(model, optimizer="muon", learning_rate=3e-3, muon_learning_rate=0.02, weight_decay=0.1, beta2=0.95):

@@ -12,11 +12,11 @@ import torch.distributed as dist
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024, kellerjordan.github.io/posts/muon), with equal steps for neurons.
 
-    The update is the Nesterov momentum, orthogonalized, times lr * sqrt(max(1, rows / cols)) (Jordan's rule). Its
-    neurons are normalized by a second moment of decay beta2 (NorMuon; 0: off). Weight decay is decoupled. A parameter
-    group may set `n_split`, the number of matrices that each of its parameters holds, one below the other: a fused QKV
-    matrix is three. Matrices of the same shape are orthogonalized together. In several processes (torch.distributed)
-    each one orthogonalizes its share; the gradients must be the same in all.
+    The update is the Nesterov momentum, orthogonalized, times lr * sqrt(max(1, rows / cols)) (Jordan's rule). Its rows
+    or columns are normalized by a running second moment of decay beta2 (NorMuon; 0: off). Weight decay is decoupled.
+    A parameter group may set `n_split`, the number of matrices that each of its parameters holds, one below the other:
+    a fused QKV matrix is three. Matrices of the same shape are orthogonalized together. In several processes
+    (torch.distributed) each one orthogonalizes its share; the gradients must be the same in all.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, beta2=0.95, weight_decay=0.0):
@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
             p.add_(update.reshape(p.shape), alpha=-step_size)
 
     def nesterov(self, p, momentum):
-        """The parameter's gradient, averaged with the earlier ones and looked one step ahead."""
+        """Nesterov momentum: the gradient blended with its running average."""
         state = self.state[p]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(p)
@@ -95,7 +95,7 @@ def orthogonalize_shared(G):
     padding = G.new_zeros(share - len(mine), *G.shape[1:])
     mine = orthogonalize(torch.cat((mine, padding))).contiguous()
     every = mine.new_empty(world * share, *G.shape[1:])
-    dist.all_gather_into_tensor(every, mine)
+    dist.all_gather(list(every.split(share)), mine)
     return every[: len(G)]
 
 

@@ -1,13 +1,13 @@
-"""What a training run is on disk and between processes: device, ranks, log, checkpoints, resuming, signals.
+"""The bookkeeping of a training run: device, processes, log, checkpoints, resuming, signals.
 
-Needs only torch and tqdm: copy this file where you like. A stage writes its own training loop and leaves to `Run` what
-keeps a run alive:
+Needs only torch and tqdm: copy this file where you like. A script writes its own training loop and calls `Run` for the
+rest:
 
     run = Run("pretrain", settings, n_steps, units, labels)   # refuses an out_dir in use
     run.restore(model, optimizers, tokenizer.name, data)      # or writes the checkpoint of step 0
     while not run.over():
         ...                                                   # one step
-        row = run.count(result, n_tokens, n_inputs, seconds)
+        row = run.count(result, n_targets, n_inputs, seconds)
         run.end_step(row)                                     # log, best.pt, ckpt.pt when due
     run.finish()
 """
@@ -35,13 +35,13 @@ FORMAT_VERSION = 1  # of checkpoint files; load_checkpoint must read files of al
 BF16_WIDTH = 128  # on CPUs, narrower networks lose about as much by casting as their products gain
 BF16_WIDTH_DECODING = 512  # token by token, where weights are read rather than multiplied
 BUCKET = 2**25  # elements of gradients that are summed over processes in one call
-# dense bf16 FLOP/s from NVIDIA's data sheets; the first name contained in the GPU's name counts
+# dense bf16 FLOP/s from NVIDIA's data sheets; the first key contained in the GPU's name wins
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
     "RTX 4090": 165e12,
 }  # fmt: skip
-# settings of every stage that may differ when a run is resumed
-MAY_CHANGE = {"out_dir", "init_from", "overwrite", "force", "log_interval", "checkpoint_interval", "max_minutes"}
+# settings that may differ when a run is resumed, in every stage
+ALWAYS_MAY_CHANGE = {"out_dir", "init_from", "overwrite", "force", "log_interval", "checkpoint_interval", "max_minutes"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ class Progress:
     tokens: int = 0  # trained tokens
     seconds: float = 0.0  # training time
     log_bytes: int = 0  # length of the log
-    skipped_in_a_row: int = 0  # steps that were not finite, since the last one that was
+    skipped_in_a_row: int = 0  # consecutive steps that were not finite
     best_val_loss: float = math.inf
     best_step: int = 0  # of best.pt
     saved_step: int = 0  # of ckpt.pt
@@ -81,7 +81,7 @@ class Run:
         self.n_steps = n_steps
         self.units = units
         self.labels = labels
-        self.may_change = MAY_CHANGE | set(may_change)
+        self.may_change = ALWAYS_MAY_CHANGE | set(may_change)
         self.fixed = set(fixed)
         self.folder = Path(settings["out_dir"])
         self.progress = Progress()
@@ -97,12 +97,18 @@ class Run:
         """Optimizer steps done."""
         return self.progress.step
 
+    @property
+    def stored_settings(self):
+        """Settings of the checkpoint to resume from; {} for a new run."""
+        return self.stored["settings"] if self.stored else {}
+
     def claim(self):
         """Check that out_dir may be used; returns the checkpoint to resume from, or None for a new run."""
         resuming = self.settings["init_from"] == "resume"
         exists = self.folder.is_dir()
         names = [path.name for path in self.folder.iterdir()] if exists else []
-        exists, names = from_first((exists, names))  # the first process may already write while the others look
+        # the first process may already write while the others look
+        exists, names = broadcast_from_first((exists, names))
         if names and not resuming and not self.settings["overwrite"]:
             raise FileExistsError(
                 f"{self.folder} is in use: --init_from=resume continues, --overwrite=True starts over, or --out_dir="
@@ -128,20 +134,12 @@ class Run:
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
 
-    def pick_autocast(self, device, n_embd):
-        """See autocast_for. Notes device and dtype in the settings; a resumed run keeps the dtype chosen for it."""
-        self.settings["device"] = device.type
-        if self.stored is not None and not self.settings["dtype"]:
-            self.settings["dtype"] = self.stored["settings"]["dtype"]
-        self.settings["dtype"] = pick_dtype(self.settings["dtype"], device, n_embd)
-        return autocast_for(device, self.settings["dtype"])
-
     def restore(self, model, optimizers, tokenizer, data):
         """Load the checkpoint, or write that of step 0, so that a run can be resumed from its first moment.
 
-        model: has a `config`, a dataclass. tokenizer: its name. data: fingerprints, by which a resumed run recognizes
-        its data. OSError when resuming would change the run. From here on signals and max_minutes stop the run after a
-        step.
+        model: has a `config`, a dataclass, and flops_per_token(). tokenizer: its name. data: fingerprints, by which a
+        resumed run recognizes its data. OSError when resuming would change the run. From here on signals and
+        max_minutes stop the run after a step.
         """
         rank, world = rank_and_world()
         self.model = model
@@ -179,7 +177,7 @@ class Run:
         """OSError naming everything that would make the resumed run differ from the stored one."""
         may_change = set(self.may_change)
         if self.stored.get("processes", 1) != self.about["processes"]:
-            print("another number of processes than before: the run continues as it would have, within rounding")
+            print("warning: the number of processes has changed: results differ by rounding")
             may_change.add("batch_size")
         changed = []
         problems = []
@@ -187,13 +185,13 @@ class Run:
             new = self.settings.get(name)
             if name not in may_change and new != old:
                 changed.append(name)
-                problems.append(f"{name} {old!r} -> {new!r}")
+                problems.append(f"{name} was {old!r}, is now {new!r}")
         if self.stored["data"] != self.about["data"]:
             problems.append("the data or the model to start from have changed")
         can_force = self.fixed.isdisjoint(changed)
         if problems and not (self.settings["force"] and can_force):
-            remedy = "restore it, or --force=True" if can_force else "restore it"
-            raise OSError(f"resuming would change the run ({', '.join(problems)}): {remedy}")
+            remedy = "use the old ones, or --force=True" if can_force else "use the old ones"
+            raise OSError(f"resuming would change the run ({'; '.join(problems)}): {remedy}")
 
     def load(self):
         """Weights, optimizer states and progress of the stored checkpoint, with the current settings."""
@@ -210,15 +208,15 @@ class Run:
         """Whether the run has done its steps, or was stopped; the same in all processes."""
         return self.stopped or self.step >= self.n_steps
 
-    def count(self, result, n_tokens, n_inputs, seconds):
+    def count(self, result, n_targets, n_inputs, seconds):
         """Count a step that took `seconds`; returns its log row.
 
-        result: has loss, grad_norm and applied (whether they were finite). n_tokens: what the loss is a mean over.
+        result: has loss, grad_norm and applied (whether they were finite). n_targets: what the loss is a mean over.
         n_inputs: tokens that went through the network, padding included.
         """
         progress = self.progress
         progress.step += 1
-        progress.tokens += n_tokens
+        progress.tokens += n_targets
         progress.seconds += seconds
         progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
         self.recent_seconds.append(seconds)
@@ -260,16 +258,19 @@ class Run:
         print_line(self.line_of(row))
 
     def record(self, row):
-        """Write a row to the log; keep the weights as best.pt when its validation loss is the lowest so far."""
-        progress = self.progress
-        if row.get("val_loss", math.inf) < progress.best_val_loss:
-            metrics = {name: value for name, value in row.items() if name.startswith(("val_", "hellaswag_"))}
-            # if the disk is full, the next validation may be no better
-            if self.write("best.pt", step=row["step"], tokens=row["tokens"], metrics=metrics):
-                progress.best_val_loss = row["val_loss"]
-                progress.best_step = row["step"]
+        """Write a row to the log, and best.pt when its validation loss is the lowest so far."""
+        self.keep_best(row)
         write_row(self.log, row)
-        progress.log_bytes = self.log.tell()
+        self.progress.log_bytes = self.log.tell()
+
+    def keep_best(self, row):
+        """Write best.pt when the row's validation loss is the lowest so far."""
+        if row.get("val_loss", math.inf) < self.progress.best_val_loss:
+            metrics = {name: value for name, value in row.items() if name.startswith(("val_", "hellaswag_"))}
+            # only a file that was written counts as the best: otherwise the next good one must still be saved
+            if self.write("best.pt", step=row["step"], tokens=row["tokens"], metrics=metrics):
+                self.progress.best_val_loss = row["val_loss"]
+                self.progress.best_step = row["step"]
 
     def is_told_to_stop(self):
         """Whether a signal came or the minutes are over, in any process."""
@@ -316,7 +317,7 @@ class Run:
             self.progress.saved_step = self.step
 
     def write(self, name, must=False, **entries):
-        """Write a checkpoint, from the first process; whether it worked. A full disk ends the run only if it `must`."""
+        """Write a checkpoint, from the first process; returns whether it worked. OSError only if it `must` work."""
         path = self.folder / name
         try:
             if rank_and_world()[0] == 0:
@@ -357,7 +358,7 @@ class Run:
         else:
             best = f"best.pt of step {progress.best_step} (validation loss {progress.best_val_loss:.4f})"
             if progress.best_step == 0 < progress.step:
-                best += ": NOT TRAINED, as no later validation was better, if there was one; ckpt.pt is trained"
+                best += ": NOT TRAINED, as no later validation has improved on it; ckpt.pt is trained"
         files = f"ckpt.pt of step {progress.step}, {best}"
         if also:
             files += f"; {also}"
@@ -394,7 +395,7 @@ def due(step, interval, n_steps):
 def open_log(path, n_bytes, units):
     """The log, cut to its first n_bytes, ready to append; a new log starts with the line of units.
 
-    What a full disk does not accept waits in the file's buffer, large enough for 100,000 rows.
+    If the disk is full, rows wait in the file's buffer (about 100,000 of them).
     """
     if rank_and_world()[0] > 0:
         return open(os.devnull, "ab")
@@ -549,8 +550,8 @@ def peak_memory(device):
 
 
 def is_out_of_memory(error):
-    """Whether a RuntimeError says so: those of CPUs and of cuBLAS have no class of their own."""
-    return "memory" in str(error) or "ALLOC_FAILED" in str(error)
+    """Whether a RuntimeError says so: those of CPUs and of cuBLAS have no exception class of their own."""
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
 
 
 def join_processes(device_name=""):
@@ -598,16 +599,19 @@ def sum_gradients(parameters):
     """Sum the gradients over all processes, in a few large calls; a process that had no rows contributes zeros."""
     if rank_and_world()[1] == 1:
         return
-    buckets = [[]]
+    bucket = []
+    n = 0  # elements in the bucket
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-        buckets[-1].append(p.grad)
-        if sum(grad.numel() for grad in buckets[-1]) >= BUCKET:
-            buckets.append([])
-    for bucket in buckets:
-        if bucket:
+        bucket.append(p.grad)
+        n += p.numel()
+        if n >= BUCKET:
             sum_bucket(bucket)
+            bucket = []
+            n = 0
+    if bucket:
+        sum_bucket(bucket)
 
 
 def sum_bucket(tensors):
@@ -619,7 +623,7 @@ def sum_bucket(tensors):
         tensor.copy_(part.view_as(tensor))
 
 
-def from_first(value):
+def broadcast_from_first(value):
     """The first process's value, in every process."""
     if rank_and_world()[1] == 1:
         return value

@@ -1,5 +1,5 @@
-"""Pretrain a GPT on token shards (stage 3: prepare_fineweb.py wrote them,
-hellaswag.py may measure it on the way).
+"""Stage 3: pretrain a GPT on the token shards of prepare_fineweb.py, scoring
+HellaSwag on the way if asked.
 
     python train.py config/shakespeare.py
     torchrun --nproc_per_node=8 train.py config/fgpt_712m.py --batch_size=0
@@ -7,10 +7,10 @@ hellaswag.py may measure it on the way).
 Writes into out_dir: log.jsonl (a line of units, then a line per step), ckpt.pt
 (everything needed to resume) and best.pt (the weights with the lowest
 validation loss). Stopped by Ctrl-C, SIGTERM or --max_minutes, it saves first.
-Killed at any moment, the same command with --init_from=resume continues from
-ckpt.pt as if nothing had happened. Under torchrun every process takes its share
-of the same global batches, and the first one writes; several nodes need a
-shared out_dir.
+If the run is killed at any moment, the same command with --init_from=resume
+continues from ckpt.pt as if nothing had happened. Under torchrun each process
+computes its share of every batch, and the first one writes; on several nodes
+out_dir must be on a shared disk.
 """
 
 import math
@@ -26,10 +26,12 @@ from data import Windows, find_shards, read_meta
 from model import FAMILIES, GPT, OPTIMIZERS, GPTConfig, make_optimizers
 from run import (
     Run,
+    autocast_for,
     due,
     is_out_of_memory,
     join_processes,
     pick_device,
+    pick_dtype,
     prefetch,
     print_line,
     rank_and_world,
@@ -43,7 +45,7 @@ data_dir = "data/fineweb"  # folder of train and val shards
 out_dir = "out/fgpt_712m"  # where the log and the checkpoints go
 init_from = "scratch"  # scratch, or resume: continue from out_dir/ckpt.pt
 overwrite = False  # start over in an out_dir that holds a run
-force = False  # resume although settings changed that change the run
+force = False  # resume even if settings that affect training differ
 tokenizer = ""  # gpt2 or bytes; empty: what the data's meta.json says
 # model
 family = "gpt2"  # gpt2 or modern
@@ -57,9 +59,9 @@ rope_theta = 10000.0  # base of rotary positions (modern)
 # optimization
 optimizer = "muon"  # muon (AdamW for embeddings and norms) or adamw
 tokens_per_step = 524288  # global batch, tokens
-batch_size = 16  # micro-batch, sequences; gradients are accumulated over the rest; 0: the largest that fits into memory
+batch_size = 16  # sequences per forward pass; gradients are accumulated up to tokens_per_step; 0: as many as fit
 max_steps = 19073  # length of the run, optimizer steps
-max_tokens = 0  # length of the run, tokens (then max_steps does not count); 0: max_steps
+max_tokens = 0  # length of the run, tokens; replaces max_steps unless 0
 learning_rate = 3e-3  # peak of AdamW
 muon_learning_rate = 0.02  # peak of Muon
 weight_decay = 0.1  # decoupled, on matrices and embeddings
@@ -86,17 +88,17 @@ device = ""  # cpu, cuda, ...; empty: cuda where there is one
 dtype = ""  # float32 or bfloat16; empty: bfloat16 where it was measured to be faster
 compile = None  # torch.compile; None: on cuda only
 activation_checkpointing = False  # less memory for a third more compute
-deterministic = False  # bit-identical runs where kernels would differ
+deterministic = False  # use only deterministic kernels: the same bits every run, perhaps slower
 
 DEFAULTS = settings_of(globals())
 UNITS = {
     "step": "optimizer steps done",
     "tokens": "trained tokens",
     "loss": "nats/token",
-    "grad_norm": "before clipping",
-    "learning_rate": "AdamW",
-    "muon_learning_rate": "Muon",
-    "seconds": "training time",
+    "grad_norm": "2-norm, before clipping",
+    "learning_rate": "per step, of AdamW",
+    "muon_learning_rate": "per step, of Muon",
+    "seconds": "s of training",
     "tokens_per_second": "this step, padding included",
     "mfu": "share of the GPUs' bf16 peak",
     "peak_memory": "GB, of the first process: allocated on its GPU, or resident",
@@ -111,11 +113,11 @@ AT_LEAST_1 = {  # all other numbers must be at least 0
     "block_size", "n_layer", "n_head", "n_embd", "tokens_per_step", "max_steps", "eval_tokens", "log_interval",
     "checkpoint_interval",
 }  # fmt: skip
-MAY_CHANGE = {  # on resuming: these do not change the weights, or they extend the run on purpose
+MAY_CHANGE = {  # on resuming: these do not affect the weights, or only lengthen the run
     "data_dir", "max_steps", "max_tokens", "eval_interval", "eval_tokens", "hellaswag_interval", "hellaswag_source",
     "hellaswag_limit", "sample_interval", "sample_prompt",
 }  # fmt: skip
-# the tensors of a checkpoint would not fit other values of these
+# not even --force may change these: the stored tensors have these shapes
 FIXED = {"family", "block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "optimizer", "tokenizer"}
 CPU_TOKENS = 8192  # largest micro-batch that --batch_size=0 finds on a CPU
 
@@ -125,26 +127,30 @@ def main():
     check(settings)
     join_processes(settings["device"])
     n_rows = rows_per_step(tokens_per_step, block_size, batch_size)
-    n_steps = math.ceil(max_tokens / tokens_per_step) or max_steps
+    n_steps = math.ceil(max_tokens / tokens_per_step) if max_tokens else max_steps
+    run = Run(
+        "pretrain", settings, n_steps, UNITS, LABELS, may_change=MAY_CHANGE, fixed=FIXED, upgrade=upgrade_settings
+    )
     device = pick_device(settings["device"], deterministic)
     tokenizer, train, val = load_data(settings)
     hellaswag, items = load_hellaswag(hellaswag_interval > 0, hellaswag_source, hellaswag_limit)
+    settings["device"] = device.type
+    settings["dtype"] = pick_dtype(dtype or run.stored_settings.get("dtype", ""), device, n_embd)
     settings["compile"] = device.type == "cuda" if compile is None else compile
+    autocast = autocast_for(device, settings["dtype"])
     model = make_model(settings, tokenizer).to(device)
     model.checkpoint_activations = activation_checkpointing
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
-    run = Run("pretrain", settings, n_steps, UNITS, LABELS, MAY_CHANGE, FIXED, use_current_names)
-    autocast = run.pick_autocast(device, n_embd)
     if batch_size == 0:
-        stored = run.stored["settings"]["batch_size"] if run.stored else 0
-        settings["batch_size"] = find_batch_size(model, optimizers, stored, n_rows, autocast)
+        stored_size = run.stored_settings.get("batch_size", 0)
+        settings["batch_size"] = find_batch_size(model, optimizers, stored_size, n_rows, autocast)
     run.restore(model, optimizers, tokenizer.name, train.fingerprint() + val.fingerprint())
     describe(model, optimizers, settings, tokenizer, train, val, n_steps)
 
     micro_batch = settings["batch_size"]
     n_val = min(len(val), max(1, eval_tokens // block_size))
     token_bytes = tokenizer.token_bytes()
-    trained = torch.compile(model) if settings["compile"] else model  # evaluation and samples use the raw model
+    compiled = torch.compile(model) if settings["compile"] else model  # evaluation and samples use the raw model
     batches = prefetch(partial(next_token_batch, train, n_rows), run.step, device)
 
     def evaluate(step):
@@ -160,12 +166,12 @@ def main():
         run.begin(evaluate(0))
     while not run.over():
         started = time.perf_counter()
-        batch = next(batches)
+        idx, targets = batch = next(batches)
+        n_tokens = targets.numel()
         scale = lr_scale(run.step, n_steps, warmup_steps, schedule, decay_fraction, final_lr_fraction)
         rates = set_learning_rates(optimizers, scale)
-        n_tokens = batch[1].numel()
-        result = train_step(next_token_loss, trained, optimizers, batch, n_tokens, micro_batch, grad_clip, autocast)
-        row = run.count(result, n_tokens, n_tokens, time.perf_counter() - started)
+        result = train_step(next_token_loss, compiled, optimizers, batch, n_tokens, micro_batch, grad_clip, autocast)
+        row = run.count(result, n_targets=n_tokens, n_inputs=idx.numel(), seconds=time.perf_counter() - started)
         row |= rates
         row |= evaluate(run.step)
         if due(run.step, sample_interval, n_steps):
@@ -250,21 +256,21 @@ def make_model(settings, tokenizer):
     return GPT(config)
 
 
-def use_current_names(stored):
-    """Change the settings of a checkpoint by an earlier version, in place, to today's names."""
+def upgrade_settings(stored):
+    """Change the settings of a checkpoint by an earlier version, in place, to today's."""
     if stored["schedule"] == "constant":
         stored["schedule"] = "trapezoid"
 
 
-def find_batch_size(model, optimizers, stored, n_rows, autocast):
-    """The micro-batch for n_rows a step: that of the checkpoint (`stored`) if it divides them, else the largest.
+def find_batch_size(model, optimizers, stored_size, n_rows, autocast):
+    """The micro-batch for n_rows a step: the checkpoint's stored_size if it divides them, else the largest that fits.
 
-    The divisors of a process's share are tried from the largest down, each at most half the one before, until one fits
-    into the memory of every process; without torch.compile, which needs less. BadInput when not even one row fits.
+    Tries the divisors of a process's rows from the largest down, at least halving each time, until one fits into the
+    memory of every process. Measured without torch.compile, which needs less. BadInput when not even one row fits.
     """
     n_rows //= rank_and_world()[1]
-    if stored and n_rows % stored == 0:
-        return stored
+    if stored_size and n_rows % stored_size == 0:
+        return stored_size
     device = next(model.parameters()).device
     sizes = [size for size in range(n_rows, 0, -1) if n_rows % size == 0]
     if device.type == "cpu":  # there, what does not fit is swapped, without an error
@@ -278,7 +284,7 @@ def find_batch_size(model, optimizers, stored, n_rows, autocast):
             raise BadInput("not even one row fits into memory: --activation_checkpointing=True or a smaller model")
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)  # the log shows that of the training
+        torch.cuda.reset_peak_memory_stats(device)  # so that the log shows the peak of training
     return sizes[0]
 
 
@@ -305,8 +311,10 @@ def fits(model, optimizers, batch_size, autocast):
 
 def describe(model, optimizers, settings, tokenizer, train, val, n_steps):
     """Print what is about to happen."""
-    changed = [f"{name}={value}" for name, value in settings.items() if value != DEFAULTS[name]]
+    changed = [f"{name}={value}" for name, value in settings_of(globals()).items() if value != DEFAULTS[name]]
     print(f"settings that are not the default: {' '.join(changed) or 'none'}")
+    compiled = ", compiled" if settings["compile"] else ""
+    print(f"on {settings['device']}, in {settings['dtype']}{compiled}")
     print(f"{model.n_params():,} parameters, {model.flops_per_token():.3g} FLOPs/token")
     for opt in optimizers:
         for group in opt.param_groups:
@@ -337,7 +345,7 @@ def next_token_batch(windows, n_rows, step):
 
 
 def next_token_loss(model, idx, targets):
-    """Sum over the targets of -log p, nats."""
+    """Sum over the targets of -log p, nats. For another loss start from the logits, `model(idx)` (B, T, vocab_size)."""
     return model(idx, targets)
 
 
@@ -382,10 +390,10 @@ def train_step(loss_of, model, optimizers, batch, n_targets, batch_size, grad_cl
     """
     rank, world = rank_and_world()
     device = next(model.parameters()).device
-    share = [part.tensor_split(world)[rank] for part in batch]
+    my_rows = [part.tensor_split(world)[rank] for part in batch]
     total = torch.zeros((), device=device)
-    for start in range(0, len(share[0]), batch_size):
-        rows = [part[start : start + batch_size].to(device, non_blocking=True) for part in share]
+    for start in range(0, len(my_rows[0]), batch_size):
+        rows = [part[start : start + batch_size].to(device, non_blocking=True) for part in my_rows]
         with autocast():
             loss = loss_of(model, *rows) / max(1, n_targets)  # a batch may have none
         loss.backward()
@@ -428,7 +436,7 @@ def validation_loss(model, windows, n_windows, batch_size, token_bytes, autocast
 
 
 def print_sample(model, tokenizer, prompt, step, autocast):
-    """Print 64 tokens after the prompt, with a random generator of their own: the run does not depend on samples."""
+    """Print 64 tokens after the prompt. Their own random generator keeps them from affecting training."""
     if rank_and_world()[0] > 0:
         return
     generator = torch.Generator(next(model.parameters()).device).manual_seed(step)
