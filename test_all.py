@@ -30,7 +30,6 @@ import termios
 import threading
 import time
 from contextlib import contextmanager, nullcontext, suppress
-from html import escape, unescape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,30 +65,27 @@ def gpt2_vocabulary_cache():
 os.environ["TIKTOKEN_CACHE_DIR"] = gpt2_vocabulary_cache()
 
 import configurator  # noqa: E402  (after the cache folder is set)
+from configurator import BadInput  # noqa: E402
 
+import data as data_py  # noqa: E402
 import dpo  # noqa: E402
 import finetune  # noqa: E402
 import hellaswag  # noqa: E402
 import hub as hub_py  # noqa: E402
 import model as model_py  # noqa: E402
+import muon as muon_py  # noqa: E402
 import prepare_fineweb  # noqa: E402
 import prepare_instruct  # noqa: E402
+import run as run_py  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from model import (  # noqa: E402
-    FAMILIES,
-    GPT,
-    GPTConfig,
-    Muon,
-    load_checkpoint,
-    load_model,
-    make_optimizers,
-    save_checkpoint,
-)
-from prepare_fineweb import write_shard  # noqa: E402
+from data import write_shard  # noqa: E402
+from model import FAMILIES, GPT, GPTConfig, make_optimizers  # noqa: E402
+from muon import Muon  # noqa: E402
+from run import load_checkpoint, load_model, save_checkpoint  # noqa: E402
 from space import app as space_app  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from tools import bench, contamination, convert_hf, memory, race, summary, toyworld  # noqa: E402
+from tools import bench, contamination, convert_hf, race, summary, toyworld  # noqa: E402
 
 STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "dpo.py", "sample.py"]
 TOOLS = [path for path in (ROOT / "tools").glob("*.py") if "configure(" in path.read_text(encoding="utf-8")]
@@ -113,7 +109,7 @@ def call(module, **settings):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
-            assert name in train.settings_of(vars(module)), name
+            assert name in configurator.settings_of(vars(module)), name
             patch.setattr(module, name, value)
         try:
             module.main()
@@ -140,15 +136,9 @@ families = pytest.mark.parametrize("family", list(FAMILIES))
 
 
 def generate_all(model, prompts, *arguments, **settings):
-    """(the ids of each row, what ended each)."""
-    ends = None
-
-    def steps():
-        nonlocal ends
-        ends = yield from model.generate(prompts, *arguments, **settings)
-
-    rows = torch.stack(list(steps()), dim=1).tolist()
-    return [[i for i in row if i != -1] for row in rows], ends
+    """The ids of each row."""
+    rows = torch.stack(list(model.generate(prompts, *arguments, **settings)), dim=1).tolist()
+    return [[i for i in row if i != -1] for row in rows]
 
 
 class Ops(torch.utils._python_dispatch.TorchDispatchMode):
@@ -198,8 +188,8 @@ def prepare(**settings):
 def documents(folder, split, tokenizer="bytes"):
     """The texts of a folder's shards, cut at the end token."""
     encoder, texts = Tokenizer(tokenizer), []
-    for path in prepare_fineweb.find_shards(folder, split):
-        tokens = prepare_fineweb.open_shard(path)
+    for path in data_py.find_shards(folder, split):
+        tokens = data_py.open_shard(path)
         starts = [*np.flatnonzero(tokens == encoder.eot), len(tokens)]
         assert starts[0] == 0
         texts += [encoder.decode(tokens[a + 1 : b].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
@@ -302,6 +292,25 @@ def hub(files, monkeypatch):
         finally:
             server.over.set()
             http.shutdown()
+
+
+def fetched(server, name):
+    """The ranges of the requests for a file's content, as far as the server saw them."""
+    return [ranges for method, path, ranges in server.log if method == "GET" and path.endswith(name)]
+
+
+def hub_files(folder, n=3, rows=50):
+    """Parquet files of a dataset as the Hub has them, and a small JSONL file that is not in LFS."""
+    files = {f"x/{i}.parquet": write_parquet(folder / "f", make_texts(rows, seed=i)).read_bytes() for i in range(n)}
+    return files | {"x/small.jsonl": write_jsonl(folder / "f", make_texts(rows, seed=n)).read_bytes()}
+
+
+def wait_for(condition):
+    """Looks again and again, as another process tells nobody when it has written a file."""
+    give_up = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < give_up, "it did not happen"
+        os.sched_yield()
 
 
 def hellaswag_items():
@@ -448,6 +457,26 @@ ALPACA = [
 ]
 
 
+def chats(n=40):
+    """Chat-form records: two turns each, the second pair of records about the same first question."""
+    for i in range(n):
+        turns = [f"Question {i // 2}?", f"Answer {i}.", "And then?", f"Then {i}."]
+        roles = ["user", "assistant"] * 2
+        yield {"messages": [dict(role=r, content=t) for r, t in zip(roles, turns, strict=True)]}
+
+
+def conversations(folder, name):
+    """[(text, supervised text)] of both sides, decoded from the arrays alone."""
+    tokenizer = Tokenizer(name)
+    sides = {}
+    for split in ("train", "val"):
+        tokens, mask, offsets = (np.load(folder / f"{split}_{part}.npy") for part in ("tokens", "mask", "offsets"))
+        assert tokens.dtype == np.uint16 and mask.dtype == np.uint8 and offsets[-1] == len(tokens) == len(mask)
+        pieces = [slice(a, b) for a, b in zip(offsets, offsets[1:], strict=False)]
+        sides[split] = [(tokenizer.decode(tokens[p]), tokenizer.decode(tokens[p][mask[p] == 1])) for p in pieces]
+    return sides
+
+
 def write_instructions(folder):
     folder.mkdir(exist_ok=True)
     (folder / "alpaca.json").write_text(json.dumps(ALPACA), encoding="utf-8")
@@ -524,10 +553,7 @@ def world(tmp_path_factory):
         "table": pyarrow.parquet.read_table(folder / "docs.parquet"),
         "docs": pyarrow.parquet.read_table(folder / "docs.parquet")["text"].to_pylist(),
         "hellaswag": [json.loads(line) for line in lines],
-        **{
-            name: prepare_fineweb.read_json(folder / f"{name}.json")
-            for name in ("instruct", "preferences", "questions")
-        },
+        **{name: data_py.read_json(folder / f"{name}.json") for name in ("instruct", "preferences", "questions")},
     }
 
 
@@ -546,7 +572,7 @@ def in_this_process(monkeypatch, words):
 
 def settings_by_script():
     modules = [prepare_fineweb, hellaswag, train, prepare_instruct, finetune, dpo, sample]
-    return {f"{module.__name__}.py": train.settings_of(vars(module)) for module in modules}
+    return {f"{module.__name__}.py": configurator.settings_of(vars(module)) for module in modules}
 
 
 def read_settings(words):
@@ -655,15 +681,63 @@ def test_help_prints_each_setting_with_its_comment_in_80_columns(script):
     assert text.startswith(ast.get_docstring(tree).splitlines()[0])
 
 
-def test_bad_input_is_one_line_on_stderr_and_a_bug_keeps_its_traceback(tmp_path):
-    assert "prepare_fineweb.py" in run("train.py", f"--data_dir={tmp_path}", "--tokenizer=bytes", code=1)
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (["prepare_fineweb.py", "--val_fraction=half"], 2, "val_fraction must be float"),
+        (["prepare_fineweb.py", "--val_fraction=2", "--workers=0"], 1, "val_fraction"),
+        (["prepare_fineweb.py", "--source=a.txt", "--tokenizer=words"], 1, "tokenizer must be 'gpt2' or 'bytes'"),
+        (["prepare_instruct.py", "--source=cut.json", "--tokenizer=bytes"], 1, "cut.json: not JSON"),
+        (["train.py", "--data_dir=nowhere", "--tokenizer=bytes"], 1, "create them with prepare_fineweb.py"),
+    ],
+)
+def test_what_a_person_must_fix_is_one_line_without_a_traceback(tmp_path, arguments, code, said):
+    (tmp_path / "a.txt").write_text("A text.")
+    (tmp_path / "cut.json").write_text('[{"instruc')
+    script, *settings = arguments
+    line = run(ROOT / script, *settings, cwd=tmp_path, code=code)
+    assert line.startswith(f"{script}: ") and said in line and "Traceback" not in line
+
+
+def test_a_diverged_model_and_a_full_gpu_are_one_line_and_a_variable_shows_the_traceback_of_all():
     hook = "import sys, configurator; sys.excepthook = configurator.one_line_errors; "
-    bug = subprocess.run([sys.executable, "-c", hook + "[].x"], cwd=ROOT, capture_output=True, text=True)
-    assert bug.returncode == 1 and "Traceback" in bug.stderr
-    bug = subprocess.run([sys.executable, "-c", hook + "import json; json.loads('')"], cwd=ROOT, capture_output=True)
-    assert bug.returncode == 1 and b"Traceback" in bug.stderr  # a ValueError, but by somebody else's code
-    full = hook + "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried ...')"
+    assert "training diverged" in run("-c", f"{hook}raise FloatingPointError('training diverged')", code=1)
+    full = f"{hook}import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried ...')"
     assert "memory is full: use a smaller batch" in run("-c", full, code=1)
+    asked = [sys.executable, "-c", f"{hook}raise configurator.BadInput('a setting')"]
+    shown = subprocess.run(asked, cwd=ROOT, env=os.environ | {"FGPT_TRACEBACK": "1"}, capture_output=True, text=True)
+    assert shown.returncode == 1 and "Traceback" in shown.stderr
+
+
+BUGS = {
+    'int("x")': "ValueError: invalid literal for int()",
+    "a, b = (1, 2, 3)": "ValueError: too many values to unpack",
+    "list(zip([1], [], strict=True))": "ValueError: zip() argument 2 is shorter",
+    '__import__("json").loads("")': "JSONDecodeError: Expecting value",  # a ValueError of another library
+    "[].x": "AttributeError: ",
+}
+STAGE, LIBRARY = ("prepare_fineweb.py", "def main():\n"), ("data.py", "def write_shard(file, tokens):\n")
+
+
+@pytest.mark.parametrize(
+    "place, bug",
+    [
+        *((place, bug) for place in (STAGE, LIBRARY) for bug in BUGS),
+        (("train.py", "def main():\n"), "a, b = (1, 2, 3)"),
+    ],
+)
+def test_a_bug_in_a_changed_stage_keeps_its_traceback_even_a_value_error(tmp_path, place, bug):
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "a.txt").write_text("A text.")
+    file, line = place
+    source = (tmp_path / file).read_text(encoding="utf-8")
+    assert source.count(line) == 1
+    (tmp_path / file).write_text(source.replace(line, f"{line}    {bug}\n"), encoding="utf-8")
+    command = ["train.py"] if file == "train.py" else ["prepare_fineweb.py", "--source=a.txt", "--tokenizer=bytes"]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert f'{file}", line' in done.stderr and bug in done.stderr and BUGS[bug] in done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -672,11 +746,11 @@ def test_bad_input_is_one_line_on_stderr_and_a_bug_keeps_its_traceback(tmp_path)
 
 @pytest.mark.parametrize("name, n", [("gpt2", 50259), ("bytes", 259)])
 def test_text_comes_back_from_both_tokenizers_and_typed_control_tokens_stay_text(name, n):
-    coder = Tokenizer(name)
-    ids = coder.encode(TEXT)
-    assert coder.decode(ids) == TEXT and max(ids) < coder.eot
-    assert (coder.n_vocab, coder.eot, coder.user, coder.assistant) == (n, n - 3, n - 2, n - 1)
-    assert coder.token_bytes()[ids].sum() == len(TEXT.encode())
+    tokenizer = Tokenizer(name)
+    ids = tokenizer.encode(TEXT)
+    assert tokenizer.decode(ids) == TEXT and max(ids) < tokenizer.eot
+    assert (tokenizer.n_vocab, tokenizer.eot, tokenizer.user, tokenizer.assistant) == (n, n - 3, n - 2, n - 1)
+    assert tokenizer.token_bytes()[ids].sum() == len(TEXT.encode())
 
 
 def test_gpt2_ids_are_those_of_tiktoken_and_of_openai():
@@ -688,7 +762,7 @@ def test_gpt2_ids_are_those_of_tiktoken_and_of_openai():
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
 def test_the_mask_of_a_conversation_is_exactly_the_answers_and_their_end_tokens(name):
-    coder = Tokenizer(name)
+    tokenizer = Tokenizer(name)
     turns = [
         ("system", "Be brief."),
         ("user", "Hi <|assistant|>"),
@@ -696,11 +770,11 @@ def test_the_mask_of_a_conversation_is_exactly_the_answers_and_their_end_tokens(
         ("user", "2?"),
         ("assistant", "2"),
     ]
-    ids, mask = coder.render([{"role": role, "content": text} for role, text in turns])
+    ids, mask = tokenizer.render([{"role": role, "content": text} for role, text in turns])
     whole = "<|user|>Be brief.\n\nHi <|assistant|><|assistant|>Hé!<|endoftext|><|user|>2?<|assistant|>2<|endoftext|>"
-    assert coder.decode(ids) == whole
-    assert coder.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "Hé!<|endoftext|>2<|endoftext|>"
-    assert ids.count(coder.assistant) == 2 and ids.count(coder.eot) == 2
+    assert tokenizer.decode(ids) == whole
+    assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "Hé!<|endoftext|>2<|endoftext|>"
+    assert ids.count(tokenizer.assistant) == 2 and ids.count(tokenizer.eot) == 2
 
 
 def test_roles_that_do_not_take_turns_are_refused():
@@ -769,10 +843,17 @@ def test_a_model_in_bfloat16_computes_on_the_cpu():
 
 
 @pytest.mark.parametrize("has", [True, False])
-def test_native_is_bfloat16_only_where_the_processor_multiplies_it(monkeypatch, has):
+def test_without_a_dtype_it_is_bfloat16_only_where_the_cpu_multiplies_it_and_the_network_is_wide(monkeypatch, has):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
-    enabled = {dtype: model_py.pick_device("cpu", dtype)[1].keywords["enabled"] for dtype in ("native", "", "bfloat16")}
-    assert enabled == {"native": has, "": False, "bfloat16": True}
+    cpu, chosen = torch.device("cpu"), []
+    for arguments in (("", cpu, 127), ("", cpu, 128), ("", cpu, 128, 512), ("float32", cpu, 999), ("bfloat16", cpu, 8)):
+        dtype = run_py.pick_dtype(*arguments)
+        with run_py.autocast_for(cpu, dtype)():
+            chosen.append((torch.ones(1, 1) @ torch.ones(1, 1)).dtype)
+        assert f"torch.{dtype}" == str(chosen[-1])
+    assert chosen == [torch.float32, torch.bfloat16 if has else torch.float32, *[torch.float32] * 2, torch.bfloat16]
+    with pytest.raises(OSError, match="'native' cannot be used: set float32 or bfloat16"):
+        run_py.pick_dtype("native", cpu, 128)
 
 
 @pytest.mark.parametrize(
@@ -803,12 +884,10 @@ def test_generation_with_the_cache_equals_recomputing_the_context(family):
 @families
 def test_each_prompt_of_a_batch_is_continued_to_its_own_end_as_if_it_were_alone(family):
     model, prompts = tiny(family), [[1, 2, 3], [4] * 30, [5] * 32, [6, 7], [8] * 31]
-    free, _ = generate_all(model, prompts, 28, temperature=0)
+    free = generate_all(model, prompts, 28, temperature=0)
     stop = next(i for i in free[0][3:] if all(i not in row for row in free[1:]))
-    alone = [generate_all(model, [prompt], 28, temperature=0, stop=stop) for prompt in prompts]
-    rows, ends = generate_all(model, prompts, 28, temperature=0, stop=stop)
-    assert rows == [one[0] for one, _ in alone] and ends == [end[0] for _, end in alone]
-    assert ends == ["stop", "block_size", "block_size", "max_new_tokens", "block_size"]
+    rows = generate_all(model, prompts, 28, temperature=0, stop=stop)
+    assert rows == [generate_all(model, [prompt], 28, temperature=0, stop=stop)[0] for prompt in prompts]
     assert [len(row) for row in rows[1:]] == [3, 1, 28, 2] and rows[0][-1] == stop
 
 
@@ -817,22 +896,22 @@ def test_a_cache_is_used_again_up_to_where_the_prompts_differ(monkeypatch):
     monkeypatch.setattr(GPT, "hidden", lambda self, idx, cache: widths.append(idx.shape[1]) or hidden(self, idx, cache))
     cache = model.new_cache(2, 32)
     prompts = [[1, 2, 3, 4], [1, 2, 3, 9, 9]]
-    first, _ = generate_all(model, prompts, 6, temperature=0, cache=cache)
+    first = generate_all(model, prompts, 6, temperature=0, cache=cache)
     longer = [prompt + row + [7, 8] for prompt, row in zip(prompts, first, strict=True)]
     for others, width in ((longer, 4), (longer, 2), (prompts, 2), ([[5, 6], [7]], 2)):
         expected = generate_all(model, others, 6, temperature=0)
         assert generate_all(model, others, 6, temperature=0, cache=cache) == expected
         assert widths[-1] == width  # the last id of a prompt is read anyway, and the last one generated was never read
-    with pytest.raises(ValueError, match="the cache must have 1 rows of at least 9"):
+    with pytest.raises(ValueError, match="a cache of 1 rows and at least 9 positions is needed"):
         list(model.generate([[1] * 4], 6, cache=cache))
-    with pytest.raises(ValueError, match="rows of at least 32 positions"):
+    with pytest.raises(ValueError, match="2 rows and at least 32 positions"):
         list(model.generate([[1], [2]], 99, cache=model.new_cache(2, 31)))
 
 
 @pytest.mark.parametrize("calls", range(1, 7))
 def test_a_cache_survives_an_interruption_anywhere(calls):
     model, cache = tiny("modern"), tiny("modern").new_cache(1, 32)
-    free, _ = generate_all(model, [[1, 2, 3]], 9, temperature=0)
+    free = generate_all(model, [[1, 2, 3]], 9, temperature=0)
     left = iter(range(calls))
 
     def interrupt(*_):
@@ -884,6 +963,7 @@ def test_for_decoding_keeps_the_logits_and_takes_the_dtype_of_autocast():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             expected, fast = model(idx), tiny(family).for_decoding()
         assert {p.dtype for p in fast.parameters()} == {torch.bfloat16}
+        assert len(list(fast.generate([[1, 2]], 3))) == 3  # without autocast, though rotations come out in fp32
         assert F.cosine_similarity(fast(idx).float(), expected.float(), dim=-1).min() > 0.999
         assert "cos" not in dict(fast.named_buffers()) or fast.cos.dtype == torch.float32
 
@@ -896,7 +976,7 @@ def test_generation_makes_the_host_wait_for_the_device_once_a_step():
         for settings in (dict(), dict(top_k=5), dict(top_p=0.9), dict(top_k=5, top_p=0.9), dict(temperature=0)):
             ids = model_py.sample_next(model.logits(hidden), **(dict(temperature=0.8) | settings))
             cache.make_room()
-            hidden = model.trunk(ids[:, None], cache.begin(1), cache)[:, -1]
+            hidden = model.trunk(ids[:, None], cache.advance(1), cache)[:, -1]
     assert "argmax" in ops.names and "topk" in ops.names and not waiting & {*ops.names}
 
 
@@ -911,7 +991,7 @@ def test_padding_heads_in_the_cache_changes_no_text(family):
         for step in range(4):
             context = torch.tensor([prompt + [int(each[row]) for each in ids[:step]]])
             assert int(ids[step][row]) == int(model(context)[0, -1, :259].argmax())
-    with pytest.raises(ValueError, match="static"):
+    with pytest.raises(ValueError, match="a static cache of 2 rows"):
         list(model.generate(prompts, 2, cache=cache, compile=True))
 
 
@@ -1000,12 +1080,12 @@ def test_sampling_marks_each_row_whose_logits_are_not_numbers():
 def test_logits_that_are_not_numbers_are_an_error():
     model = tiny()
     model.ln_f.weight.data[0] = math.nan
-    with pytest.raises(ValueError, match="diverged"):
+    with pytest.raises(FloatingPointError, match="diverged"):
         list(model.generate([[1]], 1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# model.py: loss and optimizers
+# model.py and muon.py: loss and optimizers
 
 
 @families
@@ -1023,7 +1103,7 @@ def test_the_chunked_loss_equals_the_plain_one_with_its_gradients(monkeypatch):
     torch.manual_seed(0)
     x, w = torch.randn(50, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     targets = torch.randint(0, 30, (50,))
-    targets[40:] = -100
+    targets[35:45] = -100  # a whole chunk, but not the last one
     plain = model_py.cross_entropy_sum(x, w, targets)
     gradients = torch.autograd.grad(plain, (x, w))
     monkeypatch.setattr(model_py, "LOGITS_AT_ONCE", 30 * 7)
@@ -1038,7 +1118,7 @@ def test_orthogonalize_brings_the_singular_values_near_one_and_keeps_the_vectors
     for shape in ((5, 24, 64), (5, 64, 24), (1, 32, 32)):
         G = torch.randn(shape)
         U, _, V = torch.linalg.svd(G.double(), full_matrices=False)
-        inner = U.mT @ model_py.orthogonalize(G).double() @ V.mT  # diagonal with the new singular values
+        inner = U.mT @ muon_py.orthogonalize(G).double() @ V.mT  # diagonal with the new singular values
         diagonal = inner.diagonal(dim1=-2, dim2=-1)
         assert diagonal.min() > 0.3 and diagonal.max() < 1.3 and diagonal.mean() > 0.7
         assert (inner - torch.diag_embed(diagonal)).abs().max() < 1e-4
@@ -1050,9 +1130,9 @@ def test_a_tall_matrix_is_orthogonalized_at_the_price_of_a_wide_one():
     prices = []
     for shape in ((1, 8, 64), (1, 64, 8)):
         with FlopCounterMode(display=False) as counter:
-            model_py.orthogonalize(torch.randn(shape))
+            muon_py.orthogonalize(torch.randn(shape))
         prices.append(counter.get_total_flops())
-    assert prices[0] == prices[1] > 0
+    assert prices == [5 * 2 * (8 * 64 * 8 + 8 * 8 * 8 + 8 * 8 * 64)] * 2  # five steps of three products
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with PyTorch 2.9")
@@ -1094,8 +1174,8 @@ def test_muon_gives_all_neurons_equal_steps_on_average_and_each_matrix_its_norm(
 def test_on_a_cpu_muon_multiplies_in_bfloat16_only_under_autocast():
     G = torch.randn(3, 16, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model_py.orthogonalize(G).dtype == torch.bfloat16
-    assert model_py.orthogonalize(G).dtype == torch.float32
+        assert muon_py.orthogonalize(G).dtype == torch.bfloat16
+    assert muon_py.orthogonalize(G).dtype == torch.float32
 
 
 def test_muon_treats_fused_qkv_as_three_matrices():
@@ -1142,8 +1222,10 @@ def test_the_optimizers_get_their_own_rates_and_momenta_and_muon_is_told_of_the_
 
 def test_muon_steps_with_heads_wider_than_the_model():
     model = tiny("modern", head_dim=32)  # each third of the fused QKV matrix is tall
-    loss, _, applied = train.train_step(model, make_optimizers(model), random_batch(2), 2, 1.0, plain)
-    assert applied and math.isfinite(loss)
+    result = train.train_step(
+        train.next_token_loss, model, make_optimizers(model), random_batch(2), 2 * 16, 2, 1.0, plain
+    )
+    assert result.applied and math.isfinite(result.loss)
 
 
 def test_weight_decay_is_decoupled_in_both_optimizers():
@@ -1158,12 +1240,12 @@ def test_weight_decay_is_decoupled_in_both_optimizers():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# model.py: checkpoint files
+# run.py: checkpoint files
 
 
 def test_a_checkpoint_is_plain_data_and_is_replaced_whole(tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
-    model_py.save_checkpoint(path, tiny(), tokenizer="bytes", step=1)
+    save_checkpoint(path, tiny(), tokenizer="bytes", step=1)
     content = torch.load(path, weights_only=True)
     assert content["format_version"] == 1 and not any("_orig_mod" in name for name in content["model"])
 
@@ -1175,7 +1257,7 @@ def test_a_checkpoint_is_plain_data_and_is_replaced_whole(tmp_path, monkeypatch)
 
         monkeypatch.setattr(torch, "save", fails)
         with pytest.raises(OSError, match="a.pt could not be written .disk full.*untouched"):
-            model_py.save_checkpoint(path, tiny(), tokenizer="bytes", step=2)
+            save_checkpoint(path, tiny(), tokenizer="bytes", step=2)
         assert load_checkpoint(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
@@ -1184,21 +1266,21 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypa
     for name in ("fsync", "replace"):
         original = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, name=name, original=original: (done.append(name), original(*a)))
-    model_py.save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
+    save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
     assert done == ["fsync", "replace", "fsync"]  # the content, the name, the folder that holds the name
 
 
 def test_a_file_that_is_not_a_checkpoint_is_refused_by_name(tmp_path):
-    model_py.save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
+    save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
     whole = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    torch.save({"format_version": model_py.FORMAT_VERSION + 1}, tmp_path / "new.pt")
+    torch.save({"format_version": run_py.FORMAT_VERSION + 1}, tmp_path / "new.pt")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     torch.save({"format_version": 1, "config": {"n_layer": 1}, "model": {}}, tmp_path / "other.pt")
     refused = {"cut.pt": "damaged", "new.pt": "format 2, of a newer fgpt", "foreign.pt": "not a checkpoint of fgpt"}
     refused |= {"none.pt": "no such checkpoint", "other.pt": "make no model"}
     for name, said in refused.items():
-        with pytest.raises((ValueError, OSError), match=f"{name}.*{said}"):
+        with pytest.raises(OSError, match=f"{name}.*{said}"):
             load_model(tmp_path / name)
     assert "no such checkpoint" in run("sample.py", f"--checkpoint={tmp_path}/none.pt", "--prompt=a", code=1)
 
@@ -1210,7 +1292,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
     content = {"format_version": 1, "config": {}, "model": {}, "tokenizer": Attack()}
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="a.pt is damaged or not a checkpoint"):
+    with pytest.raises(OSError, match="a.pt is damaged or not a checkpoint"):
         load_model(tmp_path / "a.pt")
     assert not (tmp_path / "owned").exists()
 
@@ -1233,7 +1315,7 @@ def test_a_checkpoint_as_the_first_version_wrote_it_loads(tmp_path):
 @families
 def test_a_saved_model_comes_back_bit_for_bit(family, tmp_path):
     model = tiny(family)
-    model_py.save_checkpoint(tmp_path / "a.pt", model, tokenizer="bytes")
+    save_checkpoint(tmp_path / "a.pt", model, tokenizer="bytes")
     again, content = load_model(tmp_path / "a.pt")
     assert again.config == model.config and content["tokenizer"] == "bytes" and not again.training
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
@@ -1253,28 +1335,21 @@ def test_an_untrained_checkpoint_of_a_run_is_warned_of_and_an_imported_one_is_no
 
 
 def clock_of_its_own(monkeypatch):
-    """hub.py's time is one in which only its waits take any; returns the list of them, which grows."""
+    """hub.py's waits take no time; returns the list of them, which grows."""
     waits = []
-    clock = SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append)
-    monkeypatch.setattr(hub_py, "time", clock)
+    monkeypatch.setattr(hub_py, "time", SimpleNamespace(sleep=waits.append))
     return waits
-
-
-def fetched(server, name):
-    """The ranges of the requests for a file's content, as far as the server saw them."""
-    return [ranges for method, path, ranges in server.log if method == "GET" and path.endswith(name)]
 
 
 BLOB = np.random.default_rng(0).bytes(300_000)  # content for which a dropped connection matters
 
 
 def blob(server, **changes):
-    """A file of BLOB as `download` takes it, without a size: as one pinned by its sha256."""
+    """A file of BLOB as `download` takes it."""
     url = f"http://127.0.0.1:{server.port}/datasets/me/data/resolve/{'a' * 40}/blob.bin"
-    return {"url": url, "checksum": hashlib.sha256(BLOB).hexdigest(), **changes}
+    return {"url": url, "size": len(BLOB), "checksum": hashlib.sha256(BLOB).hexdigest(), **changes}
 
 
-@pytest.mark.parametrize("pinned", [True, False], ids=["sha256 alone", "size and sha256"])
 @pytest.mark.parametrize(
     "faults, ranges",
     [
@@ -1287,31 +1362,33 @@ def blob(server, **changes):
         ([(503, "0"), (429, "Wed, 21 Oct 2015 07:28:00 GMT"), (500, "soon")], [None] * 4),
     ],
 )
-def test_a_download_survives_what_a_network_does(tmp_path, monkeypatch, capsys, faults, ranges, pinned):
+def test_a_download_survives_what_a_network_does(tmp_path, monkeypatch, capsys, faults, ranges):
     monkeypatch.setattr(hub_py, "STALL_SECONDS", 0.3)
     with hub({"blob.bin": BLOB}, monkeypatch) as server:
         server.faults["blob.bin"] = list(faults)
-        file = blob(server, **{} if pinned else {"size": len(BLOB), "name": "me/data/blob.bin", "save_as": "x_1.bin"})
+        file = blob(server)
         path = hub_py.download(file, tmp_path / "new")
-        assert path.name == ("blob.bin" if pinned else "x_1.bin") and path.read_bytes() == BLOB
+        assert path.name == "blob.bin" and path.read_bytes() == BLOB
         assert [r for _, path, r in server.log if path.startswith("/cdn")] == ranges
-        assert ("(ConnectionError)" in capsys.readouterr().err) == ("stall" in faults)  # we hung up, not the server
+        assert ("blob.bin: broke off at 131,072 of 300,000 bytes" in capsys.readouterr().err) == (
+            "stall" in faults or "drop" in faults
+        )
         n_requests = len(server.log)
         assert hub_py.download(file, tmp_path / "new") == path and len(server.log) == n_requests
-    assert len(list((tmp_path / "new").iterdir())) == 1
+        assert hub_py.download(blob(server, save_as="x_1.bin"), tmp_path / "new").name == "x_1.bin"
+    assert sorted(os.listdir(tmp_path / "new")) == ["blob.bin", "x_1.bin"]
 
 
 @pytest.mark.parametrize("left", [BLOB[:1000], BLOB, BLOB + b"more", b"x" * 1000, b"x" * len(BLOB), b"x" * 400_000])
-@pytest.mark.parametrize("size", [{}, {"size": len(BLOB)}], ids=["sha256 alone", "size and sha256"])
-def test_what_is_left_of_a_download_is_continued_or_replaced(tmp_path, monkeypatch, left, size):
+def test_what_is_left_of_a_download_is_continued_or_replaced(tmp_path, monkeypatch, left):
     (tmp_path / "blob.bin.tmp").write_bytes(left)
     with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        assert hub_py.download(blob(server, **size), tmp_path).read_bytes() == BLOB
+        assert hub_py.download(blob(server), tmp_path).read_bytes() == BLOB
         asked = [ranges for _, path, ranges in server.log if path.startswith("/cdn")]
         if left in (BLOB[:1000], BLOB):  # good as far as it goes: no byte of it is fetched again
-            assert asked == ([] if left == BLOB and size else [f"bytes={len(left)}-"])
+            assert asked == ([] if left == BLOB else [f"bytes={len(left)}-"])
         (tmp_path / "blob.bin").write_bytes(BLOB[:-1] + b"x")  # damaged on the disk
-        assert hub_py.download(blob(server, **size), tmp_path).read_bytes() == BLOB
+        assert hub_py.download(blob(server), tmp_path).read_bytes() == BLOB
 
 
 def test_a_server_that_asks_for_a_wait_gets_it(tmp_path, monkeypatch, capsys):
@@ -1324,21 +1401,24 @@ def test_a_server_that_asks_for_a_wait_gets_it(tmp_path, monkeypatch, capsys):
         assert "HTTP 503: trying again in 7 s" in capsys.readouterr().err
         server.faults["blob.bin"] = [(503, "3600")]
         (tmp_path / "blob.bin").unlink()
-        with pytest.raises(OSError, match="HTTP 503.*no progress: run the same command later"):
-            hub_py.download(blob(server), tmp_path)
+        hub_py.download(blob(server), tmp_path)
+        assert waits[4:] == [300]  # an hour is not waited, as it may be over sooner
 
 
 def test_progress_renews_the_patience_with_a_download(tmp_path, monkeypatch):
-    with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        clock_of_its_own(monkeypatch)
-        monkeypatch.setattr(hub_py, "FIRST_WAIT", 0.04)
-        monkeypatch.setattr(hub_py, "PATIENCE", 0.05)  # enough for one wait, not for a second one
-        server.faults["blob.bin"] = ["drop"] * 2
-        assert hub_py.download(blob(server), tmp_path / "a").read_bytes() == BLOB
-        server.faults["blob.bin"] = ["drop"] + [(500, "")] * 9
-        with pytest.raises(OSError, match="blob.bin: HTTP 500: no progress: run the same command later"):
-            hub_py.download(blob(server), tmp_path / "b")
-        assert (tmp_path / "b/blob.bin.tmp").stat().st_size == 131072
+    clock_of_its_own(monkeypatch)
+    for retries in (0, 1):
+        monkeypatch.setattr(hub_py, "RETRIES", retries)
+        with hub({"blob.bin": BLOB}, monkeypatch) as server:
+            server.faults["blob.bin"] = ["drop"] * (2 + retries)  # two bring something, a third less than a chunk
+            assert hub_py.download(blob(server), tmp_path / f"a{retries}").read_bytes() == BLOB
+            server.faults["blob.bin"] = ["drop"] * (3 + retries)
+            with pytest.raises(OSError, match="broke off at 196,608 of 300,000 bytes, no progress: run the same"):
+                hub_py.download(blob(server), tmp_path / f"b{retries}")
+            server.faults["blob.bin"] = ["drop"] + [(500, "")] * 9
+            with pytest.raises(OSError, match="blob.bin: too many 500 error responses: run the same command later"):
+                hub_py.download(blob(server), tmp_path / f"c{retries}")
+            assert (tmp_path / f"c{retries}/blob.bin.tmp").stat().st_size == 131072
 
 
 def test_a_file_that_stays_wrong_is_fetched_three_times_and_named_with_both_checksums(tmp_path, monkeypatch):
@@ -1351,32 +1431,35 @@ def test_a_file_that_stays_wrong_is_fetched_three_times_and_named_with_both_chec
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_that_waiting_cannot_mend_is_reported_at_once(tmp_path, monkeypatch):
+def test_an_error_that_waiting_cannot_fix_is_reported_at_once(tmp_path, monkeypatch):
     said = {
         (401, ""): "HTTP 401: .*HF_TOKEN", (403, ""): "HTTP 403: .*terms", (404, ""): "HTTP 404: .*folder and revision",
         (410, ""): "HTTP 410: check", (451, ""): "HTTP 451: .*another source", "html": "web page .*proxy",
     }  # fmt: skip
+    waits = clock_of_its_own(monkeypatch)
     with hub({"blob.bin": BLOB}, monkeypatch) as server:
         for fault, message in said.items():
             server.faults["blob.bin"] = [fault]
             with pytest.raises(OSError, match=f"^http://127.*blob.bin: .*{message}") as caught:
                 hub_py.download(blob(server), tmp_path)
-            assert "\n" not in str(caught.value) and not isinstance(caught.value, hub_py.Later)
+            assert "\n" not in str(caught.value)
         assert len(server.log) == 2 * len(said)
         url = f"http://localhost:{server.port}/datasets/me/data/resolve/main/blob.bin"
         with pytest.raises(OSError, match="HTTP 401: refused"):  # the token is for the Hub, not for any other host
             hub_py.download(blob(server, url=url), tmp_path)
         server.faults["blob.bin"] = [(403, "")]
-        with pytest.raises(OSError, match="HTTP 403: refused, perhaps because too many .*later$"):  # nor is its advice
+        with pytest.raises(OSError, match="HTTP 403: refused, perhaps because of too many .*later$"):  # nor its advice
             hub_py.request(f"http://localhost:{server.port}/cdn/me/data/resolve/{'a' * 40}/blob.bin")
-    assert not any("--" in advice for advice in hub_py.ADVICE.values())  # of flags, which each caller has others of
-    monkeypatch.setattr(hub_py, "FIRST_CONTACT", 0)
-    with pytest.raises(OSError, match="no answer .*: check the network and HF_ENDPOINT"):
+    assert not waits
+    assert not any("--" in advice for advice in hub_py.ADVICE.values())  # each caller has its own flags
+    with pytest.raises(OSError, match="no answer .*: check the network .*HF_ENDPOINT"):
         prepare(source="me/data", out_dir=tmp_path)
-    with pytest.raises(hub_py.Later, match="check the network$"):  # that setting is of the Hub alone
-        hub_py.request("http://localhost:1/file")
+    assert len(waits) == hub_py.CONTACT_RETRIES
+    with pytest.raises(OSError, match="no answer .*: check the network"):
+        hub_py.download(blob(server), tmp_path)
+    assert len(waits) == hub_py.CONTACT_RETRIES + hub_py.RETRIES  # its listing came: the network is interrupted
     monkeypatch.setenv("HF_ENDPOINT", "nonsense")
-    with pytest.raises(OSError, match="nonsense/api.*: check HF_ENDPOINT"):
+    with pytest.raises(OSError, match="nonsense/api.*: check .*HF_ENDPOINT"):
         prepare(source="me/data", out_dir=tmp_path)
 
 
@@ -1385,29 +1468,24 @@ def test_an_access_token_is_never_printed_and_a_web_page_is_no_listing(tmp_path,
         monkeypatch.setenv("HF_TOKEN", "secret\n")  # as it comes from a file
         assert len(hub_py.list_hub("me/data", "x")) > 1
         monkeypatch.setenv("HF_TOKEN", "se\ncret")
-        with pytest.raises(OSError, match="InvalidHeader: check HF_ENDPOINT and HF_TOKEN") as error:
+        with pytest.raises(OSError, match=r"\(InvalidHeader\): check .*HF_ENDPOINT and HF_TOKEN$") as error:
             hub_py.list_hub("me/data", "x")
         assert "cret" not in str(error.value)
         monkeypatch.setenv("HF_TOKEN", "secret")
         monkeypatch.setattr(requests.Response, "json", lambda response: json.loads("<html>"))
-        with pytest.raises(OSError, match="http://.*/tree/main/x.*: no listing came: .*HF_ENDPOINT$"):
+        with pytest.raises(OSError, match="http://.*/tree/main/x.*: the answer is not a listing: .*HF_ENDPOINT and"):
             hub_py.list_hub("me/data", "x")
-    page = requests.Response()
-    page.url = "https://api.github.com/repos/a"
-    monkeypatch.setattr(prepare_instruct, "fetch", lambda url: page)
-    with pytest.raises(OSError, match=r"^https://api.github.com/repos/a: no listing came: is there a proxy.*\?$"):
-        prepare_instruct.list_github("a", "b.json", "c" * 40)
 
 
 def test_the_token_goes_to_no_host_whose_name_only_begins_like_that_of_the_hub(monkeypatch):
     told = {}
 
-    def request(method, url, headers, **options):
+    def request(session, method, url, headers, **options):
         told[url] = headers.get("Authorization")
         assert headers["Accept-Encoding"] == "identity"  # ranges and sizes are those of the file itself
         return SimpleNamespace(status_code=200, headers={})
 
-    monkeypatch.setattr(requests, "request", request)
+    monkeypatch.setattr(requests.Session, "request", request)
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     for host in ("huggingface.co", "huggingface.co.evil.org", "huggingface.co:80", "cdn.huggingface.co"):
@@ -1419,33 +1497,47 @@ def test_the_token_goes_to_no_host_whose_name_only_begins_like_that_of_the_hub(m
 
 
 @pytest.mark.parametrize("code", [408, 429, 500, 503, 529])
-def test_what_a_server_may_do_later_is_asked_for_again_after_waits_that_grow_up_to_a_minute(monkeypatch, code):
+def test_a_busy_server_is_asked_again_after_waits_that_grow_up_to_two_minutes(monkeypatch, capsys, code):
     waits = clock_of_its_own(monkeypatch)
-    monkeypatch.setattr(requests, "request", lambda *a, **options: SimpleNamespace(status_code=code, headers={}))
-    with pytest.raises(OSError, match=f"https://a/b: HTTP {code}: no progress: run the same command later"):
-        hub_py.fetch("https://a/b")
-    assert waits == [1, 2, 4, 8, 16, 32] + [60] * 8 and 540 < sum(waits) <= 600  # PATIENCE
+    with hub({"a.json": b"{}"}, monkeypatch) as server:
+        monkeypatch.setattr(hub_py, "FIRST_WAIT", 1)
+        url = f"http://127.0.0.1:{server.port}/datasets/me/data/resolve/main/a.json"
+        server.faults["a.json"] = [(code, "")] * 100
+        with pytest.raises(OSError, match=f"^{url}: too many {code} error responses: run the same command later"):
+            hub_py.fetch_json(url)
+    assert waits == [0, 2, 4, 8, 16, 32, 64] + [120] * 4 and 590 < sum(waits) <= 610
+    assert capsys.readouterr().err.count(f"/datasets/me/data/resolve/main/a.json: HTTP {code}: trying again in") == 11
+
+
+def test_a_listing_that_breaks_off_is_asked_for_again(monkeypatch):
+    with hub({"a.json": b"[1, 2, 3]"}, monkeypatch) as server:
+        url = f"http://127.0.0.1:{server.port}/datasets/me/data/resolve/main/a.json"
+        server.faults["a.json"] = ["drop", "drop"]
+        assert hub_py.fetch_json(url) == ([1, 2, 3], None)
+        server.faults["a.json"] = ["drop"] * 3
+        with pytest.raises(OSError, match=f"^{url}: the answer broke off three times: run the same command later"):
+            hub_py.fetch_json(url)
 
 
 def test_what_a_server_sends_is_added_only_where_it_belongs(tmp_path, monkeypatch):
-    path, asked = tmp_path / "file", []
-    cases = [
-        (206, "bytes 5-9/10", b"56789", None, b"0123456789"),
-        (206, "bytes 3-9/10", b"3456789", "cannot go on from them: begins anew", None),
-        (206, "", b"56789", "cannot go on from them: begins anew", None),
-        (416, "bytes */4", b"", "cannot go on from them: begins anew", None),  # the file is another one now
-        (200, "", b"abcdefghij", None, b"abcdefghij"),
-        (200, "", b"abcd", "ended at 4 of 10 bytes", b"abcd"),  # from where it goes on
-    ]
-    for code, sent, body, said, left in cases:
+    path = tmp_path / "file"
+    asked = []
+    bar = SimpleNamespace(n=0, update=lambda n: None)
+    for code, body, left in ((206, b"56789", b"0123456789"), (200, b"abcdefghij", b"abcdefghij"), (200, b"ab", b"ab")):
         path.write_bytes(b"01234")
-        response = SimpleNamespace(status_code=code, headers={"Content-Range": sent})
-        response.iter_content = lambda size, body=body: [body]
+        response = SimpleNamespace(status_code=code, iter_content=lambda size, body=body: [body])
         monkeypatch.setattr(hub_py, "request", lambda *a, it=response, **o: asked.append(a[1]) or nullcontext(it))
-        with nullcontext() if said is None else pytest.raises(hub_py.Later, match=said):
-            hub_py.receive("url", path, 10, SimpleNamespace(n=0, update=lambda n: None))
-        assert (path.read_bytes() if path.exists() else None) == left
-    assert asked == [5] * 6
+        hub_py.receive_some("url", path, bar)
+        assert path.read_bytes() == left
+    assert asked == [5] * 3
+
+
+def test_a_server_that_continues_at_the_wrong_place_is_found_out_by_the_checksum(tmp_path, monkeypatch):
+    (tmp_path / "blob.bin.tmp").write_bytes(BLOB[:1000])
+    real = hub_py.request
+    with hub({"blob.bin": BLOB}, monkeypatch) as server:
+        monkeypatch.setattr(hub_py, "request", lambda url, start=0, **o: real(url, max(start - 1, 0), **o))
+        assert hub_py.download(blob(server), tmp_path).read_bytes() == BLOB
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1486,7 +1578,7 @@ def test_a_document_is_on_the_same_side_in_a_subset_and_with_a_larger_val_fracti
 
 
 def test_the_split_of_a_text_never_changes():
-    fractions = [prepare_fineweb.is_validation("A text.", fraction) for fraction in (0.92520, 0.92521)]
+    fractions = [data_py.is_validation("A text.", fraction) for fraction in (0.92520, 0.92521)]
     assert fractions == [False, True]
 
 
@@ -1508,7 +1600,7 @@ def test_all_text_formats_give_the_same_tokens(tmp_path):
     shards = []
     for path in sorted((tmp_path / "in").iterdir()):
         out = prepare(source=path, out_dir=tmp_path / path.name, split_blank_lines=True)
-        shards.append([prepare_fineweb.find_shards(out, split)[0].read_bytes() for split in ("train", "val")])
+        shards.append([data_py.find_shards(out, split)[0].read_bytes() for split in ("train", "val")])
     assert shards[0] == shards[1] == shards[2] == shards[3]
 
 
@@ -1526,10 +1618,10 @@ def test_sidecars_and_meta_tell_documents_tokens_and_bytes(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", texts[60:])
     out = prepare(source=f"{tmp_path}/a.parquet, {tmp_path}/b.jsonl", out_dir=tmp_path / "out")
     meta = json.loads((out / "meta.json").read_text())
-    assert meta == prepare_fineweb.read_meta(out)
+    assert meta == data_py.read_meta(out)
     assert meta["tokenizer"] == "bytes" and len(meta["sources"]) == 2
     for split in ("train", "val"):
-        n_tokens = sum(len(prepare_fineweb.open_shard(path)) for path in prepare_fineweb.find_shards(out, split))
+        n_tokens = sum(len(data_py.open_shard(path)) for path in data_py.find_shards(out, split))
         held = documents(out, split)
         assert meta[split] == {
             "documents": len(held), "tokens": n_tokens, "bytes": sum(len(text.encode()) for text in held)
@@ -1567,12 +1659,10 @@ def test_parts_prepared_apart_and_copied_together_are_one_folder(tmp_path):
     other = prepare(source=tmp_path / "b.jsonl", out_dir=tmp_path / "other")
     for name, content in contents(other).items():
         (merged / name).write_bytes(content)
-    assert prepare_fineweb.read_meta(merged) == prepare_fineweb.read_meta(whole)
-    prepare_fineweb.write_json(
-        merged / "source_c.json", {**prepare_fineweb.read_records(other)[0], "tokenizer": "gpt2"}
-    )
-    with pytest.raises(ValueError, match="tokenizer bytes and gpt2"):
-        prepare_fineweb.read_meta(merged)
+    assert data_py.read_meta(merged) == data_py.read_meta(whole)
+    data_py.write_json(merged / "source_c.json", {**data_py.read_sidecars(other)[0], "tokenizer": "gpt2"})
+    with pytest.raises(OSError, match="tokenizer bytes and gpt2"):
+        data_py.read_meta(merged)
 
 
 def test_a_second_run_tokenizes_only_what_is_new_or_missing(tmp_path, monkeypatch):
@@ -1615,7 +1705,7 @@ def test_max_tokens_stops_after_a_whole_file(tmp_path):
     for i in range(3):
         write_jsonl(tmp_path / f"{i}.jsonl", make_texts(50, seed=i))
     out = prepare(source=tmp_path, out_dir=tmp_path / "out", max_tokens=12_000)
-    n_tokens = [len(prepare_fineweb.open_shard(path)) for path in prepare_fineweb.find_shards(out, "train")]
+    n_tokens = [len(data_py.open_shard(path)) for path in data_py.find_shards(out, "train")]
     assert len(n_tokens) == 2 and n_tokens[0] < 12_000 <= sum(n_tokens)
 
 
@@ -1624,35 +1714,35 @@ def test_files_of_one_name_in_two_folders_do_not_collide(tmp_path):
         (tmp_path / folder).mkdir()
         write_jsonl(tmp_path / folder / "val training.jsonl", make_texts(50, seed=i))
     out = prepare(source=f"{tmp_path}/x,{tmp_path}/y", out_dir=tmp_path / "out")
-    assert [len(prepare_fineweb.find_shards(out, split)) for split in ("train", "val")] == [2, 2]
+    assert [len(data_py.find_shards(out, split)) for split in ("train", "val")] == [2, 2]
     assert len(documents(out, "train") + documents(out, "val")) == 100
 
 
 def test_an_empty_side_has_no_shard_and_is_warned_of(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a text")
     out = prepare(source=tmp_path / "a.txt", out_dir=tmp_path / "out", val_fraction=0.0)
-    assert "warning: val got no document: raise --val_fraction" in capsys.readouterr().out
+    assert "warning: val got no document: increase --val_fraction" in capsys.readouterr().out
     assert len(list(out.glob("*.bin"))) == 1
     with pytest.raises(FileNotFoundError, match="no val shards"):
-        prepare_fineweb.find_shards(out, "val")
+        data_py.find_shards(out, "val")
 
 
 def test_shards_by_others_are_found_by_the_word_in_their_name(tmp_path):
     names = ["edu_fineweb_train_000001.bin", "fineweb_val_000000.bin", "train_val.bin", "val_training.bin", "x.bin"]
     for name in [*names, "train_x.bin.tmp"]:
         (tmp_path / name).touch()
-    found = {split: [p.name for p in prepare_fineweb.find_shards(tmp_path, split)] for split in ("train", "val")}
+    found = {split: [p.name for p in data_py.find_shards(tmp_path, split)] for split in ("train", "val")}
     assert found == {"train": [names[0], names[2]], "val": [names[1], names[3]]}
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        prepare_fineweb.find_shards(tmp_path / "nowhere", "train")
+    with pytest.raises(FileNotFoundError, match="nowhere: no train shards .* create them with prepare_fineweb.py"):
+        data_py.find_shards(tmp_path / "nowhere", "train")
 
 
 def test_a_shard_round_trips_and_has_the_published_header(tmp_path):
     tokens = np.array([50256, 0, 1, 65535], np.uint16)
     with open(tmp_path / "train_a.bin", "wb") as file:
-        prepare_fineweb.write_shard(file, tokens[:1])
-        prepare_fineweb.write_shard(file, tokens[1:])
-    assert prepare_fineweb.open_shard(tmp_path / "train_a.bin").tolist() == tokens.tolist()
+        data_py.write_shard(file, tokens[:1])
+        data_py.write_shard(file, tokens[1:])
+    assert data_py.open_shard(tmp_path / "train_a.bin").tolist() == tokens.tolist()
     raw = (tmp_path / "train_a.bin").read_bytes()
     assert raw[:12] == b"".join(n.to_bytes(4, "little") for n in (20240520, 1, 4)) and not any(raw[12:1024])
     assert raw[1024:] == b"\x50\xc4\x00\x00\x01\x00\xff\xff"
@@ -1662,15 +1752,15 @@ def test_a_shard_round_trips_and_has_the_published_header(tmp_path):
 def test_a_damaged_shard_is_refused(tmp_path, damage):
     path = tmp_path / "train_a.bin"
     with open(path, "wb") as file:
-        prepare_fineweb.write_shard(file, np.arange(0 if damage == "no tokens" else 9, dtype=np.uint16))
+        data_py.write_shard(file, np.arange(0 if damage == "no tokens" else 9, dtype=np.uint16))
     raw = path.read_bytes()
     damaged = {
         "empty": b"", "magic": b"\0" + raw[1:], "version": raw[:4] + b"\2" + raw[5:], "shorter": raw[:-1],
         "longer": raw + b"\0\0", "cut header": raw[:100], "no tokens": raw,
     }  # fmt: skip
     path.write_bytes(damaged[damage])
-    with pytest.raises(ValueError, match=r"train_a.bin: .*: .*(make|prepare|delete)"):
-        prepare_fineweb.open_shard(path)
+    with pytest.raises(OSError, match=r"train_a.bin: .*: .*(create|prepare|delete)"):
+        data_py.open_shard(path)
 
 
 def bad_sources(folder):
@@ -1680,12 +1770,12 @@ def bad_sources(folder):
     numbers = write_parquet(folder / "whole", [1]).read_bytes()
     good = b'{"text": "x"}\n'
     return {
-        "missing.txt": (None, {}, "no such file"),
+        "missing.txt": (None, {}, "no .parquet"),
         "gone/*.txt": (None, {}, "no .parquet"),
-        "empty.jsonl": (b"", {}, "empty file"),
+        "empty.jsonl": (b"", {}, "no documents"),
         "a.pdf": (b"x", {}, "must end in .parquet"),
-        "cut.parquet": (parquet[:-9], {}, "not a sound parquet file"),
-        "damaged.parquet": (parquet[:99] + bytes(2000) + parquet[2099:], {}, "not a sound parquet file"),
+        "cut.parquet": (parquet[:-9], {}, "damaged parquet file"),
+        "damaged.parquet": (parquet[:99] + bytes(2000) + parquet[2099:], {}, "damaged parquet file"),
         "other.parquet": (other, {}, "one of body, id"),
         "numbers.parquet": (numbers, {}, "holds int, not text"),
         "a.jsonl": (good + b"{oops\n", {}, "line 2: not JSON"),
@@ -1698,7 +1788,7 @@ def bad_sources(folder):
         "latin.txt": ("naïve".encode("latin-1"), {}, "not UTF-8"),
         "blank.txt": (b" \n\n", {}, "no documents"),
         "null.jsonl": (b'{"text": null}\n', {}, "no documents"),
-        "x.txt": (b"x", {"tokenizer": "gpt5"}, "tokenizer must be"),
+        "x.txt": (b"x", {"tokenizer": "gpt5"}, "tokenizer"),
         "y.txt": (b"y", {"val_source": "{folder}/y.txt"}, "no file to train on"),
         "z.txt": (b"z", {"val_fraction": 1.0}, "val_fraction must be"),
     }  # fmt: skip
@@ -1713,7 +1803,7 @@ def test_a_bad_source_is_reported_in_one_line_and_leaves_nothing_half_done(tmp_p
         settings = {
             key: str(value).format(folder=tmp_path) if key == "val_source" else value for key, value in settings.items()
         }
-        with pytest.raises((ValueError, OSError)) as caught:
+        with pytest.raises((BadInput, OSError)) as caught:
             prepare(**{"source": path, "out_dir": out, "val_source": "", **settings})
         assert message in str(caught.value) and "\n" not in str(caught.value), (name, str(caught.value))
         assert settings.get("tokenizer") or settings.get("val_fraction") or path.name in str(caught.value)
@@ -1727,12 +1817,12 @@ def test_a_folder_prepared_with_other_settings_or_a_changed_source_is_refused(tm
     (out / "notes.txt").write_text("a file that has nothing to do with it")
     before = contents(out)
     for settings in ({"tokenizer": "gpt2"}, {"val_fraction": 0.3}, {"text_field": "id"}, {"val_source": path}):
-        with pytest.raises(ValueError, match="choose another --out_dir|no file to train on"):
+        with pytest.raises(BadInput, match="choose another --out_dir|no file to train on"):
             prepare(**{"source": path, "out_dir": out, "val_source": "", "text_field": "text", **settings})
     monkeypatch.setattr(prepare_fineweb, "text_field", "text")
     monkeypatch.setattr(prepare_fineweb, "val_source", "")
     write_jsonl(path, make_texts(51))
-    with pytest.raises(ValueError, match="has changed since"):
+    with pytest.raises(BadInput, match="has changed since"):
         prepare(source=path, out_dir=out)
     assert contents(out) == before
 
@@ -1742,7 +1832,7 @@ def test_a_file_that_was_train_is_not_taken_for_validation_later(tmp_path):
         (tmp_path / f"{name}.txt").write_text(f"text {name}")
     run = {"source": tmp_path / "a.txt", "val_source": tmp_path / "b.txt", "out_dir": tmp_path / "out"}
     out = prepare(**run)
-    with pytest.raises(ValueError, match="a.txt has changed sides since"):
+    with pytest.raises(BadInput, match="a.txt has changed sides since"):
         prepare(**run | {"source": tmp_path / "c.txt", "val_source": tmp_path / "a.txt"})
     assert documents(out, "train") == ["text a"] and documents(out, "val") == ["text b"]
 
@@ -1753,16 +1843,11 @@ def test_the_command_line_prepares_and_reports_errors_in_one_line(tmp_path):
     command += [f"--out_dir={tmp_path}/out"]
     run = subprocess.run([*command, "--tokenizer=bytes"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "documents            100, and 0 without text" in run.stdout
+    assert "a.parquet: 100 documents, 0 without text" in run.stdout + run.stderr
+    assert re.search(r"train: \d+ documents, [\d,]+ tokens, [\d,]+ bytes\nval: \d+ documents", run.stdout)
     assert len(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == 100
     run = subprocess.run([*command, "--tokenizer=gpt2"], capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.count("\n") == 1 and "choose another --out_dir" in run.stderr
-
-
-def hub_files(folder, n=3, rows=50):
-    """Parquet files of a dataset as the Hub has them, and a small JSONL file that is not in LFS."""
-    files = {f"x/{i}.parquet": write_parquet(folder / "f", make_texts(rows, seed=i)).read_bytes() for i in range(n)}
-    return files | {"x/small.jsonl": write_jsonl(folder / "f", make_texts(rows, seed=n)).read_bytes()}
 
 
 def test_a_hub_dataset_is_listed_in_pages_downloaded_and_verified_at_one_commit(tmp_path, monkeypatch):
@@ -1773,7 +1858,7 @@ def test_a_hub_dataset_is_listed_in_pages_downloaded_and_verified_at_one_commit(
         assert len(resolved) == 4 and all("/resolve/" + "a" * 40 in path for path in resolved)
     texts = [text for i in range(4) for text in make_texts(50, seed=i)]
     assert sorted(documents(out, "train") + documents(out, "val")) == sorted(texts)
-    assert {record["revision"] for record in prepare_fineweb.read_records(out)} == {"a" * 40}
+    assert {record["revision"] for record in data_py.read_sidecars(out)} == {"a" * 40}
     assert all(name.endswith((".bin", ".json")) for name in contents(out))
 
 
@@ -1783,25 +1868,23 @@ def test_fineweb_edu_means_its_10b_sample_and_another_dataset_all_of_it(tmp_path
     with hub(files, monkeypatch):
         everything = ["b", "deep/c", "sample/10BT/a"]
         for source, names in (("HuggingFaceFW/fineweb-edu", ["sample/10BT/a"]), ("me/data", everything)):
-            found = prepare_fineweb.list_begun(source, "", "main", [])
+            found = prepare_fineweb.list_at_commit(source, "", "main", [])
             assert [file["name"] for file in found] == [f"{source}/{name}.jsonl" for name in names]
 
 
-def test_a_folder_goes_on_with_the_commit_it_was_begun_with(tmp_path, monkeypatch, capsys):
+def test_a_folder_goes_on_with_the_commit_it_was_begun_with(tmp_path, monkeypatch):
     run = {"source": "me/data", "subset": "x", "out_dir": tmp_path / "out", "max_tokens": 1}
     old, new = hub_files(tmp_path, 2), hub_files(tmp_path, 3)
     with hub(old, monkeypatch) as server:
         prepare(**run)
         server.versions["b" * 40] = {**new, "x/1.parquet": new["x/2.parquet"]}
         out = prepare(**run | {"max_tokens": 0})
-        assert prepare_fineweb.read_meta(out)["sources"] == [f"me/data/{path}" for path in sorted(old)]
-        assert "files are of" not in capsys.readouterr().out
-        with pytest.raises(ValueError, match="x/1.parquet has changed since"):
+        assert data_py.read_meta(out)["sources"] == [f"me/data/{path}" for path in sorted(old)]
+        with pytest.raises(BadInput, match="x/1.parquet has changed since"):
             prepare(**run | {"revision": "b" * 40})
-        assert f"files are of {'b' * 40} now, finished ones of {'a' * 40}" in capsys.readouterr().out
         with pytest.raises(OSError, match="404.*revision"):
             prepare(**run | {"revision": "v9", "out_dir": tmp_path / "new"})
-    assert {record["revision"] for record in prepare_fineweb.read_records(out)} == {"a" * 40}
+    assert {record["revision"] for record in data_py.read_sidecars(out)} == {"a" * 40}
 
 
 def test_the_next_file_downloads_while_one_is_tokenized_and_no_more_than_two_are_kept(tmp_path, monkeypatch):
@@ -1841,7 +1924,7 @@ def test_a_failed_download_keeps_what_was_finished(tmp_path, monkeypatch):
         server.faults["x/1.parquet"] = [(451, "")]
         with pytest.raises(OSError, match="x/1.parquet: HTTP 451"):
             prepare(**run)
-        assert [record["stem"][0] for record in prepare_fineweb.read_records(tmp_path / "out")] == ["0"]
+        assert [record["stem"][0] for record in data_py.read_sidecars(tmp_path / "out")] == ["0"]
         out = prepare(**run)
         assert len(fetched(server, "x/0.parquet")) == 2
         assert contents(out) == contents(prepare(**run | {"out_dir": tmp_path / "whole"}))
@@ -1853,14 +1936,6 @@ def start_stage(out, **settings):
     command = [sys.executable, prepare_fineweb.__file__, *(f"--{name}={value}" for name, value in settings.items())]
     pipe, default = subprocess.PIPE, lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=default)
-
-
-def wait_for(condition):
-    """Looks again and again, as another process tells nobody when it has written a file."""
-    give_up = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < give_up, "it did not happen"
-        os.sched_yield()
 
 
 def test_prepare_fineweb_killed_anywhere_and_started_again_writes_the_same_bytes(tmp_path, monkeypatch):
@@ -1899,8 +1974,8 @@ def test_a_signal_ends_prepare_fineweb_even_while_a_download_stalls(tmp_path, mo
         wait_for(lambda: server.stalled.is_set() and list((tmp_path / "out").glob("source_*.json")))
         process.send_signal(number)
         _, errors = process.communicate()  # the connection stays silent until then
-    assert process.returncode == 130 and "the same command goes on from there" in errors and "Traceback" not in errors
-    assert [record["stem"][0] for record in prepare_fineweb.read_records(tmp_path / "out")] == ["0"]
+    assert process.returncode == 130 and "the same command resumes" in errors and "Traceback" not in errors
+    assert [record["stem"][0] for record in data_py.read_sidecars(tmp_path / "out")] == ["0"]
 
 
 def test_a_bad_file_ends_prepare_fineweb_even_while_the_next_download_stalls(tmp_path, monkeypatch):
@@ -1925,7 +2000,7 @@ def test_parts_prepared_by_several_machines_equal_one_run(tmp_path, capsys):
     assert contents(tmp_path / "one") == contents(whole)
     assert merged == contents(whole) | {"meta.json": merged["meta.json"]}
     for part in ("0/3", "4/3", "3", "a/b", "1/0"):
-        with pytest.raises(ValueError, match="part must be like 3/8"):
+        with pytest.raises(BadInput, match="part must be like 3/8"):
             prepare(source=tmp_path / "in", out_dir=tmp_path / "one", part=part)
     prepare(source=tmp_path / "in", out_dir=tmp_path / "none", part="5/8")
     assert "part 5/8 has nothing to do: there are only 4 files" in capsys.readouterr().out
@@ -1967,17 +2042,17 @@ def test_published_token_shards_are_fetched_checked_and_counted(tmp_path, monkey
     local = prepare(source=tmp_path / "in", out_dir=tmp_path / "local", tokenizer="gpt2")
     for folder in (out, local):
         for split, names in (("val", sorted(files)[2:]), ("train", sorted(files)[:2])):
-            shards = prepare_fineweb.find_shards(folder, split)
+            shards = data_py.find_shards(folder, split)
             assert [path.read_bytes() for path in shards] == [files[name] for name in names]
-            tokens = np.concatenate([prepare_fineweb.open_shard(path) for path in shards])
-            assert prepare_fineweb.read_meta(folder)[split] == {
+            tokens = np.concatenate([data_py.open_shard(path) for path in shards])
+            assert data_py.read_meta(folder)[split] == {
                 "documents": int((tokens == encoder.eot).sum()),
                 "tokens": len(tokens),
                 "bytes": len(encoder.decode_bytes(tokens[tokens != encoder.eot].tolist())),
             }
-        assert prepare_fineweb.read_meta(folder)["split"] == "by file"
-    record = next(r for r in prepare_fineweb.read_records(local) if "val" in r["stem"])
-    starts = np.flatnonzero(prepare_fineweb.open_shard(tmp_path / "in/finewebedu_val_000000.bin") == encoder.eot)
+        assert data_py.read_meta(folder)["split"] == "by file"
+    record = next(r for r in data_py.read_sidecars(local) if "val" in r["stem"])
+    starts = np.flatnonzero(data_py.open_shard(tmp_path / "in/finewebedu_val_000000.bin") == encoder.eot)
     assert record["tokens_per_document"]["max"] == np.diff([*starts, 9_000]).max()
 
 
@@ -1991,7 +2066,7 @@ def test_token_shards_that_cannot_be_used_are_refused(tmp_path):
         ("val_x.bin", content, "no file to train on"),
     ):
         (tmp_path / name).write_bytes(changed)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((BadInput, OSError), match=message):
             prepare(source=tmp_path / name, out_dir=tmp_path / "out", tokenizer="gpt2")
         assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 
@@ -2001,11 +2076,11 @@ def test_published_validation_shards_come_first_so_that_max_tokens_leaves_some(t
     for name, content in published_shards().items():
         (tmp_path / "in" / name).write_bytes(content)
     out = prepare(source=tmp_path / "in", out_dir=tmp_path / "out", tokenizer="gpt2", max_tokens=1)
-    assert [len(prepare_fineweb.find_shards(out, split)) for split in ("train", "val")] == [1, 1]
+    assert [len(data_py.find_shards(out, split)) for split in ("train", "val")] == [1, 1]
     write_jsonl(tmp_path / "a.jsonl", make_texts(50))  # and they validate what is trained on text
     run = dict(val_source=tmp_path / "in/finewebedu_val_000000.bin", out_dir=tmp_path / "mixed", tokenizer="gpt2")
     mixed = prepare(source=tmp_path / "a.jsonl", **run)
-    assert len(documents(mixed, "train", "gpt2")) == 50 and len(prepare_fineweb.find_shards(mixed, "val")) == 1
+    assert len(documents(mixed, "train", "gpt2")) == 50 and len(data_py.find_shards(mixed, "val")) == 1
 
 
 def test_token_shards_beside_text_are_left_out(tmp_path, capsys):
@@ -2013,11 +2088,11 @@ def test_token_shards_beside_text_are_left_out(tmp_path, capsys):
     (tmp_path / "in/train_x.bin").write_bytes(published_shards()["finewebedu_train_000001.bin"])
     write_jsonl(tmp_path / "in/a.jsonl", make_texts(50))
     out = prepare(source=tmp_path / "in", out_dir=tmp_path / "out")
-    assert "1 token shards (.bin) beside text are left out" in capsys.readouterr().out
+    assert "1 token shards (.bin) next to text ignored" in capsys.readouterr().out
     assert len(documents(out, "train") + documents(out, "val")) == 50
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tmp_path, monkeypatch, capsys):
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tmp_path, monkeypatch):
     run = {"source": "me/data", "subset": "x", "out_dir": tmp_path / "out"}
     files = hub_files(tmp_path)
     sizes = sorted(map(len, files.values()))
@@ -2025,27 +2100,23 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tmp_path
     monkeypatch.setattr(prepare_fineweb.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[0]))
     with hub(files, monkeypatch) as server:
         free[:] = [sizes[-1]]
-        with pytest.raises(OSError, match=r"about [\d.]+kB are needed, [\d.]+kB are free: .*--out_dir.*--max_tokens"):
+        with pytest.raises(OSError, match=r"at least [\d.]+kB needed, [\d.]+kB free: .*--out_dir.*--max_tokens"):
             prepare(**run)
         assert not any(path.startswith("/cdn") for _, path, _ in server.log)
         free[:] = [4 * sizes[-1]]
         prepare(**run, max_tokens=1)  # one file fits
-        assert "needed (a guess)" in capsys.readouterr().out  # nothing of this kind has been measured yet
         free[:] = [0]
         prepare(**run, max_tokens=1)  # what is finished needs nothing
-        assert "about 0.00B needed" in capsys.readouterr().out
         files = prepare_fineweb.list_sources("me/data", "", 0.2, lambda repo: hub_py.list_hub(repo, "x"))
-    records = prepare_fineweb.read_records(tmp_path / "out")
-    n_tokens = records[0]["train"]["tokens"] + records[0]["val"]["tokens"]
-    assert prepare_fineweb.growth("b.parquet", records, "bytes") == 2 * n_tokens / records[0]["size"]
-    todo, expected = [(file, None) for file in files[:3]], sum(file["size"] for file in files[:3]) * 0.7 * 4 / 2
+    expected = sum(file["size"] for file in files[:3]) * prepare_fineweb.GROWTH / 2  # a guess may be too high
     for keep, n_kept in ((False, 2), (True, 3)):
         kept = sum(sorted((file["size"] for file in files[:3]), reverse=True)[:n_kept])
         free[:] = [expected + kept + 1]
-        assert prepare_fineweb.check_space(todo, [], tmp_path, "bytes", 0, keep) == sum(f["size"] for f in files[:3])
+        n_bytes = prepare_fineweb.check_space(files[:3], {}, tmp_path, 0, keep)
+        assert n_bytes == sum(file["size"] for file in files[:3])
         free[:] = [expected + kept - 1]
-        with pytest.raises(OSError, match="are needed"):
-            prepare_fineweb.check_space(todo, [], tmp_path, "bytes", 0, keep)
+        with pytest.raises(OSError, match="needed"):
+            prepare_fineweb.check_space(files[:3], {}, tmp_path, 0, keep)
 
 
 def test_a_full_disk_is_reported_as_such_and_the_same_command_goes_on(tmp_path, monkeypatch):
@@ -2054,12 +2125,12 @@ def test_a_full_disk_is_reported_as_such_and_the_same_command_goes_on(tmp_path, 
         whole = prepare(**run, out_dir=tmp_path / "whole")
         out = tmp_path / "out"
         (out / "downloads").mkdir(parents=True)
-        stem = prepare_fineweb.read_records(whole)[1]["stem"]
+        stem = data_py.read_sidecars(whole)[1]["stem"]
         for full in (out / f"downloads/{stem}.parquet.tmp", out / f"train_{stem}.bin.tmp"):
             full.symlink_to("/dev/full")  # the device that is always full
-            with pytest.raises(OSError, match=f"^{out}: the disk is full: free some space, the same command goes on"):
+            with pytest.raises(OSError, match=f"^{out}: the disk is full: free some space, the same command resumes"):
                 prepare(**run, out_dir=out)
-            assert [record["stem"][0] for record in prepare_fineweb.read_records(out)] == ["0"]
+            assert [record["stem"][0] for record in data_py.read_sidecars(out)] == ["0"]
             assert not list(out.glob(f"*{stem}.bin"))
             full.unlink(missing_ok=True)
         prepare(**run, out_dir=out)
@@ -2076,15 +2147,18 @@ def test_a_document_that_does_not_fit_into_memory_is_refused(tmp_path, monkeypat
         elif name.endswith("txt"):
             path.write_text("x\n\n" + text)
         else:
-            write_jsonl(path, ["x", 2 * text], gzip.open if name.endswith("gz") else open)
-        with pytest.raises(ValueError, match=f"{name}.*: a document has more than 1,000 characters: cut it"):
+            write_jsonl(path, ["x", text], gzip.open if name.endswith("gz") else open)
+        with pytest.raises(BadInput, match=f"{name}.*: a document has more than 1,000 characters: split it"):
             prepare(source=path, out_dir=tmp_path / "out", split_blank_lines=name == "b.txt")
+    write_jsonl(tmp_path / "long.jsonl", ["x", 99 * text])  # a line that is not read to its end
+    with pytest.raises(BadInput, match="long.jsonl, line 2: not JSON .*, or too long: fix or remove it"):
+        prepare(source=tmp_path / "long.jsonl", out_dir=tmp_path / "out")
 
 
 def test_a_foreign_file_named_like_a_sidecar_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "source_notes.json").write_text('{"mine": 1}')
-    with pytest.raises(ValueError, match="source_notes.json: not a record by prepare_fineweb.py: move it"):
+    with pytest.raises(OSError, match="source_notes.json: not a record by prepare_fineweb.py: move it"):
         prepare(source=tmp_path / "a.txt", out_dir=tmp_path)
 
 
@@ -2092,7 +2166,7 @@ def test_a_sidecar_names_a_local_source_as_it_was_given(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", make_texts(50))
     monkeypatch.chdir(tmp_path)
     out = prepare(source="./*.jsonl", out_dir="out")
-    assert [record["source"] for record in prepare_fineweb.read_records(out)] == ["a.jsonl"]
+    assert [record["source"] for record in data_py.read_sidecars(out)] == ["a.jsonl"]
     assert str(tmp_path) not in "".join(path.read_text() for path in out.glob("*.json"))
 
 
@@ -2158,24 +2232,27 @@ def naive_scores(model, tokenizer, items, style="completion"):
     return torch.tensor(sums).view(-1, 4), torch.tensor(norms).view(-1, 4)
 
 
-def rows_of(items, tokenizer, style="completion"):
-    return [[row[:2] for row in hellaswag.render(item, tokenizer, style)] for item in items]
+def rows_of(item, tokenizer, style="completion", chat=False):
+    """(ids, number scored) of each of an item's endings."""
+    context, endings = hellaswag.texts_of(item, style)
+    return [hellaswag.make_row(context, ending, tokenizer, style, chat) for ending in endings]
 
 
 @pytest.mark.parametrize("style", ["completion", "harness"])
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 @pytest.mark.parametrize("family", ["gpt2", "modern"])
-def test_hellaswag_scores_equal_those_of_scoring_one_ending_at_a_time(family, name, style):
+def test_hellaswag_scores_equal_those_of_scoring_one_ending_at_a_time(family, name, style, monkeypatch):
+    monkeypatch.setattr(hellaswag, "CPU_BATCH", 600)
     tokenizer, items = Tokenizer(name), hellaswag_items()
     model = hellaswag_model(family, tokenizer).eval()
     sums, norms = naive_scores(model, tokenizer, items, style)
-    batched = hellaswag.log_likelihoods(model, rows_of(items, tokenizer, style), batch_tokens=600)
+    batched = hellaswag.log_likelihoods(model, [rows_of(item, tokenizer, style) for item in items])
     assert torch.allclose(torch.tensor(batched).view(-1, 4).float(), sums, rtol=1e-5, atol=1e-4)
     for name, scores in (("acc", sums), ("acc_norm", norms)):
         best = scores.argmax(dim=1).tolist()
         for wrong in (range(0, 6, 3), range(1, 6)):  # labels for which the accuracy is known
             labelled = [{**item, "label": (best[i] + (i in wrong)) % 4} for i, item in enumerate(items)]
-            result = hellaswag.evaluate(model, tokenizer, labelled, batch_tokens=600, style=style)
+            result = hellaswag.evaluate(model, tokenizer, labelled, style=style)
             assert result[name] == pytest.approx(1 - len(wrong) / 6)
 
 
@@ -2189,7 +2266,7 @@ def test_hellaswag_computes_what_endings_share_once_and_scores_each_as_if_it_sto
         [(start[i:] + [5], 1) for i in range(4)],  # nothing is shared
         [(start[:5], 4)] * 4,  # all is
     ]
-    assert [len(hellaswag.pack(rows)[0]) for rows in items] == [20 + 2 + 0 + 29 + 8, 22, 20 + 19 + 18 + 17, 4]
+    assert [len(hellaswag.pack(rows).inputs) for rows in items] == [20 + 2 + 0 + 29 + 8, 22, 20 + 19 + 18 + 17, 4]
     alone = hellaswag.log_likelihoods(model, [[row] for rows in items for row in rows])
     assert hellaswag.log_likelihoods(model, items) == pytest.approx(alone, abs=1e-4)
     with torch.no_grad():
@@ -2201,14 +2278,17 @@ def test_hellaswag_computes_what_endings_share_once_and_scores_each_as_if_it_sto
 
 def test_the_example_of_endings_packed_into_one_row_is_what_comes_out():
     packed = hellaswag.pack([(["c1", "c2", "a1", "a2"], 2), (["c1", "c2", "b1", "b2"], 2)])
-    for name, values in zip(("idx", "position", "branch", "where", "targets"), packed, strict=True):
-        assert re.search(rf"{name} +{' +'.join(map(str, values))}\s", hellaswag.pack.__doc__), name
+    inputs = zip(("token", "position", "branch"), zip(*packed.inputs, strict=True), strict=True)
+    targets = zip(("token", "input", "row"), zip(*packed.targets, strict=True), strict=True)
+    for (name, values), (name_2, values_2) in zip(inputs, targets, strict=True):
+        line = f" {name} +{' +'.join(map(str, values))} .* {name_2} +{' +'.join(map(str, values_2))}\n"
+        assert re.search(line, hellaswag.Packed.__doc__), name
 
 
 def test_hellaswag_agrees_with_log_likelihoods_computed_by_hand():
     tokenizer, model = Tokenizer("bytes"), unigram_model()
     item = dict(ctx="anything", endings=["a", "aaa", "b", "ba"], label=0)
-    sums = hellaswag.log_likelihoods(model, rows_of([item], tokenizer))
+    sums = hellaswag.log_likelihoods(model, [rows_of(item, tokenizer)])
     assert sums == pytest.approx([-math.log(8), -math.log(32), -math.log(32), -math.log(64)], abs=1e-5)
     result = hellaswag.evaluate(model, tokenizer, [item])  # means per token: 1.04, 0.87, 1.73, 1.39 below zero
     assert (result["acc"], result["acc_norm"]) == (1, 0)
@@ -2223,9 +2303,9 @@ def test_harness_style_divides_by_characters_and_completion_style_by_tokens():
     for style, best in (("completion", 2), ("harness", 3)):  # bb: 1.85 a token, 2.77 a character; bbbbb: 1.96, 2.36
         result = hellaswag.evaluate(model, tokenizer, [{**item, "label": best}], style=style)
         assert result["acc_norm"] == 1, style
-    rendered = hellaswag.render(item, tokenizer, "harness")
-    assert [n_characters for _, _, n_characters in rendered] == [2, 1, 2, 5]
-    assert [n_scored for _, n_scored, _ in rendered] == [5, 4, 3, 6]
+    assert [n_scored for _, n_scored in rows_of(item, tokenizer, "harness")] == [5, 4, 3, 6]
+    emptied = {**item, "endings": ["[x]", "bb", "bbb", "c"], "label": 0}  # counts as one character
+    assert hellaswag.evaluate(model, tokenizer, [emptied], style="harness")["acc_norm"] == 1
 
 
 def test_harness_style_cleans_the_text_and_gives_spaces_at_the_boundary_to_the_ending():
@@ -2233,34 +2313,37 @@ def test_harness_style_cleans_the_text_and_gives_spaces_at_the_boundary_to_the_e
         activity_label="Tea", ctx_a="Boil water [title] Pour it [step]", ctx_b="", endings=["[x] Now", "a", "b", "c"]
     )
     tokenizer = Tokenizer("bytes")
-    ids, n_scored, n_characters = hellaswag.render(item, tokenizer, "harness")[0]
+    ids, n_scored = rows_of(item, tokenizer, "harness")[0]
     assert tokenizer.decode(ids) == "Tea: Boil water. Pour it   Now"
-    assert (tokenizer.decode(ids[-n_scored:]), n_characters) == ("   Now", 4)
+    assert tokenizer.decode(ids[-n_scored:]) == "   Now"
     item = dict(activity_label="Tea", ctx_a="Water boils.", ctx_b="the COOK", endings=["pours."] * 4)
-    assert tokenizer.decode(hellaswag.render(item, tokenizer, "harness")[0][0]) == "Tea: Water boils. The cook pours."
+    assert tokenizer.decode(rows_of(item, tokenizer, "harness")[0][0]) == "Tea: Water boils. The cook pours."
 
 
 def test_completion_style_puts_nothing_before_the_context_and_a_space_before_the_ending():
     item = dict(ctx="A cook opens the oven.", endings=["bakes", "b", "c", "d"])
     tokenizer = Tokenizer("gpt2")
-    ids, n_scored, _ = hellaswag.render(item, tokenizer, "completion")[0]
+    ids, n_scored = rows_of(item, tokenizer)[0]
     assert tokenizer.decode(ids) == "A cook opens the oven. bakes" and tokenizer.eot not in ids
     assert tokenizer.decode(ids[-n_scored:]) == " bakes"
 
 
-def test_hellaswag_scores_do_not_depend_on_batch_size_or_order():
+def test_hellaswag_scores_do_not_depend_on_batch_size_or_order(monkeypatch):
     tokenizer, items = Tokenizer("bytes"), hellaswag_items()
     model = hellaswag_model("modern", tokenizer).eval()
-    rows = rows_of(items, tokenizer)
-    whole = hellaswag.log_likelihoods(model, rows, batch_tokens=10**6)
-    for batch_tokens in (1, 500, 1000):
-        assert hellaswag.log_likelihoods(model, rows, batch_tokens) == pytest.approx(whole, rel=1e-5)
-    backwards = hellaswag.log_likelihoods(model, rows[::-1], batch_tokens=500)
+    rows = [rows_of(item, tokenizer) for item in items]
+    monkeypatch.setattr(hellaswag, "CPU_BATCH", 10**6)
+    whole = hellaswag.log_likelihoods(model, rows)
+    result = hellaswag.evaluate(model, tokenizer, items)
+    for batch_tokens in (1, 1000, 500):
+        monkeypatch.setattr(hellaswag, "CPU_BATCH", batch_tokens)
+        assert hellaswag.log_likelihoods(model, rows) == pytest.approx(whole, rel=1e-5)
+    backwards = hellaswag.log_likelihoods(model, rows[::-1])
     assert backwards.reshape(-1, 4)[::-1].flatten() == pytest.approx(whole, rel=1e-5)
-    assert hellaswag.evaluate(model, tokenizer, items) == hellaswag.evaluate(model, tokenizer, items[::-1], 500)
+    assert hellaswag.evaluate(model, tokenizer, items[::-1]) == result
 
 
-def test_hellaswag_cuts_long_contexts_from_the_left_and_counts_them():
+def test_hellaswag_cuts_long_contexts_from_the_left_and_counts_them(monkeypatch):
     tokenizer = Tokenizer("bytes")
     model = hellaswag_model("gpt2", tokenizer, block_size=40)
     endings = ["one", "two more", "three", "x" * 60]  # the last is longer than block_size by itself
@@ -2279,6 +2362,10 @@ def test_hellaswag_cuts_long_contexts_from_the_left_and_counts_them():
     for name, divisors in (("acc", [1] * 4), ("acc_norm", [4, 9, 6, 40])):
         best = max(range(4), key=lambda i: scores[i] / divisors[i])
         assert hellaswag.evaluate(model, tokenizer, [{**long, "label": best}])[name] == 1
+    log_likelihoods, sums = hellaswag.log_likelihoods, []
+    monkeypatch.setattr(hellaswag, "log_likelihoods", lambda *rest: sums.append(log_likelihoods(*rest)) or sums[-1])
+    hellaswag.evaluate(model, tokenizer, [long])
+    assert sums[0] == pytest.approx(scores, abs=1e-4)
 
 
 def test_chat_style_scores_the_ending_as_the_assistants_answer_with_its_end_token():
@@ -2288,19 +2375,15 @@ def test_chat_style_scores_the_ending_as_the_assistants_answer_with_its_end_toke
         ("completion", "A cook opens the oven. she", "[x]"),
         ("harness", "Baking: A cook opens the oven. She", ""),
     ):
-        rows = hellaswag.render(item, tokenizer, style, chat=True)
+        rows = rows_of(item, tokenizer, style, chat=True)
         assert tokenizer.decode(rows[1][0]) == f"<|user|>{contexts}<|assistant|>eats bread<|endoftext|>"
-        assert [tokenizer.decode(ids[-n:]) for ids, n, _ in (rows[0], rows[3])] == [
+        assert [tokenizer.decode(ids[-n:]) for ids, n in (rows[0], rows[3])] == [
             "bakes<|endoftext|>",
             f"{ending}<|endoftext|>",
         ]
     model = hellaswag_model("modern", tokenizer).eval()
     plain, chat = (
-        hellaswag.log_likelihoods(model, [[row[:2] for row in rows]])
-        for rows in (
-            hellaswag.render(item, tokenizer, "completion"),
-            hellaswag.render(item, tokenizer, "completion", chat=True),
-        )
+        hellaswag.log_likelihoods(model, [rows_of(item, tokenizer, chat=is_chat)]) for is_chat in (False, True)
     )
     for scores, is_chat in ((plain, False), (chat, True)):
         best = int(scores.argmax())
@@ -2311,35 +2394,39 @@ def score_as_one_of_two(rank, folder):
     """A process of torchrun's: what it prints on the way and what comes out."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    hellaswag.CPU_BATCH = 600
     batches = []
     score_batch = hellaswag.score_batch
     hellaswag.score_batch = lambda model, batch, *rest: batches.append(len(batch)) or score_batch(model, batch, *rest)
     tokenizer = Tokenizer("bytes")
     model, items = hellaswag_model("modern", tokenizer), hellaswag_items()
     hellaswag.HUB_FILE = Path(folder) / "validation.parquet"
-    hellaswag.list_hub = lambda *_, **__: [{"name": "x/validation"}]
+    hub_py.list_hub = lambda *_, **__: [{"name": "x/validation"}]
 
     def download(file, folder):
         (folder / f"asked_{rank}").touch()
         hellaswag.HUB_FILE.touch()
 
-    hellaswag.download = download
+    hub_py.download = download
     assert hellaswag.download_validation().exists()
-    sums = hellaswag.log_likelihoods(model.eval(), rows_of(items, tokenizer), batch_tokens=600)
-    nothing = hellaswag.log_likelihoods(model, rows_of(items[:1], tokenizer))  # one batch: none for the second process
-    result = hellaswag.evaluate(model, tokenizer, items, batch_tokens=600)
+    rows = [rows_of(item, tokenizer) for item in items]
+    sums = hellaswag.log_likelihoods(model.eval(), rows)
+    nothing = hellaswag.log_likelihoods(model, rows[:1])  # one batch: none for the second process
+    result = hellaswag.evaluate(model, tokenizer, items)
     torch.save((sums.tolist(), nothing.tolist(), result, batches), f"{folder}/rank_{rank}.pt")
 
 
-def test_two_processes_share_the_batches_and_get_the_same_hellaswag_numbers_to_the_last_bit(tmp_path):
+def test_two_processes_share_the_batches_and_get_the_same_hellaswag_numbers_to_the_last_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(hellaswag, "CPU_BATCH", 600)  # as in the two processes
     tokenizer = Tokenizer("bytes")
     model, items = hellaswag_model("modern", tokenizer).eval(), hellaswag_items()
     torch.multiprocessing.spawn(score_as_one_of_two, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank_{rank}.pt") for rank in (0, 1))
     assert first[:3] == second[:3]
-    assert first[0] == hellaswag.log_likelihoods(model, rows_of(items, tokenizer), batch_tokens=600).tolist()
-    assert first[1] == hellaswag.log_likelihoods(model, rows_of(items[:1], tokenizer)).tolist()
-    assert first[2] == hellaswag.evaluate(model, tokenizer, items, batch_tokens=600)
+    rows = [rows_of(item, tokenizer) for item in items]
+    assert first[0] == hellaswag.log_likelihoods(model, rows).tolist()
+    assert first[1] == hellaswag.log_likelihoods(model, rows[:1]).tolist()
+    assert first[2] == hellaswag.evaluate(model, tokenizer, items)
     assert sum(first[3]) + sum(second[3]) == 6 + 1 + 6 and min(sum(first[3]), sum(second[3])) > 0
     assert (tmp_path / "asked_0").exists() and not (tmp_path / "asked_1").exists()
 
@@ -2357,24 +2444,21 @@ def test_hellaswag_standard_error_is_that_of_a_proportion():
 def test_hellaswag_leaves_the_models_mode_and_gradients_and_the_random_state_alone():
     tokenizer = Tokenizer("bytes")
     model = hellaswag_model("modern", tokenizer)
-    modes, before = [], torch.get_rng_state()
-    model.ln_f.register_forward_hook(lambda module, *_: modes.append(module.training))
+    before = torch.get_rng_state()
     for training in (True, False):
         model.train(training)
-        hellaswag.evaluate(
-            model, tokenizer, hellaswag_items()[:1], autocast=hellaswag.pick_device("cpu", "bfloat16")[1]
-        )
+        autocast = run_py.autocast_for(torch.device("cpu"), "bfloat16")
+        hellaswag.evaluate(model, tokenizer, hellaswag_items()[:1], autocast=autocast)
         assert model.training == training
-    assert modes and not any(modes) and torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before)
     model(torch.zeros(1, 64, dtype=torch.long), torch.zeros(1, 64, dtype=torch.long)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_hellaswag_scores_are_fp32_even_under_autocast():
     tokenizer, model = Tokenizer("bytes"), unigram_model()
-    items = [dict(ctx="c", endings=["a", "aaa", "b", "ba"])]
-    with torch.autocast("cpu", torch.bfloat16):
-        sums = hellaswag.log_likelihoods(model, rows_of(items, tokenizer))
+    rows = rows_of(dict(ctx="c", endings=["a", "aaa", "b", "ba"]), tokenizer)
+    sums = hellaswag.log_likelihoods(model, [rows], run_py.autocast_for(torch.device("cpu"), "bfloat16"))
     assert sums == pytest.approx([-math.log(8), -math.log(32), -math.log(32), -math.log(64)], abs=1e-5)
 
 
@@ -2382,7 +2466,7 @@ def test_hellaswag_refuses_a_diverged_model():
     model = unigram_model()
     with torch.no_grad():
         model.ln_f.bias.fill_(float("nan"))
-    with pytest.raises(ValueError, match="diverged"):
+    with pytest.raises(FloatingPointError, match="diverged"):
         hellaswag.evaluate(model, Tokenizer("bytes"), [dict(ctx="c", endings=list("abcd"), label=0)])
 
 
@@ -2407,7 +2491,7 @@ def test_hellaswag_limit_takes_the_same_mixed_items_each_time(tmp_path):
     assert len(four) == 4 and four == five[:4]
     assert four != hellaswag_items()[:4]
     assert len(hellaswag.load_items(path, limit=100)) == 6
-    with pytest.raises(ValueError, match="limit"):
+    with pytest.raises(BadInput, match="limit"):
         hellaswag.load_items(path, limit=-1)
 
 
@@ -2417,8 +2501,8 @@ GOOD_ITEM = {"ctx": "A dog", "endings": ["a", "b", "c", "d"], "label": 1}
 @pytest.mark.parametrize(
     "content, message",
     [
-        ({**GOOD_ITEM, "label": ""}, "line 2 has no label"),
-        ({"ctx": "A dog", "endings": ["a", "b", "c", "d"]}, "line 2 has no label"),
+        ({**GOOD_ITEM, "label": ""}, "line 2: label must be 0, 1, 2 or 3, not '' .the test split has no labels"),
+        ({"ctx": "A dog", "endings": ["a", "b", "c", "d"]}, "line 2: label must be 0, 1, 2 or 3, not None"),
         ({**GOOD_ITEM, "label": 4}, "line 2: label must be 0, 1, 2 or 3, not 4"),
         ({**GOOD_ITEM, "label": True}, "line 2: label must be 0, 1, 2 or 3, not True"),
         ({**GOOD_ITEM, "label": "x"}, "line 2: label must be 0, 1, 2 or 3, not 'x'"),
@@ -2436,7 +2520,7 @@ def test_hellaswag_refuses_a_bad_line_by_file_and_number(tmp_path, content, mess
     line = content if isinstance(content, bytes) else json.dumps(content).encode()
     path = tmp_path / "items.jsonl"
     path.write_bytes(json.dumps(GOOD_ITEM).encode() + b"\n" + line)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises((BadInput, OSError), match=message) as error:
         hellaswag.load_items(path)
     assert str(path) in str(error.value)
 
@@ -2450,15 +2534,15 @@ def test_hellaswag_refuses_files_that_are_missing_empty_html_cut_off_or_of_anoth
     cases = {
         "empty.jsonl": (b"", "no items"),
         "blank.jsonl": (b"\n\n", "no items"),
-        "empty.parquet": (b"", "not a whole parquet file"),
-        "cut.parquet": (whole.read_bytes()[:-200], "not a whole parquet file"),
-        "page.parquet": (b"\n<!DOCTYPE html>\n<html>Sign in</html>", "HTML page"),
-        "page.jsonl": (b"<html><body>451</body></html>", "HTML page"),
-        "items.csv": (b"ctx,endings\n", "jsonl or .parquet"),
+        "empty.parquet": (b"", "not a complete parquet file"),
+        "cut.parquet": (whole.read_bytes()[:-200], "not a complete parquet file"),
+        "page.parquet": (b"\n<!DOCTYPE html>\n<html>Sign in</html>", "not a complete parquet file"),
+        "page.jsonl": (b"<html><body>451</body></html>", "line 1 is not JSON"),
+        "items.csv": (b"ctx,endings\n", "not JSON"),
     }
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=message) as error:
+        with pytest.raises((BadInput, OSError), match=message) as error:
             hellaswag.load_items(str(tmp_path / name))
         assert name in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
@@ -2476,7 +2560,7 @@ def test_hellaswag_is_fetched_from_the_hub_once_and_its_rows_are_counted(tmp_pat
     monkeypatch.setattr(hellaswag, "HUB_DATASET", "me/data")
     with hub(files, monkeypatch) as server:
         server.faults[names[2]] = ["drop", "corrupt"]  # fetched in pieces, and again
-        with pytest.raises(ValueError, match=r"data/hellaswag/validation.parquet has 6 items, not 10,042"):
+        with pytest.raises(BadInput, match=r"data/hellaswag/validation.parquet has 6 items, not 10,042"):
             hellaswag.load_items()
         monkeypatch.setattr(hellaswag, "HUB_ITEMS", 6)
         n_requests = len(server.log)
@@ -2486,9 +2570,9 @@ def test_hellaswag_is_fetched_from_the_hub_once_and_its_rows_are_counted(tmp_pat
 
 def test_hellaswag_refuses_an_unknown_style_and_items_that_lack_the_harness_fields():
     tokenizer, model = Tokenizer("bytes"), unigram_model()
-    with pytest.raises(ValueError, match="completion or harness"):
+    with pytest.raises(BadInput, match="completion or harness"):
         hellaswag.evaluate(model, tokenizer, [GOOD_ITEM], style="Harness")
-    with pytest.raises(ValueError, match="activity_label, ctx_a, ctx_b"):
+    with pytest.raises(BadInput, match="activity_label, ctx_a, ctx_b"):
         hellaswag.evaluate(model, tokenizer, [GOOD_ITEM], style="harness")
 
 
@@ -2524,7 +2608,7 @@ def test_hellaswag_command_chats_with_finetuned_checkpoints_only(tmp_path, monke
     model = hellaswag_model("gpt2", tokenizer)
     arguments = [f"--checkpoint={path}", f"--source={items}", "--device=cpu", "--chat=True"]
     save_checkpoint(path, model, tokenizer="bytes", step=7, stage="pretrain")
-    with pytest.raises(ValueError, match="is not finetuned"):
+    with pytest.raises(BadInput, match="is not finetuned"):
         run_hellaswag(monkeypatch, *arguments)
     save_checkpoint(path, model, tokenizer="bytes", step=7, stage="finetune")
     run_hellaswag(monkeypatch, *arguments)
@@ -2537,12 +2621,12 @@ def test_hellaswag_command_chats_with_finetuned_checkpoints_only(tmp_path, monke
 def test_hellaswag_command_refuses_a_missing_checkpoint_and_an_unknown_device(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         run_hellaswag(monkeypatch, f"--checkpoint={tmp_path}/best.pt", "--device=cpu")
-    with pytest.raises(ValueError, match="device 'gpu' cannot be used here"):
+    with pytest.raises(OSError, match="device 'gpu' cannot be used here"):
         run_hellaswag(monkeypatch, "--device=gpu")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# train.py: data order
+# data.py: the order of the data
 
 
 def shards(folder, *sizes, split="train"):
@@ -2559,15 +2643,15 @@ def shards(folder, *sizes, split="train"):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 1000])
 def test_the_order_of_windows_is_a_permutation_that_depends_on_its_key(n):
-    placed = train.permute(np.arange(n), n, train.key_of(1, 2))
+    placed = data_py.permute(np.arange(n), n, data_py.hash_of(1, 2))
     assert sorted(placed.tolist()) == list(range(n))
     if n > 16:
-        assert placed.tolist() != train.permute(np.arange(n), n, train.key_of(1, 3)).tolist()
+        assert placed.tolist() != data_py.permute(np.arange(n), n, data_py.hash_of(1, 3)).tolist()
 
 
 def test_the_order_of_windows_looks_random():
     n = 5000
-    placed = train.permute(np.arange(n), n, train.key_of(7, 0))
+    placed = data_py.permute(np.arange(n), n, data_py.hash_of(7, 0))
     assert abs(np.corrcoef(np.arange(n), placed)[0, 1]) < 0.05
     assert (abs(np.diff(placed)) == 1).mean() < 0.005
     assert (abs(np.diff(placed)) < 250).mean() == pytest.approx(0.1, abs=0.02)  # neighbours go anywhere
@@ -2575,7 +2659,7 @@ def test_the_order_of_windows_looks_random():
 
 def test_each_epoch_visits_every_window_of_every_uneven_shard_once(tmp_path):
     T, sizes = 8, (30, 9, 100, 8, 41)
-    windows = train.Windows(shards(tmp_path, *sizes), T, 1000, seed=5)
+    windows = data_py.Windows(shards(tmp_path, *sizes), T, 1000, seed=5)
     counts = [(size - 1) // T for size in sizes]
     assert len(windows) == sum(counts) == 3 + 1 + 12 + 0 + 5
     starts, first = np.cumsum([0, *sizes]), []
@@ -2594,10 +2678,10 @@ def test_each_epoch_visits_every_window_of_every_uneven_shard_once(tmp_path):
 
 def test_the_batch_of_a_step_depends_on_seed_and_step_alone(tmp_path):
     paths = shards(tmp_path, 500, 300)
-    one, other = train.Windows(paths, 16, 1000, seed=1), train.Windows(paths, 16, 1000, seed=2)
+    one, again, other = (data_py.Windows(paths, 16, 1000, seed=seed) for seed in (1, 1, 2))
     later = one.batch(3 * 20, 20)
     one.batch(0, 7)
-    assert (one.batch(60, 20) == later).all() and (train.Windows(paths, 16, 1000, seed=1).batch(60, 20) == later).all()
+    assert (one.batch(60, 20) == later).all() and (again.batch(60, 20) == later).all()
     assert (one.batch(60, 10) == later[:10]).all() and (one.batch(70, 10) == later[10:]).all()
     assert not (other.batch(60, 20) == later).all()
     numbers = np.arange(len(one))  # of the first epoch: the order depends on the seed, and so do the cuts
@@ -2607,14 +2691,14 @@ def test_the_batch_of_a_step_depends_on_seed_and_step_alone(tmp_path):
 
 
 def test_over_some_epochs_no_token_of_a_shard_is_left_out(tmp_path):
-    windows = train.Windows(shards(tmp_path, 30), 8, 1000, seed=1)  # three windows of 8 targets, and 5 tokens more
+    windows = data_py.Windows(shards(tmp_path, 30), 8, 1000, seed=1)  # three windows of 8 targets, and 5 tokens more
     assert set(windows.batch(0, 3 * 60).ravel().tolist()) == set(range(30))
 
 
 def test_targets_are_the_next_tokens(tmp_path):
-    idx, targets = train.next_token_batch(train.Windows(shards(tmp_path, 500), 16, 1000, seed=1), 4, 0)
+    idx, targets = train.next_token_batch(data_py.Windows(shards(tmp_path, 500), 16, 1000, seed=1), 4, 0)
     assert idx.shape == targets.shape == (4, 16) and (targets == idx + 1).all()
-    windows = train.Windows(shards(tmp_path, 16 * 12 + 1), 16, 1000, seed=1)
+    windows = data_py.Windows(shards(tmp_path, 16 * 12 + 1), 16, 1000, seed=1)
     steps = torch.cat([train.next_token_batch(windows, 4, step)[1] for step in range(3)])
     assert steps.flatten().sort().values.tolist() == list(range(1, 16 * 12 + 1))  # three steps are one epoch
 
@@ -2630,20 +2714,24 @@ def test_a_shard_is_known_again_by_its_name_its_length_and_both_ends(tmp_path):
         (tmp_path / folder).mkdir()
         with open(tmp_path / folder / f"train_{name}.bin", "wb") as file:
             write_shard(file, content)
-        seen.append(train.Windows([tmp_path / folder / f"train_{name}.bin"], 8, 20_000, seed=1).fingerprint())
+        seen.append(data_py.Windows([tmp_path / folder / f"train_{name}.bin"], 8, 20_000, seed=1).fingerprint())
     assert seen[0] == seen[1] and all(seen.count(fingerprint) == 1 for fingerprint in seen[2:])
 
 
 def test_data_that_cannot_be_trained_on_is_refused_by_name(tmp_path):
     paths = shards(tmp_path, 50, 60)
-    with pytest.raises(ValueError, match="block_size 64 is longer than the data.*train_001.bin.*60 tokens"):
-        train.Windows(paths, 64, 1000, seed=1)
-    with pytest.raises(ValueError, match="token id 1.. is outside the vocabulary of 100"):
-        train.Windows(paths, 8, 100, seed=1).batch(0, 13)
+    shards(tmp_path, 40, split="val")
+    settings = dict(data_dir=str(tmp_path), tokenizer="gpt2", seed=1)
+    for block_size, found in ((64, "train_001.bin.*60 tokens"), (45, "val_000.bin.*40 tokens")):
+        with pytest.raises(BadInput, match=f"block_size {block_size} is longer than the data.*{found}"):
+            train.load_data(settings | dict(block_size=block_size))
+    assert [len(windows) for windows in train.load_data(settings | dict(block_size=39))[1:]] == [2, 1]
+    with pytest.raises(OSError, match="token id 1.. is outside the vocabulary of 100"):
+        data_py.Windows(paths, 8, 100, seed=1).batch(0, 13)
     paths = shards(tmp_path, 33)
-    assert train.Windows(paths, 16, 33, seed=1).batch(0, 2).max() == 32
-    with pytest.raises(ValueError, match="token id 32 is outside the vocabulary of 32"):
-        train.Windows(paths, 16, 32, seed=1).batch(0, 2)
+    assert data_py.Windows(paths, 16, 33, seed=1).batch(0, 2).max() == 32
+    with pytest.raises(OSError, match="token id 32 is outside the vocabulary of 32"):
+        data_py.Windows(paths, 16, 32, seed=1).batch(0, 2)
 
 
 def test_validation_windows_do_not_depend_on_the_seed(story, tmp_path):
@@ -2651,7 +2739,7 @@ def test_validation_windows_do_not_depend_on_the_seed(story, tmp_path):
     for seed in (1, 2):
         pretrain(story, tmp_path / str(seed), max_steps=1, seed=seed, learning_rate=0.0, muon_learning_rate=0.0)
         weights.append(load_model(tmp_path / str(seed) / "ckpt.pt"))
-    windows = train.Windows(train.find_shards(story / "data", "val"), 32, 259, seed=0)
+    windows = data_py.Windows(data_py.find_shards(story / "data", "val"), 32, 259, seed=0)
     for (model, _), seed in zip(weights, (1, 2), strict=True):
         logged = log_rows(tmp_path / str(seed))[1]["val_loss"]
         expected = train.validation_loss(model, windows, 16, 4, Tokenizer("bytes").token_bytes(), plain)["val_loss"]
@@ -2660,6 +2748,12 @@ def test_validation_windows_do_not_depend_on_the_seed(story, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # train.py: a step
+
+
+def next_token_step(model, optimizers, batch, batch_size, grad_clip=1.0):
+    """train_step as the stages call it: the loss is a mean over the targets that are not -100."""
+    n_targets = int((batch[1] != -100).sum())
+    return train.train_step(train.next_token_loss, model, optimizers, batch, n_targets, batch_size, grad_clip, plain)
 
 
 @families
@@ -2671,7 +2765,7 @@ def test_accumulation_equals_one_big_batch_even_when_targets_are_uneven(family, 
     for batch_size in (8, 3, 1):
         model = tiny(family)
         optimizers = make_optimizers(model, optimizer, 1e-3, 1e-3)
-        loss, norm, applied = train.train_step(model, optimizers, batch, batch_size, 1.0, plain)
+        loss, norm, applied = next_token_step(model, optimizers, batch, batch_size)
         assert applied
         results.append((loss, norm, torch.cat([p.detach().flatten() for p in model.parameters()])))
     for loss, norm, weights in results[1:]:
@@ -2685,9 +2779,9 @@ def test_the_host_reads_nothing_between_the_micro_batches_of_a_step(family):
     optimizers = make_optimizers(model)
     for batch_size in (8, 1):
         with Ops() as ops:
-            train.train_step(model, optimizers, random_batch(), batch_size, 1.0, plain)
+            train.train_step(train.next_token_loss, model, optimizers, random_batch(), 128, batch_size, 1.0, plain)
         counts.append(ops.names.count("_local_scalar_dense"))  # .item(), if, int() and the like
-    assert counts[0] == counts[1] <= 2  # the number of targets, which are on the host anyway; the loss is one .tolist()
+    assert counts[0] == counts[1] <= 1  # loss and gradient norm are one .tolist()
 
 
 @families
@@ -2699,7 +2793,7 @@ def test_a_compiled_step_learns_as_an_eager_one_and_is_compiled_once_whatever_ru
         forward = torch.compile(model, backend="aot_eager") if compiled else model
 
         def step(forward=forward, optimizers=optimizers):
-            return train.train_step(forward, optimizers, random_batch(), 4, 1.0, plain)[0]
+            return next_token_step(forward, optimizers, random_batch(), 4).loss
 
         losses[compiled] = [step(), step()]
         with torch.compiler.set_stance("fail_on_recompile"):
@@ -2715,7 +2809,7 @@ def test_a_batch_without_targets_changes_nothing_and_makes_no_nan():
     model = tiny()
     weights = [p.clone() for p in model.parameters()]
     idx, targets = random_batch(rows=2)
-    step = train.train_step(model, make_optimizers(model, weight_decay=0.0), (idx, targets * 0 - 100), 1, 1.0, plain)
+    step = next_token_step(model, make_optimizers(model, weight_decay=0.0), (idx, targets * 0 - 100), 1)
     assert step == (0.0, 0.0, True) and all(map(torch.equal, weights, model.parameters()))
 
 
@@ -2723,8 +2817,29 @@ def test_the_loss_of_a_step_is_the_mean_over_the_targets_that_count():
     batch, model = random_batch(), tiny()
     batch[1][0, 3:] = batch[1][5, :] = -100
     expected = F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten()).item()
-    loss, _, _ = train.train_step(model, make_optimizers(model), batch, 3, 1.0, plain)
+    loss, _, _ = next_token_step(model, make_optimizers(model), batch, 3)
     assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_batch_is_any_tuple_of_rows_and_the_loss_any_sum_over_them():
+    torch.manual_seed(0)
+    batch = (torch.arange(10), torch.randn(10, 2, 3), torch.randn(10))
+    seen, gradients = [], []
+
+    def loss_of(model, numbers, points, weights):
+        seen.append(numbers.tolist())
+        assert torch.equal(points, batch[1][numbers]) and torch.equal(weights, batch[2][numbers])
+        return (model(points).sum(dim=(1, 2)) * weights).sum()
+
+    for batch_size in (10, 4):
+        model = torch.nn.Linear(3, 1)
+        model.weight.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.clone()))
+        sgd = torch.optim.SGD(model.parameters())
+        assert train.train_step(loss_of, model, [sgd], batch, 5, batch_size, 0.0, plain).applied
+    assert seen == [list(range(10)), [0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    expected = (batch[1].sum(dim=1) * batch[2][:, None]).sum(dim=0) / 5
+    for gradient in (gradients[0], gradients[-1]):
+        torch.testing.assert_close(gradient[0], expected)
 
 
 def test_clipping_acts_on_the_total_norm():
@@ -2733,7 +2848,7 @@ def test_clipping_acts_on_the_total_norm():
         model = tiny()
         start = [p.detach().clone() for p in model.parameters()]
         sgd = torch.optim.SGD(model.parameters(), lr=1.0)
-        _, norm, _ = train.train_step(model, [sgd], random_batch(), 8, clip, plain)
+        _, norm, _ = next_token_step(model, [sgd], random_batch(), 8, clip)
         moved = [p.detach() - s for p, s in zip(model.parameters(), start, strict=True)]
         updates.append((norm, math.sqrt(sum(float(m.square().sum()) for m in moved))))
     assert abs(updates[0][0] - updates[0][1]) < 1e-3 * updates[0][0] and updates[0][0] > 0.1
@@ -2746,7 +2861,7 @@ def test_a_step_that_is_not_finite_is_not_applied():
         model.wte.weight[5] = math.inf
     batch = (torch.full((1, 4), 5), torch.full((1, 4), 6))
     before = [p.detach().clone() for p in model.parameters()]
-    loss, _, applied = train.train_step(model, make_optimizers(model), batch, 1, 1.0, plain)
+    loss, _, applied = next_token_step(model, make_optimizers(model), batch, 1)
     assert not applied and not math.isfinite(loss)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -2759,23 +2874,12 @@ def test_where_loss_or_gradient_alone_is_not_finite_the_next_step_is_as_if_that_
     else:
         hook = model.ln_f.weight.register_hook(lambda gradient: gradient * math.inf)
     optimizers = make_optimizers(model)
-    loss, norm, applied = train.train_step(model, optimizers, random_batch(), 8, 1.0, plain)
+    loss, norm, applied = next_token_step(model, optimizers, random_batch(), 8)
     assert (math.isfinite(loss), math.isfinite(norm), applied) == (what != "loss", what != "gradient", False)
     hook.remove()
-    train.train_step(model, optimizers, random_batch(), 8, 1.0, plain)
-    train.train_step(other, make_optimizers(other), random_batch(), 8, 1.0, plain)
+    next_token_step(model, optimizers, random_batch(), 8)
+    next_token_step(other, make_optimizers(other), random_batch(), 8)
     assert all(map(torch.equal, model.parameters(), other.parameters()))
-
-
-def test_targets_that_count_are_counted_as_trained_and_skipped_steps_as_long_as_they_follow_one_another():
-    state, (idx, targets) = train.new_state(), random_batch()
-    targets[0, 3:] = targets[5, :] = -100
-    skipped = []
-    for applied in (False, False, True, False):
-        train.count_step(state, (idx, targets), 0.5, applied)
-        skipped.append(state["skipped_in_a_row"])
-    assert skipped == [1, 2, 0, 1] and (state["step"], state["seconds"]) == (4, 2.0)
-    assert state["tokens"] == 4 * (8 * 16 - 13 - 16)
 
 
 @families
@@ -2785,12 +2889,12 @@ def test_training_on_one_batch_learns_it_by_heart(family):
         GPTConfig(**FAMILIES[family], block_size=16, vocab_size=320, n_vocab=259, n_layer=2, n_head=2, n_embd=64)
     )
     optimizers, batch = make_optimizers(model, "muon", 1e-2, 0.02, weight_decay=0.0), random_batch(4)
-    losses = [train.train_step(model, optimizers, batch, 4, 1.0, plain)[0] for _ in range(80)]
+    losses = [next_token_step(model, optimizers, batch, 4).loss for _ in range(80)]
     assert losses[0] > 5 and losses[-1] < 0.05
 
 
 def test_the_schedule_warms_up_holds_and_decays_to_its_floor():
-    scale = functools.partial(train.lr_scale, max_steps=100, warmup_steps=10, decay_fraction=0.4)
+    scale = functools.partial(train.lr_scale, n_steps=100, warmup_steps=10, decay_fraction=0.4)
     assert [scale(s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
     assert scale(30) == scale(60) == 1.0
     assert [round(scale(s), 6) for s in (70, 80, 99)] == [0.75, 0.5, 0.025]
@@ -2804,14 +2908,14 @@ def test_validation_loss_is_the_mean_over_fixed_windows_in_nats_and_bits(tmp_pat
     model, T = tiny(), 16
     with open(tmp_path / "val_0.bin", "wb") as file:
         write_shard(file, np.random.default_rng(0).integers(0, 259, 400).astype(np.uint16))
-    windows = train.Windows([tmp_path / "val_0.bin"], T, 259, seed=0)
-    coder = Tokenizer("bytes")
+    windows = data_py.Windows([tmp_path / "val_0.bin"], T, 259, seed=0)
+    tokenizer = Tokenizer("bytes")
     rows = torch.from_numpy(windows.batch(0, 10))
     logits = model(rows[:, :-1]).flatten(0, 1)
     nats = F.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum").item()
     n_bytes = int((rows[:, 1:] < 256).sum())  # control tokens stand for no bytes
     for batch_size in (10, 3):
-        got = train.validation_loss(model, windows, 10, batch_size, coder.token_bytes(), plain)
+        got = train.validation_loss(model, windows, 10, batch_size, tokenizer.token_bytes(), plain)
         assert abs(got["val_loss"] - nats / (10 * T)) < 1e-5
         assert abs(got["val_bpb"] - nats / n_bytes / math.log(2)) < 1e-5
     got = train.validation_loss(model, windows, 10, 3, np.arange(259), plain)  # tokens of many lengths
@@ -2819,7 +2923,36 @@ def test_validation_loss_is_the_mean_over_fixed_windows_in_nats_and_bits(tmp_pat
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# train.py: a run
+# run.py and train.py: a run
+
+
+@contextmanager
+def small_run(folder, model=None, optimizers=(), n_steps=1000, **changes):
+    """A Run by a loop that is not train.py's, begun in this folder; the handlers of signals come back afterwards."""
+    settings = dict(out_dir=str(folder), init_from="scratch", overwrite=False, force=False, log_interval=1)
+    settings |= dict(checkpoint_interval=1000, max_minutes=0.0) | changes
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    model = model or tiny()
+    try:
+        begun = run_py.Run("test", settings, n_steps, {"loss": "nats"}, {"loss": "loss"})
+        begun.restore(model, optimizers, "bytes", [])
+        yield begun
+        begun.finish()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_targets_that_count_are_counted_as_trained_and_skipped_steps_as_long_as_they_follow_one_another(tmp_path):
+    skipped = []
+    with small_run(tmp_path) as begun:
+        for applied in (False, False, True, False):
+            loss = 1.0 if applied else math.inf
+            row = begun.count(train.StepResult(loss, 2.0, applied), 8 * 16 - 13 - 16, 8 * 16, 0.5)
+            skipped.append(begun.progress.skipped_in_a_row)
+            assert row["tokens_per_second"] == 256 and ("skipped" in row, "loss" in row) == (not applied, applied)
+        assert skipped == [1, 2, 0, 1] and (begun.step, begun.progress.seconds) == (4, 2.0)
+        assert begun.progress.tokens == row["tokens"] == 4 * (8 * 16 - 13 - 16)
 
 
 def test_a_training_run_logs_every_step_with_units_and_the_validation_loss_falls(trained):
@@ -2862,18 +2995,18 @@ def test_the_length_of_a_run_is_given_in_steps_or_tokens_and_its_time_in_minutes
     assert "best.pt of step 0 (validation loss" in (said := capsys.readouterr().out) and "NOT TRAINED" in said
 
 
-def test_max_minutes_are_minutes(monkeypatch):
-    handlers, now = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, [1000.0]
-    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    try:
-        should_stop, never = train.stop_request(0.5), train.stop_request(0.0)
+def test_max_minutes_are_minutes(tmp_path, monkeypatch):
+    now = [1000.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr(run_py, "time", clock)
+    with small_run(tmp_path / "half", max_minutes=0.5) as half, small_run(tmp_path / "never") as never:
         stopped = []
         for now[0] in (1001.0, 1029.0, 1031.0):
-            stopped.append((should_stop(), never()))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+            for begun in (half, never):
+                begun.end_step(begun.count(train.StepResult(1.0, 1.0, True), 1, 1, 0.1) | {"learning_rate": 0.1})
+            stopped.append((half.over(), never.over()))
     assert stopped == [(False, False), (False, False), (True, False)]
+    assert load_checkpoint(tmp_path / "half/ckpt.pt")["step"] == 3
 
 
 def test_samples_on_the_way_are_the_same_each_time_and_take_nothing_from_the_random_state(capsys):
@@ -2886,7 +3019,7 @@ def test_samples_on_the_way_are_the_same_each_time_and_take_nothing_from_the_ran
 
 
 def test_mfu_is_the_flops_of_the_trained_tokens_over_the_peak(story, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "peak_flops", lambda device: 1e9)
+    monkeypatch.setattr(run_py, "peak_flops", lambda device: 1e9)
     pretrain(story, tmp_path, max_steps=2, eval_interval=0)
     rows, (model, _) = [json.loads(line) for line in open(tmp_path / "log.jsonl")], load_model(tmp_path / "ckpt.pt")
     for row in rows[2:]:
@@ -2913,7 +3046,7 @@ def test_the_largest_micro_batch_is_found_stored_and_used_again(story, tmp_path,
     pretrain(story, tmp_path / "given", max_steps=2, **sizes | dict(batch_size=3))
     assert log_rows(tmp_path / "given")[1:3] == log_rows(tmp_path / "found")[1:3]  # the search left no trace
     monkeypatch.setattr(train, "fits", lambda *arguments: False)
-    with pytest.raises(ValueError, match="not even one row fits into memory"):
+    with pytest.raises(BadInput, match="not even one row fits into memory"):
         pretrain(story, tmp_path / "none", max_steps=2, **sizes)
 
 
@@ -2928,7 +3061,7 @@ def test_a_run_tells_at_the_start_what_it_will_do_and_logs_its_memory(story, tmp
     counts = [int(n.replace(",", "")) for n in re.findall(r"tensors +([\d,]+)", said)]
     assert sum(counts) == model.n_params() and f"{model.n_params():,} parameters" in said
     flops = model.flops_per_token() * 4 * 256
-    epoch = len(train.Windows(train.find_shards(story / "data", "train"), 32, 259, seed=0)) * 32
+    epoch = len(data_py.Windows(data_py.find_shards(story / "data", "train"), 32, 259, seed=0)) * 32
     assert f"4 steps: 1,024 tokens ({1024 / epoch:.3g} epochs), {flops:.3g} FLOPs" in said
     assert f"{epoch:,} training" in said and "a step: 256 tokens, 4 windows at a time" in said
     assert re.search(r"step 4/4 \| loss .* \| val .* tok/s \| 0:00:00 left", said)
@@ -2940,39 +3073,109 @@ def test_a_run_tells_at_the_start_what_it_will_do_and_logs_its_memory(story, tmp
     "change, said",
     [
         (dict(data_dir="nowhere"), "prepare_fineweb.py"),
-        (dict(log_interval=0, learning_rate=-1.0), "learning_rate is -1.0, at least 0.*log_interval is 0, at least 1"),
-        (dict(block_size=0), "block_size is 0"),
+        (dict(log_interval=0, learning_rate=-1.0), "learning_rate must.*0, not -1.0; log_interval must.*1, not 0"),
+        (dict(block_size=0), "block_size must be at least 1, not 0"),
         (dict(beta2=1.5), "beta2 must be below 1"),
-        (dict(head_dim=-8), "head_dim is -8"),
+        (dict(head_dim=-8), "head_dim must be at least 0, not -8"),
         (dict(family="modern", rope_theta=0.0), "rope_theta must be above 0"),
         (dict(compile="false"), "compile must be None, True or False"),
         (dict(block_size=100000), "multiple of block_size"),
         (dict(tokens_per_step=100), "multiple of block_size x batch_size"),
         (dict(family="gpt5"), "family must be one of gpt2, modern"),
-        (dict(optimizer="sgd"), "optimizer must be"),
+        (dict(optimizer="sgd"), "optimizer must be.*muon.*adamw, not 'sgd'"),
         (dict(tokenizer="gpt2"), "was made with the bytes tokenizer"),
         (dict(n_head=3), "not divisible by n_head 3"),
         (dict(init_from="resume"), "no such checkpoint"),
         (dict(init_from="best"), "init_from must be"),
-        (dict(dtype="float8"), "dtype must be"),
+        (dict(dtype="float8"), "dtype 'float8' cannot be used"),
         (dict(device="warp"), "device 'warp' cannot be used"),
-        (dict(schedule="linear"), "schedule must be"),
+        (dict(schedule="linear"), "schedule must be trapezoid or cosine, not 'linear'"),
+        (dict(schedule="linear", beta2=1.0, init_from="best"), "init_from must.*schedule must.*beta2 must"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_before_anything_is_written(story, tmp_path, change, said):
-    with pytest.raises((ValueError, OSError), match=said):
+    with pytest.raises((BadInput, OSError), match=said):
         pretrain(story, tmp_path / "new", **(dict(max_steps=2) | change))
     assert not (tmp_path / "new").exists()
 
 
 def test_three_steps_that_are_not_finite_end_the_run_with_what_to_try(story, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"not finite since step .*ckpt.pt \(of step \d+\)"):
+    with pytest.raises(FloatingPointError, match=r"not finite since step .*ckpt.pt \(of step \d+\)"):
         pretrain(story, tmp_path, max_steps=30, learning_rate=1e30, warmup_steps=0, log_interval=100)
     assert capsys.readouterr().out.count("NOT FINITE, skipped") == 3
 
 
+def imported_of_ours(code, cwd):
+    """Our own files that are imported after this code, and requests if it is."""
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"requests"}
+    code += f"\nimport sys\nprint(*sorted({ours!r} & set(sys.modules)))"
+    return run("-c", code, cwd=cwd).splitlines()[-1].split()
+
+
+def test_pretraining_imports_neither_hub_nor_requests_nor_hellaswag_unless_it_is_asked_for_hellaswag(story, tmp_path):
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()))
+    code = "import runpy, sys\nsys.argv = ['train.py', *{words!r}]\nrunpy.run_path('train.py', run_name='__main__')"
+    imported = {}
+    for name in ("without", "with"):
+        settings = SMALL | dict(data_dir=story / "data", out_dir=tmp_path / name, max_steps=1)
+        if name == "with":
+            settings |= dict(hellaswag_interval=1, hellaswag_source=tmp_path / "items.jsonl")
+        words = [f"--{name}={value}" for name, value in settings.items()]
+        imported[name] = imported_of_ours(code.format(words=words), ROOT)
+    assert "run" in imported["without"] and not {"hub", "requests", "hellaswag"} & set(imported["without"])
+    assert "hellaswag" in imported["with"] and "hellaswag_acc" in log_rows(tmp_path / "with")[-1]
+
+
+@pytest.mark.parametrize("names", ["muon", "data", "run", "tokenizer", "configurator", "model muon"])
+def test_a_file_of_the_library_can_be_copied_alone_or_with_the_one_it_names(tmp_path, names):
+    for name in names.split():
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    assert imported_of_ours(f"import {names.split()[0]}", tmp_path) == sorted(names.split())
+
+
+ANOTHER_LOOP = """
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+import torch
+from run import Run
+
+@dataclass
+class Config:
+    width: int = 3
+
+torch.manual_seed(0)
+model = torch.nn.Linear(3, 1)
+model.config = Config()
+opt = torch.optim.Adam(model.parameters())
+settings = dict(out_dir=sys.argv[1], init_from=sys.argv[2], max_minutes=float(sys.argv[3]))
+settings |= dict(overwrite=False, force=False, log_interval=1, checkpoint_interval=5)
+run = Run("mine", settings, 4, {"loss": "squared"}, {"loss": "loss"})
+run.restore(model, [opt], "none", [])
+while not run.over():
+    loss = (model(torch.full((3,), float(run.step))) - 1).square().sum()
+    loss.backward()
+    opt.step()
+    opt.zero_grad()
+    row = run.count(SimpleNamespace(loss=loss.item(), grad_norm=1.0, applied=True), 1, 1, 0.1)
+    run.end_step(row)
+run.finish()
+"""
+
+
+def test_run_py_alone_keeps_the_loop_of_another_program_alive(tmp_path):
+    shutil.copy(ROOT / "run.py", tmp_path)
+    (tmp_path / "loop.py").write_text(ANOTHER_LOOP)
+    for out, init_from, max_minutes in (("whole", "scratch", 0), ("parts", "scratch", 1e-9), ("parts", "resume", 0)):
+        said = run("loop.py", out, init_from, max_minutes, cwd=tmp_path)
+    assert "parts: ckpt.pt of step 4" in said and "step 1/4" not in said and "step 2/4" in said
+    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "parts") and len(log_rows(tmp_path / "parts")) == 5
+    weights = [load_checkpoint(tmp_path / out / "ckpt.pt")["model"]["weight"] for out in ("whole", "parts")]
+    assert torch.equal(*weights)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# train.py: stopped, killed and resumed
+# run.py: stopped, killed and resumed
 
 
 @families
@@ -3028,14 +3231,24 @@ def test_a_death_while_a_checkpoint_is_written_changes_nothing(story, tmp_path, 
         assert same_run(tmp_path / "whole", out), death
 
 
-def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_its_bytes(tmp_path, monkeypatch):
-    synced, fsync = [], os.fsync
-    with train.open_log(tmp_path / "log.jsonl", 0, {}) as log:
-        log.write(b"a row that waits in the buffer\n")
-        monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file)), fsync(file)))
-        assert train.write(str(tmp_path / "ckpt.pt"), tiny(), {}, log)
-    first, whole = synced[0], (tmp_path / "log.jsonl").stat()
-    assert (first.st_ino, first.st_size) == (whole.st_ino, whole.st_size) and whole.st_size > 30
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_its_bytes(story, tmp_path, monkeypatch):
+    synced, whole, fsync, save = [], [], os.fsync, run_py.save_checkpoint
+
+    def note_sync(file):
+        synced.append((os.fstat(file).st_ino, os.fstat(file).st_size))
+        fsync(file)
+
+    def note_save(path, model, **entries):
+        if entries["step"] > 0:
+            size = entries["state"]["log_bytes"] if "state" in entries else os.path.getsize(tmp_path / "log.jsonl")
+            whole.append(size > 30 and synced[-1] == ((tmp_path / "log.jsonl").stat().st_ino, size))
+        save(path, model, **entries)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(run_py, "save_checkpoint", note_save)
+    monkeypatch.setattr(run_py, "write_row", lambda log, row: log.write(b"a row that waits in the buffer\n"))
+    pretrain(story, tmp_path, max_steps=4, checkpoint_interval=2)
+    assert whole == [True] * 3  # best.pt of step 4, ckpt.pt of steps 2 and 4
 
 
 def test_best_pt_keeps_the_lowest_validation_loss_also_over_a_resumption(story, tmp_path, monkeypatch):
@@ -3049,25 +3262,26 @@ def test_best_pt_keeps_the_lowest_validation_loss_also_over_a_resumption(story, 
 def test_a_full_disk_is_reported_and_the_next_checkpoint_is_written(story, tmp_path, monkeypatch, capsys):
     changes = dict(max_steps=8, checkpoint_interval=2, eval_interval=4)
     pretrain(story, tmp_path / "whole", **changes)
-    real, log, limits, kept = train.write, tmp_path / "out/log.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE), []
+    log, limits, kept = tmp_path / "out/log.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE), []
+    write = run_py.Run.write
 
-    def full_for_a_while(path, model, entries, *more):
-        full = 2 <= entries["step"] <= 5
-        before = Path(path).read_bytes() if full else b""
+    def full_for_a_while(self, name, must=False, **entries):
+        path, full = tmp_path / "out" / name, 2 <= entries["step"] <= 5
+        before = path.read_bytes() if full else b""
         resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 10 if full else limits[1], limits[1]))
-        written = real(path, model, entries, *more)
-        kept.extend([not written and Path(path).read_bytes() == before] if full else [])
+        written = write(self, name, must, **entries)
+        kept.extend([not written and path.read_bytes() == before] if full else [])
         if entries["step"] == 6:  # best.pt of step 4 failed, and the log's rows had waited for space
             kept.append(entries["state"]["best_step"] == 0 and entries["state"]["log_bytes"] == log.stat().st_size)
         return written
 
-    monkeypatch.setattr(train, "write", full_for_a_while)
+    monkeypatch.setattr(run_py.Run, "write", full_for_a_while)
     try:
         pretrain(story, tmp_path / "out", **changes)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().out
-    assert said.count("warning: no new") == 3 and said.count("goes on") == 3
+    assert said.count("warning: no new") == 3 and said.count("training continues") == 3
     assert kept == [True] * 4 and not list((tmp_path / "out").glob("*.tmp"))
     assert same_run(tmp_path / "whole", tmp_path / "out")
     monkeypatch.setattr(torch, "save", lambda *arguments: (_ for _ in ()).throw(OSError("No space left on device")))
@@ -3089,15 +3303,25 @@ def test_a_run_killed_before_its_first_checkpoint_is_resumed_from_its_start(stor
         pretrain(story, tmp_path / "out", max_steps=2, init_from="resume")
 
 
+SIGNALLED_TWICE = """
+import os, signal, run
+settings = dict(out_dir={folder!r}, init_from="scratch", overwrite=False, max_minutes=0.0)
+begun = run.Run("test", settings, 1, {{}}, {{}})
+begun.catch_signals(begun.note_signal)
+print(begun.is_told_to_stop(), flush=True)
+os.kill(os.getpid(), {number})
+print(begun.is_told_to_stop(), flush=True)
+os.kill(os.getpid(), {number})
+print("still there")
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_stops_at_once(number):
-    code = "import os, train; stop = train.stop_request(0); kill = lambda: os.kill(os.getpid(), {})\n"
-    code += "print(stop()); kill(); print(stop(), flush=True); kill(); print('still there')"
-    done = subprocess.run([sys.executable, "-c", code.format(int(number))], cwd=ROOT, capture_output=True, text=True)
-    assert (
-        done.stdout
-        == "False\nstopping after this step (--init_from=resume goes on later); once more to stop at once\nTrue\n"
-    )
+def test_a_second_signal_stops_at_once(tmp_path, number):
+    code = SIGNALLED_TWICE.format(folder=str(tmp_path / "out"), number=int(number))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    said = "stopping after this step (--init_from=resume continues later); once more to stop at once"
+    assert done.stdout == f"False\n{said}\nTrue\n"
     assert done.returncode == -number
 
 
@@ -3105,7 +3329,7 @@ def test_a_used_out_dir_is_refused_and_nothing_is_lost(story, tmp_path):
     out = tmp_path / "run"
     pretrain(story, out, max_steps=2)
     before = (out / "ckpt.pt").read_bytes()
-    with pytest.raises(ValueError, match="in use.*--overwrite=True"):
+    with pytest.raises(FileExistsError, match="in use.*--overwrite=True"):
         pretrain(story, out, max_steps=2)
     assert (out / "ckpt.pt").read_bytes() == before
     assert (out / "best.pt").exists()
@@ -3113,9 +3337,30 @@ def test_a_used_out_dir_is_refused_and_nothing_is_lost(story, tmp_path):
     assert log_rows(out)[-1]["step"] == 3 and not (out / "best.pt").exists()  # it was another run's
 
 
+def test_an_earlier_run_is_not_lost_when_the_one_that_would_overwrite_it_does_not_start(story, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    pretrain(story, out, max_steps=2)
+    before = contents(out)
+    monkeypatch.setattr(train, "fits", lambda *arguments: False)
+    with pytest.raises(BadInput, match="not even one row fits"):
+        pretrain(story, out, max_steps=2, overwrite=True, batch_size=0)
+    assert contents(out) == before
+
+
+def test_a_resumed_run_keeps_the_dtype_that_was_chosen_for_it(story, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "pick_dtype", lambda name, *arguments: name or "bfloat16")  # where that is faster
+        pretrain(story, tmp_path, max_steps=1, dtype="")
+    assert load_checkpoint(tmp_path / "ckpt.pt")["settings"]["dtype"] == "bfloat16"
+    pretrain(story, tmp_path, max_steps=2, dtype="", init_from="resume")
+    assert load_checkpoint(tmp_path / "ckpt.pt")["settings"]["dtype"] == "bfloat16"
+    with pytest.raises(OSError, match="dtype was 'bfloat16', is now 'float32'"):
+        pretrain(story, tmp_path, max_steps=3, dtype="float32", init_from="resume")
+
+
 def test_force_resumes_with_changed_settings_but_never_with_other_sizes(story, tmp_path):
     pretrain(story, tmp_path, max_steps=2)
-    with pytest.raises(ValueError, match="n_layer 2 -> 3.*: set it back$"):
+    with pytest.raises(OSError, match="n_layer was 2, is now 3.*: use the old ones$"):
         pretrain(story, tmp_path, max_steps=4, init_from="resume", n_layer=3, force=True)
     pretrain(story, tmp_path, max_steps=4, init_from="resume", weight_decay=0.5, force=True)
     stored = load_checkpoint(tmp_path / "ckpt.pt")["optimizers"]
@@ -3127,12 +3372,12 @@ def test_resuming_on_other_data_is_refused(story, tmp_path):
     files = dict(source=f"{story}/held_out.txt", val_source=f"{story}/text.txt", out_dir=f"{tmp_path}/data")
     call(prepare_fineweb, **files, tokenizer="bytes")
     changes = dict(max_steps=4, init_from="resume", data_dir=f"{tmp_path}/data")
-    with pytest.raises(ValueError, match="the data is not what it was"):
+    with pytest.raises(OSError, match="the data or the model to start from have changed"):
         pretrain(story, tmp_path / "run", **changes)
     pretrain(story, tmp_path / "run", **changes, force=True)
-    for path in train.find_shards(tmp_path / "data", "val"):  # other tokens under the same name, as many
+    for path in data_py.find_shards(tmp_path / "data", "val"):  # other tokens under the same name, as many
         path.write_bytes(path.read_bytes()[:-2] + b"\1\0")
-    with pytest.raises(ValueError, match="the data is not what it was"):
+    with pytest.raises(OSError, match="the data or the model to start from have changed"):
         pretrain(story, tmp_path / "run", **changes | dict(max_steps=5))
 
 
@@ -3143,83 +3388,139 @@ def test_a_run_whose_log_is_lost_goes_on_with_a_new_one_but_not_from_best_pt(sto
     header, row = log_rows(tmp_path)
     assert "units" in header and row["step"] == 3
     (tmp_path / "ckpt.pt").write_bytes((tmp_path / "best.pt").read_bytes())
-    with pytest.raises(ValueError, match="no optimizer state"):
+    with pytest.raises(OSError, match="no optimizer state"):
         pretrain(story, tmp_path, max_steps=4, init_from="resume")
+
+
+def test_what_is_no_run_of_this_stage_is_not_resumed(story, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "tuned")
+    shutil.copytree(trained, tmp_path / "imported")
+    stored = load_checkpoint(trained / "ckpt.pt")
+    del stored["settings"]["schedule"]  # which only train.py has
+    torch.save(stored | dict(stage="finetune"), tmp_path / "tuned/ckpt.pt")
+    save_checkpoint(tmp_path / "imported/ckpt.pt", tiny(), stage="pretrain", settings={"model": "gpt2"}, step=0)
+    for name, said in (("tuned", "tuned holds a finetune run, not a pretrain run"), ("imported", "no optimizer state")):
+        before = contents(tmp_path / name)
+        with pytest.raises(OSError, match=said):
+            pretrain(story, tmp_path / name, max_steps=70, init_from="resume", force=True)
+        assert contents(tmp_path / name) == before
 
 
 def test_resuming_another_run_is_refused_by_naming_the_settings(story, tmp_path):
     pretrain(story, tmp_path, max_steps=2)
-    with pytest.raises(ValueError, match="n_layer 2 -> 3, seed 1337 -> 1"):
+    with pytest.raises(OSError, match="n_layer was 2, is now 3; seed was 1337, is now 1"):
         pretrain(story, tmp_path, max_steps=4, init_from="resume", n_layer=3, seed=1)
     pretrain(story, tmp_path, max_steps=4, init_from="resume")
     assert log_rows(tmp_path)[-1]["step"] == 4
 
 
-def test_a_run_is_resumed_only_with_the_settings_that_its_weights_depend_on():
+def test_a_run_is_resumed_only_with_the_settings_that_its_weights_depend_on(tmp_path):
     free = "out_dir data_dir init_from overwrite force max_steps max_tokens eval_interval eval_tokens max_minutes "
     free += "hellaswag_interval hellaswag_source hellaswag_limit sample_interval sample_prompt log_interval "
     free += "checkpoint_interval"
-    stored, refused = {"settings": train.DEFAULTS, "data": [], "optimizers": []}, set()
-    for name in train.DEFAULTS:
-        record = {"settings": train.DEFAULTS | {name: "another"}, "data": [], "processes": 1}
+    settings = train.DEFAULTS | dict(out_dir=str(tmp_path))
+    begun = run_py.Run("pretrain", settings, 1, {}, {}, train.MAY_CHANGE, train.FIXED)
+    begun.about = {"data": [], "processes": 1}
+    refused = set()
+    for name in settings:
+        begun.stored = {"settings": settings | {name: "another"}, "data": [], "optimizers": []}
         try:
-            train.check_resumable(record, stored, force=False)
-        except ValueError as error:
+            begun.check_same_run()
+        except OSError as error:
             refused.add(name)
-            assert f"{name} {train.DEFAULTS[name]!r} -> 'another'" in str(error)
+            assert f"({name} was 'another', is now {settings[name]!r}): use the old ones" in str(error)
+            assert ("--force=True" in str(error)) == (name not in train.FIXED)
     assert refused == train.DEFAULTS.keys() - free.split()
 
 
+def test_a_run_by_an_earlier_version_resumes_although_that_called_the_schedule_constant(story, tmp_path):
+    pretrain(story, tmp_path / "whole", max_steps=6)
+    pretrain(story, tmp_path / "parts", max_steps=6, max_minutes=1e-9)
+    for name in ("ckpt.pt", "best.pt"):
+        stored = load_checkpoint(tmp_path / "parts" / name)
+        assert stored["step"] == (name == "ckpt.pt") and stored["settings"]["schedule"] == "trapezoid"
+        stored["settings"]["schedule"] = "constant"
+        torch.save(stored, tmp_path / "parts" / name)
+    header, *rows = log_rows(tmp_path / "parts")
+    header["units"] |= dict(val_exact_match="share of first answers")  # the stages had one list of units
+    lines = [json.dumps(row) + "\n" for row in (header, *rows)]
+    (tmp_path / "parts/log.jsonl").write_text("".join(lines))
+    stored = load_checkpoint(tmp_path / "parts/ckpt.pt")
+    stored["state"]["log_bytes"] = len("".join(lines))
+    torch.save(stored, tmp_path / "parts/ckpt.pt")
+    with pytest.raises(OSError, match="schedule was 'trapezoid', is now 'cosine'"):
+        pretrain(story, tmp_path / "parts", max_steps=6, schedule="cosine", init_from="resume")
+    pretrain(story, tmp_path / "parts", max_steps=6, init_from="resume")
+    resumed, whole = log_rows(tmp_path / "parts"), log_rows(tmp_path / "whole")
+    assert resumed[0] == header and resumed[1:] == whole[1:]
+    weights = [load_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("whole", "parts")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert load_checkpoint(tmp_path / "parts/ckpt.pt")["settings"]["schedule"] == "trapezoid"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# train.py: many processes, over gloo
+# run.py and train.py: many processes, over gloo
 
 
+HERE = dict(folders=[str(ROOT), str(Path(__file__).parent)], tests=call.__module__)  # for the work of a process
 THREE_PROCESSES = """
-import sys
-sys.path.insert(0, {root!r})
-import model, test_all, train
+import os, signal, sys
+sys.path += {folders!r}
+import run as run_py, torch, train, {tests} as tests
 settings = {settings!r}
-train.leave_processes = lambda: None  # the runs follow each other in the same processes
-steps = iter([False, False, True])
-test_all.call(train, **settings, out_dir={folder!r} + "/whole")
-real, train.stop_request = train.stop_request, lambda minutes: lambda: next(steps)
-test_all.call(train, **settings, out_dir={folder!r} + "/parts")
-train.stop_request = real
-model.sum_over_ranks(model.torch.zeros(1))  # until the first process has written
-test_all.call(train, **settings, out_dir={folder!r} + "/parts", init_from="resume")
+run_py.leave_processes = lambda: None  # the runs follow each other in the same processes
+count = run_py.Run.count
+
+def count_and_be_told_to_stop(run, *arguments, **more):
+    row = count(run, *arguments, **more)
+    if row["step"] == 3 and run_py.rank_and_world()[0] == 1:  # the others get no signal, and stop too
+        os.kill(os.getpid(), signal.SIGTERM)
+    return row
+
+tests.call(train, **settings, out_dir={folder!r} + "/whole")
+run_py.Run.count = count_and_be_told_to_stop
+tests.call(train, **settings, out_dir={folder!r} + "/parts")
+run_py.Run.count = count
+run_py.sum_over_ranks(torch.zeros(1))  # until the first process has written
+tests.call(train, **settings, out_dir={folder!r} + "/parts", init_from="resume")
 """
 
 
 def test_three_processes_resume_bit_for_bit(story, tmp_path):
     settings = SMALL | dict(data_dir=f"{story}/data", n_embd=128, max_steps=6, tokens_per_step=32 * 12, batch_size=2)
-    (tmp_path / "work.py").write_text(THREE_PROCESSES.format(root=str(ROOT), settings=settings, folder=str(tmp_path)))
+    (tmp_path / "work.py").write_text(THREE_PROCESSES.format(settings=settings, folder=str(tmp_path), **HERE))
     output, errors = start(*TORCHRUN[:-1], "--nproc_per_node=3", str(tmp_path / "work.py")).communicate()
-    assert output.count("ckpt.pt of step 6") == 2, errors
+    assert output.count("ckpt.pt of step 6") == 2 and output.count("ckpt.pt of step 3") == 1, errors
     assert same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 SHARED_WORK = """
 import json, sys, torch
-sys.path.insert(0, {root!r})
-import model, train, test_all
-rank, world = model.join_processes("cpu")
+sys.path += {folders!r}
+import model, muon, run as run_py, train, {tests} as tests
+run_py.join_processes("cpu")
+run_py.BUCKET = {bucket}
+rank, world = run_py.rank_and_world()
 matrices = torch.randn(5, 6, 9, generator=torch.Generator().manual_seed(0))
-network = test_all.tiny("gpt2")
+network = tests.tiny("gpt2")
 optimizers = model.make_optimizers(network, "muon")
-parallel = train.DistributedDataParallel(network)
-idx, targets = test_all.random_batch(rows=3)
+idx, targets = tests.random_batch(rows=3)
 targets[0, 4:] = -100
-norms = [train.train_step(parallel, optimizers, (idx[:n], targets[:n]), 1, 1.0, test_all.plain) for n in (1, 3)]
-result = dict(rank=rank, world=world, norms=norms, weights=network.h[0].attn.c_attn.weight.tolist())
-result["orthogonal"] = model.orthogonalize_shared(matrices).tolist()
+steps = []
+for n, n_targets in ((1, 4), (3, 36)):
+    batch = idx[:n], targets[:n]
+    steps.append(train.train_step(train.next_token_loss, network, optimizers, batch, n_targets, 1, 1.0, tests.plain))
+result = dict(rank=rank, world=world, steps=steps, weights=network.h[0].attn.c_attn.weight.tolist())
+result["orthogonal"] = muon.orthogonalize_shared(matrices).tolist()
 json.dump(result, open(f"{folder}/{{rank}}.json", "w"))
 print("printed by", rank)
-model.leave_processes()
+run_py.leave_processes()
 """
 
 
-def test_two_processes_share_rows_and_matrices_even_when_there_are_too_few(tmp_path):
-    (tmp_path / "work.py").write_text(SHARED_WORK.format(root=str(ROOT), folder=str(tmp_path)))
+@pytest.mark.parametrize("bucket", [2**25, 5000])  # the gradients of all parameters in one call, or in several
+def test_two_processes_share_rows_and_matrices_even_when_there_are_too_few(tmp_path, bucket):
+    (tmp_path / "work.py").write_text(SHARED_WORK.format(folder=str(tmp_path), bucket=bucket, **HERE))
     output, errors = start(*TORCHRUN, str(tmp_path / "work.py")).communicate()
     assert output == "printed by 0\n", errors
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
@@ -3229,11 +3530,14 @@ def test_two_processes_share_rows_and_matrices_even_when_there_are_too_few(tmp_p
     optimizers = make_optimizers(network, "muon")
     idx, targets = random_batch(rows=3)
     targets[0, 4:] = -100
-    norms = [train.train_step(network, optimizers, (idx[:n], targets[:n]), 1, 1.0, plain) for n in (1, 3)]
-    torch.testing.assert_close(torch.tensor(results[0]["norms"]), torch.tensor(norms), rtol=1e-5, atol=1e-5)
+    steps = []
+    for n, n_targets in ((1, 4), (3, 36)):
+        batch = idx[:n], targets[:n]
+        steps.append(train.train_step(train.next_token_loss, network, optimizers, batch, n_targets, 1, 1.0, plain))
+    torch.testing.assert_close(torch.tensor(results[0]["steps"]), torch.tensor(steps), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.tensor(results[0]["weights"]), network.h[0].attn.c_attn.weight.data)
     matrices = torch.randn(5, 6, 9, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(torch.tensor(results[0]["orthogonal"]), model_py.orthogonalize(matrices))
+    torch.testing.assert_close(torch.tensor(results[0]["orthogonal"]), muon_py.orthogonalize(matrices))
 
 
 def test_two_processes_train_as_one_stop_together_and_one_goes_on(story, tmp_path):
@@ -3262,13 +3566,13 @@ def test_two_processes_go_on_with_the_run_of_one(story, tmp_path, monkeypatch):
     pretrain(story, tmp_path / "one", **changes)
     with monkeypatch.context() as patch:
         steps = iter([False] * 4 + [True])
-        patch.setattr(train, "stop_request", lambda minutes: lambda: next(steps))
+        patch.setattr(run_py.Run, "is_told_to_stop", lambda self: next(steps))
         pretrain(story, tmp_path / "two", **changes)
     settings = (
         SMALL | changes | dict(data_dir=story / "data", out_dir=tmp_path / "two", init_from="resume", batch_size=1)
     )
     output, errors = start(*TORCHRUN, "train.py", **settings).communicate()
-    assert output.count("another number of processes") == output.count("shared by 2 processes") == 1, errors
+    assert output.count("the number of processes has changed") == output.count("shared by 2 processes") == 1, errors
     assert "Warning" not in errors
     assert difference(tmp_path / "one", tmp_path / "two", "loss") < 1e-5
     assert load_checkpoint(tmp_path / "two/ckpt.pt")["step"] == 50
@@ -3299,14 +3603,16 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
 @on_a_gpu
 @families
 def test_on_a_gpu_compiled_and_eager_losses_agree_over_50_steps_and_attention_is_fused(family):
-    losses, (device, autocast) = {}, model_py.pick_device("cuda", "bfloat16")
+    losses, device = {}, run_py.pick_device("cuda")
+    autocast, batch = run_py.autocast_for(device, "bfloat16"), random_batch()
     for compiled in (False, True):
         model = tiny(family, n_embd=108).to(device)  # heads of 54, as the 712M model has
         optimizers = make_optimizers(model)
+        forward = torch.compile(model) if compiled else model
         step = functools.partial(
-            train.train_step, torch.compile(model) if compiled else model, optimizers, random_batch(), 4, 1.0, autocast
+            train.train_step, train.next_token_loss, forward, optimizers, batch, batch[1].numel(), 4, 1.0, autocast
         )
-        losses[compiled] = [step()[0] for _ in range(50)]
+        losses[compiled] = [step().loss for _ in range(50)]
         assert bench.attention_kernels(step) in ("flash", "cuDNN")
     assert losses[True] == pytest.approx(losses[False], abs=0.05) and losses[True][-1] < losses[True][0] - 1
 
@@ -3324,25 +3630,6 @@ def test_on_a_gpu_compiled_generation_gives_the_ids_of_eager_generation(family):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prepare_instruct.py: conversations and preferences to rows
-
-
-def chats(n=40):
-    """Chat-form records: two turns each, the second pair of records about the same first question."""
-    for i in range(n):
-        turns = [f"Question {i // 2}?", f"Answer {i}.", "And then?", f"Then {i}."]
-        roles = ["user", "assistant"] * 2
-        yield {"messages": [dict(role=r, content=t) for r, t in zip(roles, turns, strict=True)]}
-
-
-def conversations(folder, name):
-    """[(text, supervised text)] of both sides, decoded from the arrays alone."""
-    coder, sides = Tokenizer(name), {}
-    for split in ("train", "val"):
-        tokens, mask, offsets = (np.load(folder / f"{split}_{part}.npy") for part in ("tokens", "mask", "offsets"))
-        assert tokens.dtype == np.uint16 and mask.dtype == np.uint8 and offsets[-1] == len(tokens) == len(mask)
-        pieces = [slice(a, b) for a, b in zip(offsets, offsets[1:], strict=False)]
-        sides[split] = [(coder.decode(tokens[p]), coder.decode(tokens[p][mask[p] == 1])) for p in pieces]
-    return sides
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
@@ -3385,11 +3672,10 @@ def test_a_question_without_an_answer_is_cut_off_and_a_system_message_is_kept():
     coder = Tokenizer("bytes")
     roles = ["system", "user", "assistant", "user"]
     messages = [dict(role=role, content=role) for role in roles]
-    ids, mask, cut = prepare_instruct.render_within(messages, coder, 100)
-    assert (
-        coder.decode(ids) == "<|user|>system\n\nuser<|assistant|>assistant<|endoftext|>" and sum(mask) == 10 and not cut
-    )
-    assert prepare_instruct.render_within(messages, coder, 20) == ([], [], False)
+    [(ids, mask)], note = prepare_instruct.render_within(messages, coder, 100)
+    assert coder.decode(ids) == "<|user|>system\n\nuser<|assistant|>assistant<|endoftext|>" and sum(mask) == 10
+    assert note == ""
+    assert prepare_instruct.render_within(messages, coder, 20) == ([], "dropped, no whole turn that fits")
 
 
 def test_a_conversation_that_is_cut_keeps_its_system_message_and_one_that_just_fits_is_whole():
@@ -3397,8 +3683,9 @@ def test_a_conversation_that_is_cut_keeps_its_system_message_and_one_that_just_f
     talk = system + messages("One?", "1.", "Two?", "2.")
     whole, first = (coder.render(part)[0] for part in (talk, talk[:3]))
     for room, expected in ((len(whole), whole), (len(whole) - 1, first), (len(first), first), (len(first) - 1, [])):
-        ids, _, cut = prepare_instruct.render_within(talk, coder, room)
-        assert ids == expected and cut == (ids == first)
+        rows, note = prepare_instruct.render_within(talk, coder, room)
+        assert [ids for ids, _ in rows] == ([expected] if expected else [])
+        assert note.startswith("kept without their last turns") == (expected == first)
 
 
 def test_a_folder_that_was_written_half_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
@@ -3415,19 +3702,19 @@ def test_a_folder_that_was_written_half_is_not_taken_for_a_whole_one(tmp_path, m
     "name, content, said",
     [
         ("a.json", '[{"instruction": "a"', r"a.json: not JSON \(.*line 1"),
-        ("a.json", '{"instruction": "a"}', "list of records"),
+        ("a.json", '{"instruction": "a"}', "list of records, not dict"),
         ("a.json", '[{"question": "a"}]', "record 1: neither instruction and output nor messages .*, but question"),
         ("a.json", '[{"chosen": "a", "rejected": "b"}]', "record 1: neither .*, but chosen, rejected"),
         ("a.json", '[{"prompt": "a", "chosen": 1, "rejected": "b"}]', "record 1: a message needs"),
         ("a.json", '[{"instruction": "a", "output": 3}]', "record 1: a message needs"),
-        ("a.json", "[]", "none is for train"),
+        ("a.json", "[]", "none .* is for train"),
         ("a.json", '[{"messages": [{"role": "assistant", "content": "a"}]}]', "record 1: a conversation is user"),
         ("a.csv", "a,b", "conversations are read from"),
     ],
 )
 def test_instructions_that_cannot_be_read_are_refused_by_name(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((BadInput, OSError), match=said):
         call(prepare_instruct, source=str(tmp_path / name), tokenizer="bytes", out_dir=f"{tmp_path}/o")
     assert not (tmp_path / "o").exists()
 
@@ -3457,24 +3744,26 @@ def test_named_sources_are_fetched_verified_filtered_and_read_again_without_a_ne
     files |= {"data/train-00000.parquet": (tmp_path / "chats").read_bytes(), "data/test-00000.parquet": b""}
     github = {"instruction-data.json": alpaca("R", 30), "instruction-examples.json": alpaca("E", 20)}
     github = {name: json.dumps(records).encode() for name, records in github.items()}
-    asked = []
+    pinned = []
 
-    def api(url):
-        asked.append(url)
-        name = url.split("?")[0].rsplit("/", 1)[1]
+    def serve_here(file):
+        """The same file of GitHub, but from the test's server and with made-up content."""
+        site = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch"
+        path = re.fullmatch(site + r"/[0-9a-f]{40}/(.*)", file["url"])[1]
+        name = Path(path).name
         sha = hashlib.sha1(b"blob %d\0" % len(github[name]) + github[name]).hexdigest()
-        link = f"{os.environ['HF_ENDPOINT']}datasets/git/hub/resolve/main/{name}"
-        return SimpleNamespace(json=lambda: {"download_url": link, "sha": sha, "size": len(github[name])})
+        url = f"{os.environ['HF_ENDPOINT']}datasets/git/hub/resolve/main/{name}"
+        pinned.append({"url": url, "checksum": sha, "size": len(github[name])})
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare_instruct, "fetch", api)
     changes = dict(tokenizer="bytes", out_dir="o", max_tokens=2000)
     with hub(files | github, monkeypatch) as server:
+        for file in prepare_instruct.RASCHKA:
+            serve_here(file)
+        monkeypatch.setattr(prepare_instruct, "RASCHKA", pinned)
         server.faults["instruction-data.json"] = ["corrupt"]
         call(prepare_instruct, **changes)
         call(prepare_instruct, source="smoltalk:25,alpaca:7", **changes)
-    begin = "https://api.github.com/repos/rasbt/LLMs-from-scratch/contents/ch07/0"
-    assert len(asked) == 2 and all(re.fullmatch(re.escape(begin) + r".*\.json\?ref=[0-9a-f]{40}", url) for url in asked)
     counts = json.loads(Path("o/meta.json").read_text())["counts"]
     assert counts["read from smoltalk"] == 25 and counts["read from alpaca"] == 7
     call(prepare_instruct, **changes)  # the hub is gone
@@ -3525,7 +3814,7 @@ def test_both_answers_of_a_preference_are_learned_on_the_side_of_its_question(tm
     assert not questions(sides["val"]) & questions(learned["train"])
     assert not questions(sides["train"]) & questions(learned["val"])
     both = f"{tmp_path}/pairs.json,{tmp_path}/chats.json"
-    with pytest.raises(ValueError, match="prepare them apart"):
+    with pytest.raises(BadInput, match="prepare them separately"):
         call(prepare_instruct, source=both, tokenizer="bytes", out_dir=f"{tmp_path}/both")
     assert not (tmp_path / "both").exists()
 
@@ -3546,7 +3835,7 @@ def test_an_epoch_of_finetuning_sees_every_conversation_once_and_learns_the_answ
     assert orders[0] != orders[1] != np.concatenate(finetune.epoch_order(train_rows, rows, 2, 1)).tolist()
     numbered = finetune.Conversations(chat_rows, "train")
     numbered.batch = np.ndarray.tolist
-    seen = [finetune.conversation_batch(numbered, rows, 1, step) for step in range(2 * steps)]
+    seen = [finetune.batch_at(numbered, rows, 1, step) for step in range(2 * steps)]
     assert n % rows and [sum(seen[:steps], []), sum(seen[steps:], [])] == orders
     batches = [finetune.epoch_order(train_rows, rows, 1, epoch) for epoch in range(5)]
     widths = [[train_rows.lengths[numbers].max() for numbers in epoch] for epoch in batches]
@@ -3595,11 +3884,22 @@ def test_finetuning_lowers_the_validation_loss_and_answers_ten_questions_before_
     assert best["stage"] == "finetune" and best["tokenizer"] == "bytes"
 
 
+def test_the_first_logged_loss_is_the_mean_over_the_answer_tokens_of_the_batch(trained, chat_rows, tmp_path):
+    tune(trained, chat_rows, tmp_path / "a", epochs=1)
+    model, _ = load_model(trained / "best.pt")
+    rows = finetune.Conversations(chat_rows, "train")
+    idx, targets = finetune.batch_at(rows, FINETUNE["rows_per_step"], finetune.seed, 0)
+    direct = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-100)
+    first = log_rows(tmp_path / "a")[2]
+    assert first["loss"] == pytest.approx(direct.item(), rel=1e-5)
+    assert first["tokens"] == (targets != -100).sum() < targets.numel()
+
+
 def test_finetuning_logs_hellaswag_before_and_after(trained, chat_rows, tmp_path, monkeypatch):
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()))
-    source, seen, evaluate = dict(hellaswag_source=f"{tmp_path}/items.jsonl", hellaswag_items=4), [], hellaswag.evaluate
+    source, seen, evaluate = dict(hellaswag_source=f"{tmp_path}/items.jsonl", hellaswag_limit=4), [], hellaswag.evaluate
     monkeypatch.setattr(hellaswag, "evaluate", lambda m, c, items, **more: seen.append(items) or evaluate(m, c, items))
-    tune(trained, chat_rows, tmp_path / "a", epochs=1, eval_interval=100, **source)
+    tune(trained, chat_rows, tmp_path / "a", epochs=1, eval_interval=100, score_hellaswag=True, **source)
     model, _ = load_model(trained / "best.pt")
     items = hellaswag.load_items(source["hellaswag_source"], 4)
     before = evaluate(model, Tokenizer("bytes"), items)
@@ -3622,33 +3922,35 @@ def test_answers_are_scored_by_exact_match_and_words_in_common_first_and_second_
             assert text.startswith(coder.decode(asked + right) + "<|endoftext|>") and asked[-1] == coder.assistant
     wanted = []
 
-    def complete(model, prompts, *_):  # right for second turns, for first ones half of the words
-        wanted.append(len(prompts))
+    def most_likely(model, prompts, *_):  # right for second turns, for first ones half of the words
+        wanted.append(prompts)
         right = {tuple(asked): answer for one in turns for asked, answer in one}
         second = [prompt.count(coder.user) == 2 for prompt in prompts]
         return [coder.encode(coder.decode(right[tuple(p)]).upper() if b else "answer")
                 for p, b in zip(prompts, second, strict=True)]  # fmt: skip
 
-    monkeypatch.setattr(finetune, "complete", complete)
+    monkeypatch.setattr(finetune, "most_likely", most_likely)
     scores = finetune.answer_scores(None, coder, rows, 1000, 5, plain)
-    assert sum(len(one) for one in turns) == wanted[0] > len(turns)
+    assert sum(len(one) for one in turns) == len(wanted[0]) > len(turns)
     assert scores["val_exact_match"] == 0 and scores["val_exact_match_2"] == scores["val_f1_2"] == 1
     assert 0 < scores["val_f1"] <= 2 / 3 and len(scores) == 4
-    assert finetune.answer_scores(None, coder, rows, 3, 5, plain) and wanted[1] <= 6
+    assert finetune.answer_scores(None, coder, rows, 3, 5, plain) and len(wanted[1]) <= 6
+    first = [asked for one in turns[:3] for asked, _ in one]
+    assert wanted[1] == wanted[0][: len(wanted[1])] != first  # a sample, always the same
     assert finetune.answer_scores(None, coder, rows, 0, 5, plain) == {}
 
 
 def test_a_long_prompt_does_not_shorten_what_continues_the_others():
     model, random = tiny("modern"), np.random.default_rng(0)
     prompts = [random.integers(0, 256, n).tolist() for n in (3, 32, 20, 31, 3, 20, 25)]
-    together = finetune.complete(model, prompts, None, 12, plain)
-    assert together == [finetune.complete(model, [prompt], None, 12, plain)[0] for prompt in prompts]
+    together = finetune.most_likely(model, prompts, None, 12, plain)
+    assert together == [finetune.most_likely(model, [prompt], None, 12, plain)[0] for prompt in prompts]
     assert [len(ids) for ids in together] == [12, 1, 12, 2, 12, 12, 8]
 
 
 def test_finetuning_resumes_bit_for_bit(trained, chat_rows, tmp_path, monkeypatch):
     tune(trained, chat_rows, tmp_path / "whole")
-    monkeypatch.setattr(finetune, "stop_request", lambda minutes: lambda: True)  # stops after its first step
+    monkeypatch.setattr(run_py.Run, "is_told_to_stop", lambda run: True)  # stops after its first step
     tune(trained, chat_rows, tmp_path / "parts")
     tune(trained, chat_rows, tmp_path / "parts", init_from="resume")
     assert load_checkpoint(tmp_path / "parts/ckpt.pt")["state"]["step"] == 2
@@ -3662,8 +3964,8 @@ def test_finetuning_resumes_bit_for_bit(trained, chat_rows, tmp_path, monkeypatc
 def test_answers_in_a_batch_equal_answers_one_by_one(trained):
     model, stored = load_model(trained / "best.pt")
     coder, questions = Tokenizer("bytes"), ["A?", "The cat sat", "Who?"]
-    together = finetune.answers(model, coder, questions, 12, plain)
-    assert together == [finetune.answers(model, coder, [q], 12, plain)[0] for q in questions]
+    together = finetune.answer(model, coder, questions, 12, plain)
+    assert together == [finetune.answer(model, coder, [q], 12, plain)[0] for q in questions]
     assert any(together)
 
 
@@ -3671,16 +3973,21 @@ def test_conversations_that_do_not_fit_the_model_are_refused(trained, chat_rows,
     source = write_instructions(tmp_path / "in")
     for name, max_tokens, said in (("bytes", 200, "--max_tokens=33"), ("gpt2", 33, "made with the gpt2 tokenizer")):
         call(prepare_instruct, source=source, tokenizer=name, out_dir=f"{tmp_path}/{name}", max_tokens=max_tokens)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(BadInput, match=said):
             tune(trained, f"{tmp_path}/{name}", tmp_path / "new")
     with pytest.raises(FileNotFoundError, match="prepare_instruct.py"):
         tune(trained, f"{tmp_path}/none", tmp_path / "new")
     assert not (tmp_path / "new").exists()
     broken = tmp_path / "broken"
     call(prepare_instruct, source=source, tokenizer="bytes", out_dir=str(broken), max_tokens=33)
+    tokens = np.load(broken / "train_tokens.npy")
+    tokens[3] = 259  # the first that does not exist
+    np.save(broken / "train_tokens.npy", tokens)
+    with pytest.raises(BadInput, match="broken holds ids outside the vocabulary"):
+        tune(trained, str(broken), tmp_path / "new")
     tokens = (broken / "train_tokens.npy").read_bytes()
     (broken / "train_tokens.npy").write_bytes(tokens[: len(tokens) // 2])
-    with pytest.raises(ValueError, match="broken: damaged.*prepare_instruct.py again"):
+    with pytest.raises(OSError, match="broken: damaged.*prepare_instruct.py again"):
         tune(trained, str(broken), tmp_path / "new")
 
 
@@ -3692,20 +3999,20 @@ def test_finetuning_on_other_conversations_or_another_base_is_not_resumed(traine
     tokens = np.load(rows / "train_tokens.npy")
     tokens[1] += 1  # as many as before
     np.save(rows / "train_tokens.npy", tokens)
-    with pytest.raises(ValueError, match="the data is not what it was"):
+    with pytest.raises(OSError, match="the data or the model to start from have changed"):
         tune(tmp_path, str(rows), tmp_path / "run", checkpoint=str(base), init_from="resume")
     tokens[1] -= 1
     np.save(rows / "train_tokens.npy", tokens)
     content = torch.load(base, weights_only=True)
     content["model"]["wte.weight"][0] += 1
     torch.save(content, base)
-    with pytest.raises(ValueError, match="the data is not what it was"):
+    with pytest.raises(OSError, match="the data or the model to start from have changed"):
         tune(tmp_path, str(rows), tmp_path / "run", checkpoint=str(base), init_from="resume")
 
 
 def test_finetuning_into_the_folder_of_its_checkpoint_is_refused(trained, chat_rows, tmp_path):
     shutil.copy(trained / "best.pt", tmp_path)
-    with pytest.raises(ValueError, match="where the checkpoint lies"):
+    with pytest.raises(BadInput, match="is the folder of the checkpoint"):
         tune(tmp_path, chat_rows, tmp_path, overwrite=True)
     assert (tmp_path / "best.pt").read_bytes() == (trained / "best.pt").read_bytes()
 
@@ -3745,17 +4052,18 @@ def test_the_dpo_loss_and_its_gradient_equal_a_direct_computation(pair_rows, fam
         listed.append([(asked + right + [256], len(asked)) for asked, right in turns])
     direct = direct_dpo_loss(policy, reference, listed, 0.7, smoothing, normalized)
     expected = torch.autograd.grad(direct, list(policy.parameters()))
-    log_probs = dpo.reference_log_probs(reference, pairs, 4, plain).double()
-    objective = dpo.PreferenceLoss(policy, log_probs, 0.7, smoothing, normalized)
-    loss = objective(*pairs.batch(numbers))
+    pairs.reference = dpo.reference_log_probs(reference, pairs, 4, plain).double()
+    margins_of = functools.partial(dpo.reward_margins, beta=0.7, length_normalized=normalized)
+    losses_of = functools.partial(dpo.preference_losses, label_smoothing=smoothing)
+    loss = losses_of(margins_of(policy, *pairs.batch(numbers))).sum()
     assert direct > 0.1 and loss.item() == pytest.approx(direct.item(), rel=1e-5)  # the softmax is fp32
     for mine, other in zip(torch.autograd.grad(loss, list(policy.parameters())), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-    metrics = dpo.preference_metrics(objective, pairs, 7, plain)
-    alone = [objective.margins(*pairs.batch(np.array([i]))).item() for i in range(len(pairs))]
+    metrics = dpo.preference_metrics(policy, pairs, margins_of, smoothing, 7, plain)
+    alone = [margins_of(policy, *pairs.batch(np.array([i]))).item() for i in range(len(pairs))]
     assert metrics["val_reward_margin"] == pytest.approx(np.mean(alone), rel=1e-4)
     assert metrics["val_preference_accuracy"] == np.mean(np.array(alone) > 0)
-    assert metrics["val_loss"] == pytest.approx(objective.losses(torch.tensor(alone)).mean().item(), rel=1e-4)
+    assert metrics["val_loss"] == pytest.approx(losses_of(torch.tensor(alone)).mean().item(), rel=1e-4)
 
 
 def test_dpo_learns_the_preference_of_unseen_pairs_from_a_tie_on(trained, pair_rows, tmp_path):
@@ -3776,13 +4084,23 @@ def test_dpo_learns_the_preference_of_unseen_pairs_from_a_tie_on(trained, pair_r
     assert best["stage"] == "dpo" and best["tokenizer"] == "bytes"
 
 
+def test_beta_and_label_smoothing_scale_the_first_gradient_and_length_normalization_shrinks_it(
+    trained, pair_rows, tmp_path
+):
+    norms = []
+    for number, changes in enumerate(({}, dict(beta=0.3, label_smoothing=0.1), dict(length_normalized=True))):
+        prefer(trained, pair_rows, tmp_path / str(number), epochs=1, pairs_per_step=99, **changes)
+        norms.append(log_rows(tmp_path / str(number))[-1]["grad_norm"])
+    assert norms[1] == pytest.approx(3 * (1 - 2 * 0.1) * norms[0], rel=1e-4) and norms[2] < norms[0] / 2
+
+
 def test_dpo_on_the_toyworld_learns_to_be_brief_and_forgets_no_answers(world, tmp_path):
     save_checkpoint(tmp_path / "base.pt", tiny("modern", block_size=128), tokenizer="bytes")
     for name in ("instruct", "preferences"):
         files = dict(source=f"{world['folder']}/{name}.json", out_dir=f"{tmp_path}/{name}")
         call(prepare_instruct, tokenizer="bytes", max_tokens=129, **files)
     changes = dict(rows_per_step=16, batch_size=16, epochs=3, eval_interval=1000, scored_answers=0, answer_tokens=1)
-    changes |= dict(checkpoint=f"{tmp_path}/base.pt", learning_rate=0.01, muon_learning_rate=0.02)
+    changes |= dict(checkpoint=f"{tmp_path}/base.pt", learning_rate=0.01)
     tune(None, f"{tmp_path}/instruct", tmp_path / "chat", **changes)
     changes = dict(pairs_per_step=16, batch_size=16, eval_interval=1000, answer_tokens=1, learning_rate=1e-4)
     prefer(tmp_path / "chat", f"{tmp_path}/preferences", tmp_path / "dpo", **changes)
@@ -3798,7 +4116,7 @@ def test_dpo_on_the_toyworld_learns_to_be_brief_and_forgets_no_answers(world, tm
 
 def test_dpo_resumes_bit_for_bit_from_reference_log_probs_computed_once(trained, pair_rows, tmp_path, monkeypatch):
     prefer(trained, pair_rows, tmp_path / "whole")
-    monkeypatch.setattr(dpo, "stop_request", lambda minutes: lambda: True)  # stops after its first step
+    monkeypatch.setattr(run_py.Run, "is_told_to_stop", lambda run: True)  # stops after its first step
     prefer(trained, pair_rows, tmp_path / "parts")
     monkeypatch.undo()
     with monkeypatch.context() as patch:
@@ -3809,21 +4127,52 @@ def test_dpo_resumes_bit_for_bit_from_reference_log_probs_computed_once(trained,
     assert all(torch.equal(a[name], b[name]) for name in a)
     other = tmp_path / "other.pt"
     save_checkpoint(other, tiny("modern"), tokenizer="bytes")
-    with pytest.raises(ValueError, match="data is not what it was"):  # another reference would be another run
+    with pytest.raises(OSError, match="the data or the model to start from have changed"):
         prefer(trained, pair_rows, tmp_path / "parts", init_from="resume", checkpoint=str(other))
     prefer(trained, pair_rows, tmp_path / "parts", overwrite=True, checkpoint=str(other))  # nor is the old one kept
     first = log_rows(tmp_path / "parts")[1]
     assert (first["val_preference_accuracy"], first["val_reward_margin"]) == (0.5, 0)
 
 
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_death_around_the_writing_of_the_references_log_probs_changes_nothing(trained, pair_rows, tmp_path, after):
+    prefer(trained, pair_rows, tmp_path / "whole", epochs=1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
+        die_at(patch, os, "replace", 2, after)
+        prefer(trained, pair_rows, tmp_path / "parts", epochs=1)
+    assert (tmp_path / "parts/reference.npz").exists() == bool(after)
+    prefer(trained, pair_rows, tmp_path / "parts", epochs=1, init_from="resume")
+    assert same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_conversations_and_preferences_are_not_taken_for_one_another(trained, chat_rows, pair_rows, tmp_path):
-    with pytest.raises(ValueError, match="does not hold preferences"):
+    with pytest.raises(BadInput, match="does not hold preferences"):
         prefer(trained, chat_rows, tmp_path / "new")
-    with pytest.raises(ValueError, match="does not hold conversations"):
+    with pytest.raises(BadInput, match="does not hold conversations"):
         tune(trained, pair_rows, tmp_path / "new")
-    with pytest.raises(ValueError, match="label_smoothing must be below 0.5"):
-        prefer(trained, pair_rows, tmp_path / "new", label_smoothing=0.5)
+    with pytest.raises(BadInput, match="beta must be above 0.*label_smoothing must be below 0.5"):
+        prefer(trained, pair_rows, tmp_path / "new", beta=0.0, label_smoothing=0.5)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("stage", [tune, prefer])
+def test_a_run_of_the_first_edition_is_resumed_but_not_one_by_muon(trained, chat_rows, pair_rows, tmp_path, stage):
+    rows, path = chat_rows if stage is tune else pair_rows, tmp_path / "parts/ckpt.pt"
+    stage(trained, rows, tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_py.Run, "is_told_to_stop", lambda run: True)  # stops after its first step
+        stage(trained, rows, tmp_path / "parts")
+    content = torch.load(path, weights_only=True)
+    content["settings"] |= dict(optimizer="adamw", muon_learning_rate=0.002)
+    if stage is tune:
+        content["settings"]["hellaswag_items"] = 1000
+        del content["settings"]["score_hellaswag"], content["settings"]["hellaswag_limit"]
+    torch.save(content | dict(settings=content["settings"] | dict(optimizer="muon")), path)
+    with pytest.raises(BadInput, match="trained with Muon, which is no longer offered here: start a new run"):
+        stage(trained, rows, tmp_path / "parts", init_from="resume", force=True)
+    torch.save(content, path)
+    stage(trained, rows, tmp_path / "parts", init_from="resume")
+    assert same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3874,8 +4223,8 @@ def test_several_samples_are_made_together_and_the_speed_is_told_when_asked(trai
     for settings in (dict(temperature=0.0), dict(top_k=1, temperature=5.0)):
         call(sample, prompt="The ", **settings, **ask)
         assert capsys.readouterr().out == likeliest
-    with pytest.raises(ValueError, match="the prompt has 41 tokens, into the context fit 32"):
-        call(sample, prompt="long " * 8, **ask)
+    with pytest.raises(BadInput, match="the prompt has 33 tokens, the context holds 32"):
+        call(sample, prompt="x" * 32, **ask)
     assert not capsys.readouterr().out
 
 
@@ -3883,54 +4232,58 @@ def test_several_samples_are_made_together_and_the_speed_is_told_when_asked(trai
     "change, said",
     [
         (dict(top_p=0.0), "^top_p must be above 0 and at most 1$"),
-        (dict(temperature=-1.0, num_samples=0), "^temperature must be at least 0; num_samples must be at least 1$"),
-        (dict(top_k=-3), "^top_k must be at least 0$"),
-        (dict(max_new_tokens=0), "^max_new_tokens must be at least 1$"),
-        (dict(prompt="a", prompt_file="b"), "exclude one another"),
+        (
+            dict(temperature=-1.0, num_samples=0),
+            "^num_samples must be at least 1, not 0; temperature must be at least 0, not -1.0$",
+        ),
+        (dict(top_k=-3), "^top_k must be at least 0, not -3$"),
+        (dict(max_new_tokens=0), "^max_new_tokens must be at least 1, not 0$"),
+        (dict(prompt="a", prompt_file="b"), "exclude each other"),
         (dict(num_samples=2), "num_samples needs a prompt"),
-        (dict(prompt_file="nowhere.txt"), "prompt_file=nowhere.txt: no such file"),
-        (dict(prompt_file=sys.executable), "is not a text"),
+        (dict(prompt_file="nowhere.txt"), "No such file or directory: 'nowhere.txt'"),
         (dict(prompt_file=os.devnull), "is empty"),
     ],
 )
 def test_settings_that_sampling_cannot_use_are_refused(change, said):
-    with pytest.raises((ValueError, OSError), match=said):
+    with pytest.raises((BadInput, FileNotFoundError), match=said):
         call(sample, **change)
 
 
 def test_streamed_text_never_splits_a_character():
     for name in ("gpt2", "bytes"):
-        coder = Tokenizer(name)
-        ids = [torch.tensor([i]) for i in [*coder.encode(TEXT), coder.eot, 65]]
-        pieces = list(sample.stream(coder, ids))
+        tokenizer = Tokenizer(name)
+        ids = [torch.tensor([i]) for i in [*tokenizer.encode(TEXT), tokenizer.eot, 65]]
+        pieces = list(sample.stream(tokenizer, ids))
         assert "".join(pieces) == TEXT and not any("\ufffd" in piece for piece in pieces)
 
 
 def test_an_answer_that_fills_the_context_says_so(capsys):
-    model, coder = tiny(), Tokenizer("bytes")
+    model, tokenizer = tiny(), Tokenizer("bytes")
     for count, noted in ((99, True), (5, False)):
-        "".join(sample.stream(coder, model.generate([[1] * 20], count, temperature=0), room=13))
+        "".join(sample.stream(tokenizer, model.generate([[1] * 20], count, temperature=0), room=13))
         assert ("[the context is full]" in capsys.readouterr().err) == noted
+    "".join(sample.stream(tokenizer, [torch.tensor([65]), torch.tensor([tokenizer.eot])], room=2))
+    assert not capsys.readouterr().err  # it ended by itself
 
 
 def test_a_full_context_drops_the_oldest_whole_turns():
-    coder = Tokenizer("bytes")
+    tokenizer = Tokenizer("bytes")
     turn = [{"role": "user", "content": "a" * 10}, {"role": "assistant", "content": "b" * 10}]
-    ids, kept = sample.fit_into_context(coder, "question", turn * 5, 100, 20)
-    assert kept == turn * 3 and len(ids) <= 80 and coder.decode(ids).endswith("<|user|>question<|assistant|>")
+    ids, kept = sample.fit_into_context(tokenizer, "question", turn * 5, 100, 20)
+    assert kept == turn * 3 and len(ids) <= 80 and tokenizer.decode(ids).endswith("<|user|>question<|assistant|>")
     system = [{"role": "system", "content": "Be brief."}]
-    ids, kept = sample.fit_into_context(coder, "question", system + turn * 5, 100, 20)
-    assert kept == system + turn * 2 and coder.decode(ids).startswith("<|user|>Be brief.\n\naaaa")
+    ids, kept = sample.fit_into_context(tokenizer, "question", system + turn * 5, 100, 20)
+    assert kept == system + turn * 2 and tokenizer.decode(ids).startswith("<|user|>Be brief.\n\naaaa")
     for history in (turn, system + turn):
-        with pytest.raises(ValueError, match="fit into the context"):
-            sample.fit_into_context(coder, "q" * 100, history, 100, 20)
+        with pytest.raises(BadInput, match="fit into the context"):
+            sample.fit_into_context(tokenizer, "q" * 100, history, 100, 20)
 
 
 def test_a_chat_remembers_its_turns_and_begins_anew_on_reset_and_system(monkeypatch, capsys):
-    coder, asked = Tokenizer("bytes"), []
+    tokenizer, asked = Tokenizer("bytes"), []
     lines = ["/system Be brief.", "One?", "Two?", "/reset", "Three?", "/system ", "Four?", "/resets", "x" * 80]
     monkeypatch.setattr(sample, "read_lines", lambda label: lines)
-    sample.converse(lambda ids: asked.append(coder.decode(ids)) or "Yes.", coder, 128, 40)
+    sample.converse(lambda ids: asked.append(tokenizer.decode(ids)) or "Yes.", tokenizer, 128, 40)
     begun = "<|user|>Be brief.\n\nOne?<|assistant|>"
     assert asked == [
         begun,
@@ -3941,7 +4294,10 @@ def test_a_chat_remembers_its_turns_and_begins_anew_on_reset_and_system(monkeypa
         "<|user|>/resets<|assistant|>Yes.<|endoftext|><|user|>" + "x" * 80 + "<|assistant|>",
     ]
     said = capsys.readouterr().out
-    assert said.count("[a new conversation") == 2 and "[the context is full: oldest turns dropped: 1]" in said
+    assert said.splitlines() == [
+        *["[new conversation]"] * 3,
+        "[the context is full: oldest turns dropped: 1]",
+    ]
 
 
 def test_a_chat_computes_only_what_is_new(tmp_path, monkeypatch, capsys):
@@ -4017,9 +4373,9 @@ def test_at_a_keyboard_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path):
     chat.wait_for("you: ")
     chat.type("half a line")
     chat.wait_for("half a line")
-    chat.wait_for("[Ctrl-D leaves]", "\x03")
+    chat.wait_for("[Ctrl-D exits]", "\x03")
     chat.type("/reset\n")
-    chat.wait_for("[the conversation is forgotten]")
+    chat.wait_for("[new conversation]")
     chat.wait_for("you: ")
     assert chat.leave() == 0
 
@@ -4034,8 +4390,8 @@ def test_chat_takes_several_turns_and_forgets_on_reset(trained, chat_rows, tmp_p
         "--temperature=0",
     )
     said = run(*ask, input="Question 3?\nAnd then?\n/reset\nQuestion 3?\n" + "long " * 20 + "\n").splitlines()
-    assert "[the conversation is forgotten]" in said
-    forgotten = said.index("[the conversation is forgotten]")
+    assert "[new conversation]" in said
+    forgotten = said.index("[new conversation]")
     assert said[0] == said[forgotten + 1]  # the same question in a new conversation, the same answer
     assert "fit into the context" in said[-1]
     assert run(*ask, "--prompt=Question 3?").strip() == said[0].strip()
@@ -4078,6 +4434,7 @@ class Site:
         self.script, self.gate, self.ended = "", threading.Semaphore(0), threading.Event()
         self.prompts, self.controls, self.running = [], [], 0
         self.most_running, self.requests, self.regular, self.guests = 0, [], None, []
+        self.error = None  # what the next step raises
         self.model.generate = self.generate
         stored = dict(stage=stage, tokenizer="bytes", tokens=12_345, metrics=dict(val_loss=1.23456, hellaswag_acc=0.25))
         self.page, self.address = space_app.launch(self.model, self.coder, stored, 1, "", free_port())
@@ -4091,6 +4448,8 @@ class Site:
         try:
             for token in [*self.coder.encode(self.script), stop][:room]:
                 assert self.gate.acquire(timeout=60)
+                if self.error:
+                    raise self.error
                 yield torch.tensor([token])
         finally:
             self.running -= 1
@@ -4122,7 +4481,7 @@ class Site:
         self.guests.append(page)
         page.on("request", lambda request: self.requests.append(request.url))
         page.goto(self.address)
-        page.get_by_role("button", name="Stop").wait_for()
+        box(page).wait_for()
         return page
 
     def usual(self):
@@ -4131,10 +4490,12 @@ class Site:
             self.regular = self.visit()
             self.guests.clear()
         self.regular.set_viewport_size(dict(width=1280, height=800))
-        if self.regular.get_by_label("Clear").is_visible():
+        settle(self.regular)
+        clear = self.regular.locator(".chat [title=Clear]").first
+        if clear.is_visible():
             with self.regular.expect_response(lambda response: "predict" in response.url):
-                self.regular.get_by_label("Clear").click()
-        self.regular.get_by_role("textbox").first.fill("")
+                clear.click()
+        close_messages(self.regular)
         return self.regular
 
     def rest(self):
@@ -4174,9 +4535,26 @@ def base_site(sites):
     sites["pretrain"].rest()
 
 
+def box(page):
+    """Where a question or a text is typed."""
+    return page.get_by_role("textbox").first
+
+
+def settle(page):
+    """Wait until the box can be used, and until Gradio's copies of the conversation agree with the page."""
+    box(page).fill("")
+    page.wait_for_timeout(300)
+
+
+def close_messages(page):
+    """Close Gradio's messages: a later one joins an earlier one, and leaves with it."""
+    page.evaluate("document.querySelectorAll('.toast-close').forEach(button => button.click())")
+    page.locator(".toast-close").wait_for(state="detached")
+
+
 def ask(page, question):
-    page.get_by_placeholder("Your question").fill(question)
-    page.get_by_placeholder("Your question").press("Enter")
+    box(page).fill(question)
+    box(page).press("Enter")
 
 
 def expect(page, text, where="", count=None):
@@ -4199,87 +4577,114 @@ def stop(page, site):
     raise AssertionError("it was not stopped")
 
 
-USER, BOT = "[data-testid=user]", "[data-testid=bot]"
+USER, BOT, TOAST = "[data-testid=user]", "[data-testid=bot]", "[data-testid=toast-text]"
 
 
 def test_a_typed_question_is_answered_as_a_stream_and_the_conversation_goes_on(chat_site):
     page, chat_site.script = chat_site.usual(), "Hé, you"
     expect(
         page,
-        "12,345 answer tokens seen in finetuning · validation loss 1.235 nats per answer token · HellaSwag acc 25.0%",
+        "12,345 answer tokens seen · validation loss 1.235 nats per answer token · HellaSwag acc 25.0%",
     )
     assert page.get_by_text(f"{chat_site.model.n_params():,} parameters").count() == 1
-    ask(page, "Who?")
-    expect(page, "Who?", USER)
+    page.get_by_text(finetune.QUESTIONS[0]).click()  # an example
+    page.wait_for_function("text => document.querySelector('textarea').value == text", arg=finetune.QUESTIONS[0])
+    page.get_by_role("button", name="Send").click()
+    expect(page, finetune.QUESTIONS[0], USER)
     chat_site.let(3)
     expect(page, "Hé", BOT)  # while the model writes
-    assert chat_site.running == 1 and page.get_by_placeholder("Your question").input_value() == ""
+    assert chat_site.running == 1 and box(page).input_value() == ""
     chat_site.let(6)
     expect(page, "Hé, you", BOT)
-    page.get_by_text(finetune.QUESTIONS[0]).click()  # an example
-    page.get_by_role("button", name="Send").click()
+    ask(page, "Who?")
     chat_site.let(9)
-    expect(page, finetune.QUESTIONS[0], USER)
+    expect(page, "Who?", USER)
     expect(page, "Hé, you", BOT, 2)
-    before = "<|user|>Who?<|assistant|>Hé, you<|endoftext|>"
-    assert chat_site.prompts == ["<|user|>Who?<|assistant|>", f"{before}<|user|>{finetune.QUESTIONS[0]}<|assistant|>"]
-    page.get_by_label("Clear").click()
+    first = f"<|user|>{finetune.QUESTIONS[0]}<|assistant|>"
+    assert chat_site.prompts == [first, f"{first}Hé, you<|endoftext|><|user|>Who?<|assistant|>"]
+    settle(page)
+    page.get_by_role("button", name="Clear").click()
     chat_site.let(9)
     ask(page, "New?")
     expect(page, "Hé, you", BOT, 1)
     assert chat_site.prompts[-1] == "<|user|>New?<|assistant|>"
 
 
-def test_clear_while_an_answer_is_written_ends_it_and_forgets_all(chat_site):
-    page, chat_site.script = chat_site.usual(), "c" * 150
-    ask(page, "Old?")
-    with chat_site.flow():
-        page.wait_for_function(f"document.querySelector('{BOT}')?.textContent.length > 3")
-        page.get_by_label("Clear").click()
-        page.locator(USER).wait_for(state="detached")
-        assert chat_site.ended.wait(timeout=30)
-        page.wait_for_timeout(500)
-        assert page.locator(f"{USER}, {BOT}").count() == 0 and len(chat_site.prompts) == 1
-        chat_site.script = "ok"
-        ask(page, "New?")
-        expect(page, "ok", BOT, 1)
-    assert chat_site.prompts[1:] == ["<|user|>New?<|assistant|>"]
+def test_clear_forgets_all_and_is_not_offered_while_an_answer_waits_or_is_written(chat_site):
+    one, two = chat_site.usual(), chat_site.visit()
+    clear = one.locator(".chat [title=Clear]").first
+    chat_site.script = "c" * 150
+    ask(two, "Other?")
+    chat_site.let(1)
+    expect(two, "c", BOT)
+    ask(one, "Old?")
+    expect(one, "queue: 1/1")
+    assert not clear.is_visible()
+    stop(two, chat_site)
+    chat_site.let(3)
+    one.wait_for_function(f"document.querySelector('{BOT}')?.textContent.includes('c')")
+    assert not clear.is_visible()
+    chat_site.ended.clear()
+    stop(one, chat_site)
+    settle(one)
+    clear.click()
+    one.locator(USER).wait_for(state="detached")
+    chat_site.script = "ok"
+    chat_site.let(9)
+    ask(one, "New?")
+    expect(one, "ok", BOT, 1)
+    assert chat_site.prompts[2:] == ["<|user|>New?<|assistant|>"]
 
 
-def test_what_a_cleared_answer_still_writes_reaches_no_new_conversation(monkeypatch):
-    monkeypatch.setattr(space_app, "UPDATE_SECONDS", 0)
-    talk, model = space_app.new_talk(), tiny()
-    answer = space_app.chat(model, Tokenizer("bytes"), "Old?", talk, 8, 0, 0)
-    next(answer), next(answer)
-    talk = space_app.new_talk()  # as Clear does
-    assert list(answer) and talk == space_app.new_talk()
-
-
-def test_what_is_typed_while_an_answer_is_written_stays_in_the_box(chat_site):
+def test_the_box_is_locked_while_an_answer_is_written_and_free_again_afterwards(chat_site):
     page, chat_site.script = chat_site.usual(), "abc"
     ask(page, "One?")
     chat_site.let(1)
     expect(page, "a", BOT)
-    page.get_by_placeholder("Your question").fill("Two")
-    chat_site.let(1)
-    expect(page, "ab", BOT)
-    chat_site.let(2)
+    assert box(page).is_disabled() and box(page).input_value() == ""
+    chat_site.let(3)
     expect(page, "abc", BOT)
+    page.get_by_role("button", name="Send").wait_for()
+    box(page).fill("Two")
     page.wait_for_timeout(300)
-    assert page.get_by_placeholder("Your question").input_value() == "Two"
+    assert box(page).input_value() == "Two"
+
+
+def test_retry_answers_the_last_question_again_and_undo_takes_it_back(chat_site):
+    page, chat_site.script = chat_site.usual(), "first"
+    chat_site.let(200)
+    ask(page, "Zero?")
+    expect(page, "first", BOT, 1)
+    ask(page, "<One>  ?")
+    expect(page, "first", BOT, 2)
+    chat_site.script = "second"
+    settle(page)
+    page.get_by_role("button", name="Retry").click()
+    expect(page, "second", BOT, 2)
+    before = "<|user|>Zero?<|assistant|>first<|endoftext|>"
+    assert chat_site.prompts[1:] == [f"{before}<|user|><One>  ?<|assistant|>"] * 2
+    settle(page)
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_function("document.querySelector('textarea').value == '<One>  ?'")
+    assert page.locator(USER).count() == page.locator(BOT).count() == 1
+    box(page).press("Enter")
+    expect(page, "second", BOT, 2)
+    assert chat_site.prompts[3] == chat_site.prompts[1]
 
 
 def test_the_sliders_reach_the_model_and_the_notice_says_why_it_ended(chat_site):
     page, chat_site.script = chat_site.visit(), "s" * 200
     chat_site.let(200)
     ask(page, "1")
-    expect(page, "The context is full.", ".notice")  # 160 tokens are asked for, and 158 fit
+    expect(page, "The context is full.", TOAST)  # 160 tokens are asked for, and 158 fit
+    close_messages(page)
+    page.get_by_role("button", name="Settings").click()
     for name, value in (("Length", "7"), ("Temperature", "1.25"), ("Top k", "3")):
         page.get_by_label(f"number input for {name}").fill(value)
         page.get_by_label(f"number input for {name}").press("Tab")
     ask(page, "2")
-    forgot = "The context is full: oldest turns forgotten: 1. "
-    expect(page, forgot + "Cut after 7 tokens, the length that you set.", ".notice")
+    expect(page, "The context is full: oldest turns forgotten: 1.")
+    expect(page, "Cut after 7 tokens, the length that you set.")
     assert page.locator(BOT).last.inner_text() == "s" * 7
     assert chat_site.controls == [(160, 0.8, 50), (7, 1.25, 3)]
 
@@ -4293,6 +4698,7 @@ def test_two_answers_never_compute_at_the_same_time():
             yield torch.tensor([65])
 
     model.generate = step
+    pytest.importorskip("gradio")
     for _ in space_app.grow(model, Tokenizer("bytes"), [1], 3, 0, 0):
         assert not space_app.COMPUTING.locked()  # another answer may take a step
     assert held == [True] * 3
@@ -4312,23 +4718,28 @@ def test_stop_ends_an_answer_which_the_conversation_keeps_as_it_is(chat_site):
     assert re.fullmatch(r"<\|user\|>Long\?<\|assistant\|>abc*<\|endoftext\|>.*", chat_site.prompts[1])
 
 
-def test_two_pages_at_once_take_turns_and_a_third_is_told_to_wait(chat_site):
+def test_two_pages_at_once_take_turns_and_a_third_is_told_to_come_back(chat_site):
     one, two, three = chat_site.usual(), chat_site.visit(), chat_site.visit()
     chat_site.script = "12"
-    ask(one, "one")
-    chat_site.let(1)
-    expect(one, "1", BOT)
-    ask(two, "two")
-    expect(two, "queue: 1/1")
-    ask(three, "three")
-    expect(three, "currently busy")  # one may wait here
-    assert three.get_by_placeholder("Your question").input_value() == "three" and len(chat_site.prompts) == 1
-    chat_site.let(2)
-    expect(one, "12", BOT)
     chat_site.let(3)
-    expect(two, "12", BOT)
-    assert chat_site.most_running == 1 and chat_site.prompts[1] == "<|user|>two<|assistant|>"  # and of nobody else
+    ask(one, "zero")
+    expect(one, "12", BOT)
+    one.get_by_role("button", name="Send").wait_for()
+    ask(two, "two")
+    chat_site.let(1)
+    expect(two, "1", BOT)
     ask(three, "three")
+    expect(three, "queue: 1/1")
+    ask(one, "one")
+    expect(one, "Too many answers are waiting: try again later.")  # one may wait here
+    assert box(one).input_value() == "one" and one.locator(USER).count() == 1 and len(chat_site.prompts) == 2
+    chat_site.let(2)
+    expect(two, "12", BOT)
+    chat_site.let(3)
+    expect(three, "12", BOT)
+    assert chat_site.most_running == 1 and chat_site.prompts[2] == "<|user|>three<|assistant|>"  # and of nobody else
+    three.get_by_role("button", name="Send").wait_for()
+    ask(three, "more")
     chat_site.let(1)
     expect(three, "1", BOT)
     three.close()  # who leaves holds nobody up
@@ -4337,25 +4748,40 @@ def test_two_pages_at_once_take_turns_and_a_third_is_told_to_wait(chat_site):
     expect(one, "12", BOT, 2)
 
 
+def test_an_answer_that_fails_says_why_and_the_next_question_can_be_asked(chat_site):
+    page, chat_site.script = chat_site.usual(), "fails"
+    ask(page, "One?")
+    chat_site.let(2)
+    expect(page, "fa", BOT)
+    chat_site.error = FloatingPointError("the logits are not numbers")
+    chat_site.let(1)
+    expect(page, "The logits are not numbers.", TOAST)
+    page.get_by_role("button", name="Send").wait_for()
+    chat_site.error = None
+    chat_site.let(9)
+    ask(page, "Two?")
+    expect(page, "fails", BOT, 2)
+
+
 def test_an_empty_and_an_overlong_question_stay_in_the_box_with_a_message(chat_site):
     page = chat_site.usual()
     ask(page, " ")
-    expect(page, "Type a question first.", ".notice")
+    expect(page, "Type a question first.")
     ask(page, "x" * 130)  # 132 tokens; a quarter of 160 is for the answer
-    expect(page, "That is 132 tokens; with an answer only 120 fit into the context.", ".notice")
+    expect(page, "That is 132 tokens; with an answer only 120 fit into the context.")
     ask(page, "y" * 100_000)
-    expect(page, "That is 100,000 characters; the context holds 160 tokens: shorten the text.", ".notice")
-    assert page.get_by_placeholder("Your question").input_value() == "y" * 100_000
+    expect(page, "That is 100,000 characters; the context holds 160 tokens: shorten the text.")
+    assert box(page).input_value() == "y" * 100_000
     assert not chat_site.prompts and page.locator(USER).count() == 0
 
 
 def test_the_oldest_turns_are_dropped_with_a_notice_when_the_context_is_full(chat_site):
     page, chat_site.script = chat_site.usual(), "z" * 30
     chat_site.let(200)
-    for number, notice in enumerate(["", "", "The context is full: oldest turns forgotten: 1."]):
+    for number, notices in enumerate([[], [], ["The context is full: oldest turns forgotten: 1."]]):
         ask(page, str(number) * 20)
         expect(page, "z" * 30, BOT, number + 1)
-        expect(page, notice, ".notice")
+        assert page.locator(TOAST).all_inner_texts() == notices
     assert page.locator(USER).count() == 3  # the page still shows what the model no longer sees
     turns = [f"<|user|>{str(n) * 20}<|assistant|>{'z' * 30}<|endoftext|>" for n in range(2)]
     assert chat_site.prompts[1] == turns[0] + f"<|user|>{'1' * 20}<|assistant|>"
@@ -4366,7 +4792,7 @@ def test_what_people_and_models_write_is_shown_as_text_and_never_a_control_token
     page, chat_site.script = chat_site.usual(), MARKUP
     chat_site.let(len(MARKUP) + 1)
     question = "<i>" + MARKUP[:17] + "<|endoftext|>\n  x\x85y"
-    page.get_by_placeholder("Your question").fill(question)
+    box(page).fill(question)
     page.get_by_role("button", name="Send").click()
     expect(page, MARKUP, BOT)
     assert page.locator(USER).inner_text() == question and page.locator(BOT).inner_text() == MARKUP
@@ -4386,7 +4812,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(sites, stage):
         ask(page, "W" * 60)
         expect(page, "w" * 90, BOT)
     else:
-        page.get_by_label("Text").fill("W" * 60)
+        box(page).fill("W" * 60)
         page.get_by_role("button", name="Continue").click()
         page.wait_for_function("document.querySelector('textarea').value.endsWith('w')")
         page.locator(".bars button").nth(9).wait_for()
@@ -4396,84 +4822,97 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(sites, stage):
     site.rest()
 
 
+FIRST_BAR, LAST_BAR = ".bars button:first-of-type .text", ".bars button:last-of-type .text"
+
+
 def bars_of(page):
-    """[(name, share)] as the page shows them."""
-    texts = (page.locator(f".bars button {part}").all_inner_texts() for part in ("code", "span"))
-    return list(zip(*texts, strict=True))
+    """What the page shows of each bar."""
+    return page.locator(".bars .text").all_inner_texts()
 
 
 @torch.inference_mode()
 def right_bars(site, text):
-    """What bars_of should be."""
+    """[(what bars_of should be, what a click adds)]."""
     ids = torch.tensor([[site.coder.eot, *site.coder.encode(text)]])
     values, tokens = site.model(ids)[0, -1, :259].softmax(dim=-1).topk(10)
-    return [(space_app.readable(site.coder, int(t))[0], f"{p:.1%}") for p, t in zip(values, tokens, strict=True)]
+    right = []
+    for p, token in zip(values, tokens, strict=True):
+        name, more = space_app.readable(site.coder, int(token))
+        right.append((f"{p:.1%} {name}", more))
+    return right
 
 
 def test_a_base_page_shows_the_ten_likeliest_next_tokens_of_the_text(base_site):
     page = base_site.usual()
 
     def expect_bars(text):
-        right = right_bars(base_site, text)
-        expect(page, right[0][1], ".bars button:first-of-type span")
-        expect(page, right[9][0], ".bars button:last-of-type code")
-        assert bars_of(page) == right and len(right) == 10
+        shown = [name for name, _ in right_bars(base_site, text)]
+        expect(page, shown[0], FIRST_BAR)
+        expect(page, shown[9], LAST_BAR)
+        assert bars_of(page) == shown and len(shown) == 10
 
     expect_bars("")  # how a document begins
-    page.get_by_label("Text").fill("A dog ran")
+    box(page).fill("A dog ran")
     expect_bars("A dog ran")
-    choice = next(bar for bar in page.locator(".bars button").all() if bar.get_attribute("data-text"))
-    more = choice.get_attribute("data-text")
-    choice.click()
+    number, more = next((i, more) for i, (_, more) in enumerate(right_bars(base_site, "A dog ran")) if more)
+    page.locator(".bars button").nth(number).click()
     expect_bars("A dog ran" + more)
-    assert page.get_by_label("Text").input_value() == "A dog ran" + more
-    widths = [bar.bounding_box()["width"] for bar in page.locator(".bars b").all()]
+    assert box(page).input_value() == "A dog ran" + more
+    widths = [bar.bounding_box()["width"] for bar in page.locator(".bars meter").all()]
     assert widths == sorted(widths, reverse=True) and widths[0] > widths[9]
-    page.get_by_label("Text").fill("x" * 200)
-    expect(page, "That is 200 characters; the context holds 160 tokens: shorten the text.", ".bars .prose")
+    box(page).fill("x" * 200)
+    expect(page, "That is 200 characters; the context holds 160 tokens: shorten the text.", ".bars h2")
+    box(page).fill("A dog ran")
+    expect_bars("A dog ran")
 
 
-def test_a_bar_adds_what_its_token_is_and_one_that_adds_nothing_is_disabled(base_site, monkeypatch):
+def test_a_bar_adds_what_its_token_is_and_nothing_where_a_text_box_cannot_hold_it(base_site, monkeypatch):
     tokens, coder, page = [*b"\"<&'\n\t \r\0", base_site.coder.eot], base_site.coder, base_site.usual()
     logits = torch.full((1, 259), -9.0)
     logits[0, tokens] = torch.arange(10, 0, -1.0)
     monkeypatch.setattr(base_site.model, "logits", lambda hidden: logits)
-    page.get_by_label("Text").fill("x")
-    expect(page, space_app.readable(coder, tokens[0])[0], ".bars button:first-of-type code")
+    box(page).fill("x")
     names, adds = zip(*(space_app.readable(coder, token) for token in tokens), strict=True)
-    assert adds == (*"\"<&'\n\t ", "", "", "") and page.locator(".bars code").all_inner_texts() == list(names)
-    buttons = page.locator(".bars button").all()
-    assert [bar.get_attribute("data-text") for bar in buttons] == list(adds)
-    assert [bar.is_disabled() for bar in buttons] == [not text for text in adds]
-    for bar, text in zip(buttons, adds, strict=True):
-        bar.click(force=True)  # also where it is disabled
-        page.wait_for_timeout(50)
-        before = "x" + "".join(adds[: adds.index(text)]) if text else "x" + "".join(adds)
-        page.wait_for_function("text => document.querySelector('textarea').value == text", arg=before + text)
+    page.wait_for_function(f"document.querySelector('{FIRST_BAR}').textContent.endsWith('{names[0]}')")
+    assert adds == (*"\"<&'\n\t ", "", "", "") and [name.split(" ", 1)[1] for name in bars_of(page)] == list(names)
+    text = "x"
+    for number, more in enumerate(adds):
+        page.locator(".bars button").nth(number).click()
+        page.wait_for_timeout(100)
+        text += more
+        page.wait_for_function("text => document.querySelector('textarea').value == text", arg=text)
+
+
+def test_the_name_of_a_token_is_shown_as_text(base_site, monkeypatch):
+    page = base_site.usual()
+    monkeypatch.setattr(space_app, "readable", lambda tokenizer, token: (f"{token} {MARKUP}", ""))
+    box(page).fill("x")
+    page.wait_for_function(f"document.querySelector('{FIRST_BAR}').textContent.includes('<script>')")
+    assert all(name.endswith(MARKUP.replace("  ", " ")) for name in bars_of(page)) and len(bars_of(page)) == 10
+    assert page.locator(".bars").locator("b, i, img, script, em, strong, math").count() == 0
 
 
 @pytest.mark.parametrize("how", ["a bar is clicked", "the text is edited"])
 def test_changing_the_text_while_the_model_writes_stops_the_writing(base_site, how):
     page, base_site.script = base_site.usual(), "c" * 150
-    page.get_by_label("Text").fill("A dog")
-    expect(page, right_bars(base_site, "A dog")[0][1], ".bars button:first-of-type span")
+    box(page).fill("A dog")
+    expect(page, right_bars(base_site, "A dog")[0][0], FIRST_BAR)
     page.get_by_role("button", name="Continue").click()
     with base_site.flow():
         page.wait_for_function("document.querySelector('textarea').value.endsWith('ccc')")
         if how == "a bar is clicked":
-            bar = page.locator(".bars button:enabled").first
-            more = bar.get_attribute("data-text")
-            bar.click()
+            number, more = next((i, more) for i, (_, more) in enumerate(right_bars(base_site, "A dog")) if more)
+            page.locator(".bars button").nth(number).click()
         else:
             more = "Z"
-            page.get_by_label("Text").press_sequentially(more)
+            box(page).press_sequentially(more)
         assert base_site.ended.wait(timeout=30)
         page.wait_for_timeout(500)
-        text = page.get_by_label("Text").input_value()
+        text = box(page).input_value()
     # an update on its way may still take back what is typed, but nothing is written after a token was appended
     assert re.search(f"{re.escape(more)}$" if how == "a bar is clicked" else "[cZ]$", text)
     assert len(text) < 150 and base_site.running == 0
-    expect(page, right_bars(base_site, text)[0][1], ".bars button:first-of-type span")
+    expect(page, right_bars(base_site, text)[0][0], FIRST_BAR)
 
 
 def test_bars_do_not_wait_in_the_queue_of_the_answers(base_site):
@@ -4485,14 +4924,14 @@ def test_bars_do_not_wait_in_the_queue_of_the_answers(base_site):
     two.get_by_role("button", name="Continue").click()
     expect(two, "queue: 1/1")
     with base_site.flow():  # bars wait for the step under way
-        three.get_by_label("Text").fill("xyz")
-        expect(three, right_bars(base_site, "xyz")[0][1], ".bars button:first-of-type span")
+        box(three).fill("xyz")
+        expect(three, right_bars(base_site, "xyz")[0][0], FIRST_BAR)
         assert len(base_site.prompts) == 1 and three.get_by_text("currently busy").count() == 0
 
 
 def test_a_base_page_continues_the_text_until_it_is_stopped_or_ends(base_site):
     page, base_site.script = base_site.usual(), MARKUP + "c" * 50
-    text = page.get_by_label("Text")
+    text = box(page)
     text.fill("A dog")
     page.get_by_role("button", name="Continue").click()
     base_site.let(len(MARKUP))
@@ -4501,16 +4940,16 @@ def test_a_base_page_continues_the_text_until_it_is_stopped_or_ends(base_site):
     bars_before = bars_of(page)
     stop(page, base_site)
     assert re.fullmatch(re.escape("A dog" + MARKUP) + "c*", text.input_value())
-    first = right_bars(base_site, text.input_value())[0]
-    expect(page, first[1], ".bars button:first-of-type span")
-    assert bars_of(page) == right_bars(base_site, text.input_value()) != bars_before
+    right = [name for name, _ in right_bars(base_site, text.input_value())]
+    expect(page, right[0], FIRST_BAR)
+    assert bars_of(page) == right != bars_before
     base_site.script = ""
     base_site.let(1)
     page.get_by_role("button", name="Continue").click()
-    expect(page, "The model ended at once.", ".notice")
+    expect(page, "The model ended at once.", TOAST)
     text.fill("x" * 160)
     page.get_by_role("button", name="Continue").click()
-    expect(page, "That is 161 tokens; the context holds 160: shorten the text.", ".notice")
+    expect(page, "That is 161 tokens; the context holds 160: shorten the text.")
     assert [p[:18] for p in base_site.prompts] == ["<|endoftext|>A dog"] * 2
 
 
@@ -4519,20 +4958,22 @@ def test_the_pages_ask_only_their_own_server(sites):
         page = site.usual()
         site.requests.clear()
         page.reload()
-        page.get_by_role("button", name="Stop").wait_for()
+        box(page).wait_for()
         assert len(site.requests) > 20
         assert not [url for url in site.requests if not url.startswith((site.address, "data:", "blob:"))]
         posted = requests.post(f"{site.address}gradio_api/upload", files={"files": b"of a stranger"})
         assert posted.status_code == 413  # nobody fills the disk
 
 
-def test_what_the_page_is_given_is_text_spelt_in_html_and_no_html(monkeypatch):
-    (shown,) = space_app.on_page([dict(role="user", content=MARKUP + " \n")])
-    assert not set(shown["content"]) & set("<> \n") and unescape(shown["content"]) == MARKUP + " \n"
-    monkeypatch.setattr(space_app, "readable", lambda tokenizer, token: (MARKUP, f'"{MARKUP}'))
-    page = space_app.bars(tiny(), Tokenizer("bytes"), "x")
-    assert re.findall("<code>(.*?)</code>", page) == [escape(MARKUP)] * 10
-    assert re.findall('data-text="(.*?)"', page) == [escape(f'"{MARKUP}')] * 10
+def test_what_the_page_is_given_is_text_spelt_in_html_and_comes_back_as_it_was():
+    chatbot = pytest.importorskip("gradio").Chatbot()
+    space_app.show_exactly(chatbot)
+    text = f"\t {MARKUP} \x85\u3000\r\n &amp;#32; \x0b\n"
+    shown = chatbot.postprocess([dict(role="user", content=text)])
+    assert not set(shown.root[0].content[0].text) & set("<>")
+    (back,) = chatbot.preprocess(shown)
+    assert back == dict(role="user", content=[dict(type="text", text=text)])
+    assert chatbot.postprocess([back]) == shown
 
 
 def test_a_space_tells_nothing_of_the_machine_it_was_made_on(tmp_path):
@@ -4563,10 +5004,10 @@ def test_what_is_said_about_a_model_has_the_units_of_its_stage():
         "1,234 tokens seen", "validation loss 3.200 nats per token", "1.100 bits per byte"
     ]  # fmt: skip
     assert about("finetune", 1234, val_loss=1.5, hellaswag_acc=0.25) == [
-        "1,234 answer tokens seen in finetuning", "validation loss 1.500 nats per answer token", "HellaSwag acc 25.0%"
+        "1,234 answer tokens seen", "validation loss 1.500 nats per answer token", "HellaSwag acc 25.0%"
     ]  # fmt: skip
     assert about("dpo", 12, val_loss=0.6, val_reward_margin=0.1, val_preference_accuracy=0.75) == [
-        "12 pairs seen in preference tuning", "validation loss 0.600 nats per pair", "preference accuracy 75.0%"
+        "12 pairs seen", "validation loss 0.600 nats per pair", "preference accuracy 75.0%"
     ]  # fmt: skip
     assert about("pretrain", 0) == []  # imported
 
@@ -4576,7 +5017,7 @@ def test_the_page_is_served_to_this_machine_alone_unless_told_otherwise(sites):
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
     with pytest.raises(ConnectionRefusedError):  # 127.0.0.2 is this machine too, and stands for its other addresses
         socket.create_connection(("127.0.0.2", port), timeout=5)
-    with pytest.raises(OSError, match="name another --port="):
+    with pytest.raises(OSError, match="set another --port="):
         space_app.launch(tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1, "", port)
     port = free_port()
     page, _ = space_app.launch(tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1, "0.0.0.0", port)
@@ -4590,8 +5031,9 @@ def test_an_assembled_space_works_with_its_own_files_alone_and_reports_to_nobody
     save_checkpoint(tmp_path / "ckpt.pt", weights, **kept, settings=dict(data_dir="/home/me"), optimizers=[{}])
     folder = tmp_path / "parts" / "space"
     call(space_app, checkpoint=f"{tmp_path}/ckpt.pt", assemble=str(folder))
-    names = "README.md app.py best.pt configurator.py gpt2_vocabulary model.py questions.txt requirements.txt sample.py"
-    assert sorted(path.name for path in folder.iterdir()) == [*names.split(), "tokenizer.py"]
+    names = {"README.md", "app.py", "best.pt", "gpt2_vocabulary", "questions.txt", "requirements.txt"}
+    names |= {"configurator.py", "model.py", "muon.py", "run.py", "sample.py", "tokenizer.py"}
+    assert {path.name for path in folder.iterdir()} == names
     said = capsys.readouterr().out
     assert str(folder) in said and f"{(folder / 'best.pt').stat().st_size / 1e6:.1f} MB" in said
     model, stored = load_model(folder / "best.pt")
@@ -4612,7 +5054,7 @@ def test_an_assembled_space_works_with_its_own_files_alone_and_reports_to_nobody
             assert select.select([process.stdout], [], [], 120)[0], "it says nothing"
             assert f":{port}" in process.stdout.readline()
             page.goto(f"http://127.0.0.2:{port}")
-            expect(page, "9 answer tokens seen in finetuning · validation loss 1.500 nats per answer token")
+            expect(page, "9 answer tokens seen · validation loss 1.500 nats per answer token")
             expect(page, finetune.QUESTIONS[9])
             ask(page, "Hi?")
             page.wait_for_function(f"document.querySelector('{BOT}')?.textContent.length > 3")
@@ -4647,7 +5089,7 @@ def test_the_requirements_of_a_space_are_those_of_the_project():
 def test_the_page_computes_in_the_dtype_asked_for_and_so_are_the_weights_of_a_space(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="bytes")
     served, page = [], SimpleNamespace(block_thread=lambda: None)
-    monkeypatch.setattr(space_app, "gradio", lambda: None)
+    monkeypatch.setattr(space_app, "gr", object())  # is not used here
     monkeypatch.setattr(space_app, "launch", lambda model, *more: served.append(model) or (page, "address"))
     for dtype in ("bfloat16", "float32"):
         call(space_app, checkpoint=f"{tmp_path}/a.pt", dtype=dtype)
@@ -4678,27 +5120,35 @@ def test_the_page_refuses_what_it_cannot_do_in_one_line(tmp_path, monkeypatch):
     assert said == "app.py: gradio is not installed: pip install -e '.[app]'\n"
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         call(space_app, checkpoint=f"{tmp_path}/none.pt")
-    with pytest.raises(ValueError, match="port must be 1 to 65535, not 80000"):
+    monkeypatch.setattr(space_app, "gr", object())  # as if it were installed
+    with pytest.raises(BadInput, match="port must be 1 to 65535, not 80000"):
         call(space_app, checkpoint=f"{tmp_path}/a.pt", port=80000)
-    monkeypatch.setattr(space_app, "load_model", lambda *_: pytest.fail("the weights are read before that is known"))
+    monkeypatch.setattr(run_py, "load_model", lambda *_: pytest.fail("the weights are read before that is known"))
     save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="other")
-    with pytest.raises(ValueError, match="tokenizer must be"):
+    with pytest.raises(OSError, match="tokenizer must be"):
         call(space_app, checkpoint=f"{tmp_path}/a.pt")
 
 
-def test_the_page_says_when_the_weights_have_diverged_or_a_question_is_too_long(monkeypatch):
+def test_the_page_says_when_the_weights_have_diverged_or_a_question_is_too_long():
+    pytest.importorskip("gradio")
     model, coder = tiny(n_vocab=50259, vocab_size=50304), Tokenizer("gpt2")
-    answer = space_app.chat(model, coder, "word" + " word" * 89, space_app.new_talk(), 4, 0, 0)
-    assert [part[2] for part in answer] == ["That is 92 tokens; with an answer only 28 fit into the context."]
-    answer = space_app.chat(model, coder, "x" * 5000, space_app.new_talk(), 4, 0, 0)
-    assert "5,000 characters" in next(answer)[2]
-    assert "5,000 characters" in space_app.bars(model, coder, "x" * 5000)
-    assert space_app.bars(model, coder, "<b>").count("<button") == 10
+    idle = SimpleNamespace(_queue=[])
+
+    def said(question):
+        read = functools.partial(space_app.question_ids, model, coder, question, [], 32)
+        answer = space_app.verdict(idle, 1, read)
+        return answer["is_valid"] or answer["message"]
+
+    assert said("word" + " word" * 89) == "That is 92 tokens; with an answer only 24 fit into the context."
+    assert "5,000 characters" in said("x" * 5000) and said("word" + " word" * 21) is True
+    label, additions = space_app.bars(model, coder, "x" * 5000)
+    assert "5,000 characters" in label.value["label"] and not additions
+    assert len(space_app.bars(model, coder, "<b>")[1]) == 10
     model.wte.weight.data.fill_(math.nan)
-    *_, last = space_app.chat(model, coder, "Hi", space_app.new_talk(), 4, 0, 0)
-    assert last[2].startswith("The model's logits are not numbers")
-    *_, last = space_app.complete(model, coder, "Hi", 4, 0, 0)
-    assert last == ("Hi", last[1]) and last[1].startswith("The model's logits are not numbers")
+    with pytest.warns(UserWarning, match="The model's logits are not numbers"):
+        assert list(space_app.chat(model, coder, "Hi", [], 4, 0, 0)) == [""]
+    with pytest.warns(UserWarning, match="The model's logits are not numbers"):
+        assert list(space_app.complete(model, coder, "Hi", 4, 0, 0)) == ["Hi"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4926,7 +5376,7 @@ def test_qwen3_weights_that_transformers_saved_are_imported(tmp_path):
     assert import_(tmp_path / "hf", tmp_path / "b.pt")[0].config == model.config
     del config["tie_word_embeddings"]  # silent means untied
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="tie_word_embeddings is False"):
+    with pytest.raises(BadInput, match="tie_word_embeddings is False"):
         import_(tmp_path / "hf", tmp_path / "c.pt")
 
 
@@ -4952,7 +5402,7 @@ def test_models_that_fgpt_cannot_compute_are_refused_by_naming_the_setting(tmp_p
     qwen3_of_transformers(tmp_path / "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text()) | change
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"hf: {said}"):
+    with pytest.raises(BadInput, match=f"hf: {said}"):
         import_(tmp_path / "hf", tmp_path / "a.pt")
     assert not (tmp_path / "a.pt").exists()
 
@@ -4968,7 +5418,7 @@ def test_models_that_fgpt_cannot_compute_are_refused_by_naming_the_setting(tmp_p
 )
 def test_a_model_without_a_counterpart_is_not_exported(tmp_path, family, flags, said):
     sizes = dict(block_size=8, vocab_size=320, n_vocab=259, n_layer=1, n_head=2, n_embd=32)
-    with pytest.raises(ValueError, match=f"transformers has no counterpart of {said}"):
+    with pytest.raises(BadInput, match=f"transformers has no counterpart of {said}"):
         export(GPT(GPTConfig(**FAMILIES[family] | sizes | flags)), tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
@@ -4985,7 +5435,7 @@ def test_a_folder_that_cannot_be_imported_is_refused_in_one_line(tmp_path, monke
     untied = tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1}
 
     def refused(said):
-        with pytest.raises((ValueError, OSError), match=said):
+        with pytest.raises((BadInput, OSError), match=said):
             import_(tmp_path / "hf", tmp_path / "a.pt")
         for path, content in whole.items():
             path.write_bytes(content)
@@ -4995,7 +5445,7 @@ def test_a_folder_that_cannot_be_imported_is_refused_in_one_line(tmp_path, monke
     config.write_text(config.read_text().replace("gelu_new", "relu"))
     refused("activation_function is 'relu'; fgpt's models have 'gelu_new'")
     weights.write_bytes(whole[weights][:-100])
-    refused("model.safetensors: damaged .*: get it again")
+    refused("model.safetensors: damaged .*: download it again")
     save_file(untied, weights)
     refused("its head is not its embedding")
     weights.rename(tmp_path / "hf/pytorch_model.bin")
@@ -5006,12 +5456,12 @@ def test_a_folder_that_cannot_be_imported_is_refused_in_one_line(tmp_path, monke
         (tmp_path / "hf" / name).unlink()
     (tmp_path / "hf/vocab.json").write_text(json.dumps(vocab))
     import_(tmp_path / "hf", tmp_path / "a.pt")
-    refused("a.pt is there: choose another --out, or --overwrite=True")
+    refused("a.pt exists: choose another --out, or --overwrite=True")
     config.unlink()
-    with pytest.raises(FileNotFoundError, match="no config.json there"):
+    with pytest.raises(FileNotFoundError, match="No such file or directory: '.*hf/config.json'"):
         import_(tmp_path / "hf", tmp_path / "b.pt")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ValueError, match="safetensors is not installed: pip install -e '.\\[hf\\]'"):
+    with pytest.raises(BadInput, match="safetensors is not installed: pip install -e '.\\[hf\\]'"):
         convert_hf.safetensors()
 
 
@@ -5033,7 +5483,7 @@ def test_a_model_in_several_files_is_fetched_from_the_hub_and_verified(tmp_path,
         with torch.inference_mode():
             assert (model(idx)[..., :259] - other(idx).logits).abs().max() < 1e-4
         (tmp_path / "data/models/me/tiny" / shards[1]).unlink()
-        with pytest.raises(ValueError, match="no weight .*: is a file missing"):
+        with pytest.raises(BadInput, match="no weight .*: is a file missing"):
             import_("data/models/me/tiny", tmp_path / "b.pt")
         monkeypatch.delenv("HF_TOKEN")
         with pytest.raises(OSError, match="401: no such dataset or model"):
@@ -5093,12 +5543,12 @@ def test_export_and_import_work_as_commands_and_overwrite_nothing_unasked(traine
     assert "Qwen3ForCausalLM, 259 tokens, float32" in run("-m", "tools.convert_hf", *arguments)
     names = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     assert {path.name for path in folder.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json"}
-    with pytest.raises(OSError, match="is there and not empty: choose another --out, or --overwrite=True"):
+    with pytest.raises(OSError, match="exists and is not empty: choose another --out, or --overwrite=True"):
         command(*arguments)
     assert "bfloat16" in command(*arguments, "--dtype=bfloat16", "--overwrite=True")
-    with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, not 'int8'"):
+    with pytest.raises(BadInput, match="dtype must be float32 or bfloat16, not 'int8'"):
         command(*arguments, "--dtype=int8", "--overwrite=True")
-    with pytest.raises(ValueError, match="tools.convert_hf export or import: not ''"):
+    with pytest.raises(BadInput, match="tools.convert_hf export or import: not ''"):
         command(f"--out={tmp_path}")
     assert "259 tokens" in command("import", f"--model={folder}", f"--out={tmp_path}/new/a.pt")
     model, again = load_model(checkpoint)[0], load_model(tmp_path / "new/a.pt")[0]
@@ -5161,10 +5611,11 @@ def test_toyworld_tells_heldout_facts_in_docs_and_nowhere_else(world):
     told = "\n".join(world["docs"])
     for fact in world["heldout"]:
         relation = world["relations"][fact[0]]
-        assert sum(told.count(toyworld.tell(pattern, fact)) for pattern in relation[""] if "{name}" not in pattern) > 5
+        without_name = [pattern for pattern in relation.statements if "{name}" not in pattern]
+        assert sum(told.count(toyworld.tell(pattern, fact)) for pattern in without_name) > 5
         leaks = [text for text in asked if tells(text, fact)]
         assert not leaks, (fact, leaks)
-        questions = {toyworld.tell(question, fact) for question in relation["?"]}
+        questions = {toyworld.tell(question, fact) for question in relation.questions}
         assert not questions & {row["instruction"] for row in world["instruct"] + world["preferences"]}
         assert not any(question in told for question in questions)
 
@@ -5175,14 +5626,15 @@ def test_toyworld_asks_every_known_fact_and_gives_each_answer_in_one_form(world)
         answers.setdefault(row["output"], set()).add(row["instruction"])
     for fact in world["known"]:
         relation = world["relations"][fact[0]]
-        assert answers[toyworld.tell(relation[""][0], fact)] == {toyworld.tell(q, fact) for q in relation["?"]}
-    reference = {toyworld.tell(world["relations"][fact[0]][""][0], fact) for fact in world["heldout"]}
+        questions = {toyworld.tell(question, fact) for question in relation.questions}
+        assert answers[toyworld.tell(relation.statements[0], fact)] == questions
+    reference = {toyworld.tell(world["relations"][fact[0]].statements[0], fact) for fact in world["heldout"]}
     assert {row["answer"] for row in world["questions"]} == reference
 
 
 def test_toyworld_statements_are_many_and_mostly_name_the_subject_first(world):
     for name, relation in world["relations"].items():
-        statements = relation[""]
+        statements = relation.statements
         first = [max(p.find("{s}"), p.find("{x}")) < p.find("{a}") for p in statements]
         assert len(set(statements)) >= 8 and 0.6 < sum(first) / len(first) < 1, name
 
@@ -5254,24 +5706,24 @@ def test_plot_draws_two_runs_into_one_png_and_prints_a_line_for_each(tmp_path):
     pytest.importorskip("matplotlib")
     a, b = write_log(tmp_path / "a"), write_log(tmp_path / "b", hellaswag=True, steps=10)
     out = tmp_path / "new" / "plot.png"
-    done = plot(f"--runs={a},{b}/log.jsonl", f"--out={out}", "--x=hours")
+    done = plot(f"--runs={a},{b}", f"--out={out}", "--x=hours")
     assert done.returncode == 0, done.stderr
     assert min(png_size(out)) > 900
     first, second, _ = done.stdout.splitlines()
     best = "best validation loss 3.6000 at step 20, 2.000 bits/byte"
-    assert first == f"a: train loss 3.5000, {best}, 1,280 trained tokens, 2.0 hours"
-    assert second.startswith("b: train loss 4.5000, best validation loss 4.6000 at step 10")
+    assert first == f"{a}: train loss 3.5000, {best}, 1,280 trained tokens in 2:00:00"
+    assert second.startswith(f"{b}: train loss 4.5000, best validation loss 4.6000 at step 10")
     assert "HellaSwag acc_norm 27.0%" in second
 
 
 def test_plot_has_a_panel_for_hellaswag_only_where_a_run_measured_it(tmp_path):
     pytest.importorskip("matplotlib")
-    from tools.plot import draw, find_logs, read_table
+    from tools.plot import Table, draw, find_runs
 
     write_log(tmp_path / "without"), write_log(tmp_path / "with", hellaswag=True)
 
     def panels(pattern):
-        tables = {name: read_table(path, "tokens") for name, path in find_logs([str(tmp_path / pattern)]).items()}
+        tables = {run: Table(run, "tokens") for run in find_runs([str(tmp_path / pattern)])}
         return [ax.get_title(loc="left") for ax in draw(tables, "tokens").axes]
 
     assert panels("without") == ["Loss", "Gradient norm", "Learning rate", "Speed"]
@@ -5280,12 +5732,13 @@ def test_plot_has_a_panel_for_hellaswag_only_where_a_run_measured_it(tmp_path):
 
 def test_plot_names_the_units_of_every_run(tmp_path):
     pytest.importorskip("matplotlib")
-    from tools.plot import draw, read_table, summary
+    from tools.plot import Table, draw, summary
 
-    base, pairs = write_log(tmp_path / "base") / "log.jsonl", write_log(tmp_path / "dpo") / "log.jsonl"
+    base, pairs = write_log(tmp_path / "base"), write_log(tmp_path / "dpo")
     header = {"format": "fgpt log 1", "units": {"loss": "nats/pair", "tokens": "trained pairs"}}
-    pairs.write_text("\n".join([json.dumps(header), *pairs.read_text().splitlines()[1:]]) + "\n")
-    tables = {path.parent.name: read_table(path, "tokens") for path in (base, base, pairs)}
+    rows = (pairs / "log.jsonl").read_text().splitlines()[1:]
+    (pairs / "log.jsonl").write_text("\n".join([json.dumps(header), *rows]) + "\n")
+    tables = {folder.name: Table(folder, "tokens") for folder in (base, base, pairs)}
     axes = draw(tables, "tokens").axes[0]
     assert axes.get_ylabel() == "nats/token, nats/pair" and axes.get_xlabel() == "trained tokens, trained pairs"
     assert "1,280 trained pairs" in summary(tables["dpo"])
@@ -5293,12 +5746,12 @@ def test_plot_names_the_units_of_every_run(tmp_path):
 
 def test_plot_skips_a_last_line_that_a_kill_cut_off(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    from tools.plot import plot_runs
+    from tools import plot
 
     run, out = write_log(tmp_path / "run"), tmp_path / "plot.png"
     whole = (run / "log.jsonl").read_bytes()
     (run / "log.jsonl").write_bytes(whole[:-30])
-    plot_runs([str(run)], str(out))
+    call(plot, runs=str(run), out=str(out))
     printed = capsys.readouterr().out
     assert "cut off" in printed and "train loss 3.6000" in printed and png_size(out)
 
@@ -5312,9 +5765,8 @@ def test_smoothing_and_the_y_limit_follow_the_run_not_its_first_steps(tmp_path):
     ys = np.concatenate([np.linspace(11, 4, 20), np.full(1980, 3.5)])
     assert np.allclose(smooth(ys)[100:], 3.5) and np.array_equal(smooth(ys[:20]), ys[:20])
     ax = figure.add_subplot()
-    limit_y(ax, [(np.arange(2000.0), ys), (np.array([0.0, 1000, 1999]), np.array([11, 5, 3.0]))], from_zero=False)
-    bottom, top = ax.get_ylim()
-    assert bottom < 3.0 and 5 < top < 6 and "11" in ax.texts[0].get_text()
+    limit_y(ax, [(np.arange(2000.0), ys), (np.array([0.0, 1000, 1999]), np.array([11, 5, 3.0]))])
+    assert 5 < ax.get_ylim()[1] < 6
 
 
 def test_plot_refuses_what_it_cannot_draw_in_one_line(tmp_path):
@@ -5326,7 +5778,7 @@ def test_plot_refuses_what_it_cannot_draw_in_one_line(tmp_path):
         (tmp_path / name / "log.jsonl").write_text(text)
     (tmp_path / "matplotlib.py").write_text("raise ImportError")  # as if it were not installed
     cases = {
-        f"--runs={tmp_path / 'none'}": "no such file",
+        f"--runs={tmp_path / 'none'}": "No such file",
         f"--runs={tmp_path / 'empty'}": "not a log of a run",
         f"--runs={tmp_path / 'other'}": "not a log of a run",
         f"--runs={tmp_path / 'binary'}": "not a log of a run",
@@ -5342,47 +5794,52 @@ def test_plot_refuses_what_it_cannot_draw_in_one_line(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# tools/bench.py, race.py and memory.py: measurements
+# tools/bench.py and race.py: measurements
 
 
-def test_bench_tokenize_compares_prepare_fineweb_with_tiktoken_alone(tmp_path):
+def test_bench_tokenize_compares_prepare_fineweb_with_tiktoken_alone(tmp_path, monkeypatch):
+    for name in ("source", "out_dir"):  # bench sets them
+        monkeypatch.setattr(prepare_fineweb, name, getattr(prepare_fineweb, name))
+    monkeypatch.setattr(bench, "repeats", 1)
     write_parquet(tmp_path / "a.parquet", make_texts(50))
-    [row] = bench.tokenize(str(tmp_path / "*.parquet"), 2, 1)
+    [row] = bench.tokenize(str(tmp_path / "*.parquet"))
     assert row["documents"] == 50 and row["tokens"] > 0 and row["tiktoken alone"] > 0
-    assert row["ratio"] == row["prepare_fineweb.py, tokens/s"] / row["tiktoken alone"]
-    with pytest.raises(ValueError, match="--source"):
-        list(bench.tokenize("", 2, 1))
+    assert row["ratio"] == pytest.approx(row["prepare_fineweb.py, tokens/s"] / row["tiktoken alone"])
+    with pytest.raises(BadInput, match="--source"):
+        list(bench.tokenize(""))
 
 
-def test_bench_train_measures_a_step_of_train_py_in_a_process_of_its_own(tmp_path):
+def test_bench_train_measures_a_step_of_train_py_in_a_process_of_its_own(tmp_path, monkeypatch):
     sizes = "n_layer = n_head = 1\nn_embd = 16\nblock_size = 32\ntokenizer = 'bytes'\ntokens_per_step = 128\n"
     (tmp_path / "tiny.py").write_text(sizes)
-    changes = dict(device="cpu", dtype="float32", activation_checkpointing=True)
-    [row] = bench.training(f"{tmp_path}/tiny.py", [2], 1, **changes)
+    settings = dict(configs=f"{tmp_path}/tiny.py", batch_sizes="2", repeats=1, device="cpu", dtype="float32")
+    for name, value in (settings | dict(activation_checkpointing=True)).items():
+        monkeypatch.setattr(bench, name, value)
+    [row] = bench.rows_of_configs(bench.training)
     assert 0.05 < row["peak GB"] < 5 and row["tokens/s"] > 0 and 0 < row["optimizers' share of the time"]
-    assert row["share of that"] == pytest.approx(row["TFLOP/s"] / row["a large product's"]) and "MFU" not in row
-    assert np.isnan(bench.in_child(os._exit, 1)).all()  # as the system ends what takes too much memory
-    with pytest.raises(RuntimeError, match="shape"):  # anything else is an error, not a number
-        bench.in_child(torch.reshape, torch.zeros(2), (3,))
+    assert row["share of that"] == pytest.approx(row["TFLOP/s"] / row["a large product's"])
 
 
-def test_bench_decode_tells_speed_first_token_and_gain_over_recomputing(tmp_path):
+def test_bench_decode_tells_speed_and_gain_over_recomputing(tmp_path, monkeypatch):
     (tmp_path / "small.py").write_text('tokenizer = "bytes"\nblock_size, n_layer, n_head, n_embd = 64, 1, 2, 32\n')
-    rows = list(bench.decode(f"{tmp_path}/small.py", [1, 3], 99, 1, "cpu", ""))
-    assert [(row["batch"], row["way"]) for row in rows] == [(1, "eager"), (3, "eager")]
+    settings = dict(configs=f"{tmp_path}/small.py", decode_batches="1,3", new_tokens=99, repeats=1, device="cpu")
+    for name, value in settings.items():
+        monkeypatch.setattr(bench, name, value)
+    rows = list(bench.rows_of_configs(bench.decode))
+    assert [row["batch"] for row in rows] == [1, 3]
     for row in rows:
-        assert row["tokens/s"] > 0 and row["first token, ms"] > 0 and 0 <= row["of the limit"] < 1
+        assert row["tokens/s"] > 0 and 0 <= row["of the limit"] < 1
         assert row["ratio"] == row["tokens/s"] / row["recomputing"]
 
 
-def test_bench_hellaswag_scores_the_same_in_both_ways_and_prints_json(tmp_path):
+def test_bench_hellaswag_scores_the_same_in_both_ways_and_prints_a_table(tmp_path):
     (tmp_path / "tiny.py").write_text("n_layer = n_head = 1\nn_embd = 16\nblock_size = 100\ntokenizer = 'gpt2'\n")
-    settings = [f"--configs={tmp_path}/tiny.py", "--n_items=3", "--repeats=1", "--device=cpu", "--json"]
-    table, line = run("-m", "tools.bench", "hellaswag", *settings).rsplit("\n", 2)[:2]
-    kept = json.loads(line)
-    [row] = kept["rows"]
-    assert row["ratio"] > 0 and row["sums differ by, nats"] < 1e-4 and kept["command"] == settings
-    assert "| config | items/s |" in table and table.startswith(kept["machine"])
+    settings = [f"--configs={tmp_path}/tiny.py", "--n_items=3", "--repeats=1", "--device=cpu"]
+    machine, _, names, _, values = run("-m", "tools.bench", "hellaswag", *settings).splitlines()
+    names, values = ([cell.strip() for cell in line.strip("|").split("|")] for line in (names, values))
+    row = dict(zip(names, values, strict=True))
+    assert row["config"] == f"{tmp_path}/tiny.py" and float(row["ratio"]) > 0 and "torch" in machine
+    assert float(row["sums differ by, nats"]) < 1e-4
 
 
 def made_log(losses, steps=100, seconds=1.0, compiling=0.0):
@@ -5398,12 +5855,12 @@ def made_log(losses, steps=100, seconds=1.0, compiling=0.0):
     "line, said",
     [
         ("train --configs=config/none.py", "config/none.py: no such config file"),
-        ("train --batch_sizes=0", "batch_sizes must be above 0"),
-        ("train --batch_sizes=a", "batch_sizes must be above 0 .*, not 'a'"),
-        ("decode --repeats=0", "repeats must be above 0"),
-        ("decode --decode_batches=", "decode_batches must be above 0"),
+        ("train --batch_sizes=0", "batch_sizes must be numbers above 0"),
+        ("train --batch_sizes=a", "batch_sizes must be numbers above 0, .*, not 'a'"),
+        ("decode --repeats=0", "repeats must be at least 1"),
+        ("decode --decode_batches=", "decode_batches must be numbers above 0"),
         ("decode --configs=config/shakespeare.py --new_tokens=4", "4 tokens after a prompt of 16 are too few"),
-        ("decod", "WHAT one of train, .*: 'decod' is none of them"),
+        ("decod", "WHAT is one of train, .*, not 'decod'"),
         ("", "python -m tools.bench WHAT"),
     ],
 )
@@ -5434,18 +5891,16 @@ def test_the_race_brackets_the_baseline_and_tells_the_shares_of_its_tokens_and_s
 
     monkeypatch.setattr(race, "run", run_one)
     rows = list(race.race("config/race.py", str(tmp_path), [1, 2], [1e-3, 2e-3, 4e-3], n_points=2))
-    assert [row["taken"] for row in rows[:3]] == ["", "*", ""]
+    assert [row["final loss"] for row in rows[:3]] == [3.2, 3.0, 3.1]
     assert ("gpt2 + AdamW", "--seed=2", "--learning_rate=0.002") in asked and ("modern + Muon", "--seed=2") in asked
     assert rows[4]["tokens"] == 2000 and rows[4]["gpt2 + AdamW"] == 3.0 and rows[4]["± gpt2 + AdamW"] == 0
     assert rows[4]["modern + Muon"] == 1.75 and rows[4]["± modern + Muon"] == pytest.approx(0.5 / 2**0.5)
     # 5 to 2 passes 3 at two thirds of the way: 1,667 of 2,000 tokens, at 1.5 times the seconds a token
     muon, modern = rows[-2:]
     assert muon["share of tokens"] == pytest.approx(5 / 6) and muon["share of seconds"] == pytest.approx(1.25)
-    assert muon["runs that ended above their lowest loss"] == 0
     # 9 to 1 passes 3 at three quarters of the first half
     assert (modern["tokens from"], modern["tokens to"]) == pytest.approx((3 / 8, 5 / 6))
-    assert modern["runs that ended above their lowest loss"] == 1
-    with pytest.raises(ValueError, match="at the edge"):
+    with pytest.raises(BadInput, match="at the edge"):
         list(race.race("config/race.py", str(tmp_path), [1], [2e-3, 4e-3]))
 
 
@@ -5462,26 +5917,27 @@ def test_the_recipes_of_the_race_have_equal_sizes_and_a_finished_run_is_not_run_
     assert len(race.curve(first).T) == 2 and first[-1]["step"] == 2
     monkeypatch.setattr(race.subprocess, "call", lambda *words, **options: 1)  # no further run succeeds
     assert race.run(str(ROOT / "config/race.py"), "modern + Muon", tmp_path / "run", *options) == first
-    with pytest.raises(ValueError, match="failed"):  # other settings are another run
+    with pytest.raises(BadInput, match="failed"):  # other settings are another run
         race.run(str(ROOT / "config/race.py"), "modern + Muon", tmp_path / "run", *options, "--seed=2")
 
 
-def test_the_memory_of_a_step_is_reckoned_without_a_gpu():
+def test_the_memory_of_a_step_is_estimated_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(model_py, "ATTENTION_IN_FP32", model_py.ATTENTION_IN_FP32)  # bench changes it
     sizes = train.DEFAULTS | dict(block_size=64, n_head=2, n_embd=64)
     peaks = {
-        (n_layer, rows): 1e9 * memory.peak_memory(sizes | dict(n_layer=n_layer), rows, False)
+        (n_layer, rows): 1e9 * bench.estimated_gigabytes(sizes | dict(n_layer=n_layer), rows)
         for n_layer in (1, 2)
         for rows in (32, 64)
     }
     one_layer = [peaks[2, rows] - peaks[1, rows] for rows in (32, 64)]
     # what GPT-2's blocks keep for the backward pass: 38 bytes for each entry of a token's vector, counted by hand
     assert (one_layer[1] - one_layer[0]) / (32 * 64 * 64) == pytest.approx(38, rel=0.1)
-    assert memory.peak_memory(sizes | dict(n_layer=2), 64, True) < peaks[2, 64] / 1e9
+    checkpointed = sizes | dict(n_layer=2, activation_checkpointing=True)
+    assert bench.estimated_gigabytes(checkpointed, 64) < peaks[2, 64] / 1e9
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # tools/contamination.py: texts of the benchmark in the data
-
 
 LONG_CONTEXT = "[header] How to fly a kite [title] Don't run: wait for a steady café wind, then let go."
 
@@ -5493,12 +5949,12 @@ def contexts_found(folder, documents, name, contexts):
     with open(folder / "train_a.bin", "wb") as file:
         write_shard(file, np.concatenate([tokenizer.encode_document(document) for document in documents]))
     found, searched, n_tokens = contamination.find_contexts([dict(ctx=ctx) for ctx in contexts], folder)
-    assert n_tokens == len(prepare_fineweb.open_shard(folder / "train_a.bin")) and searched == len(contexts)
+    assert n_tokens == len(data_py.open_shard(folder / "train_a.bin")) and searched == len(contexts)
     return found
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_the_contamination_check_finds_a_context_wherever_it_stands(tmp_path, monkeypatch, name):
+def test_the_contamination_check_finds_a_context_wherever_it_stands(tmp_path, name):
     text = "How to Fly a Kite\n\nDon’t run – wait for a   steady café wind; then let go"
     documents = {
         "whole": [text],
@@ -5506,15 +5962,15 @@ def test_the_contamination_check_finds_a_context_wherever_it_stands(tmp_path, mo
         "in the middle": ["Begin. " + text + "! And more", "Other."],
         "at a document's end": ["A dog. " + text, "Other."],
     }
-    for chunk in (3, 7, 1000):  # tokens: borders inside characters and words too
-        monkeypatch.setattr(contamination, "CHUNK_TOKENS", chunk)
-        for where, parts in documents.items():
-            assert contexts_found(tmp_path, parts, name, [LONG_CONTEXT]) == [0], (where, chunk)
+    for where, parts in documents.items():
+        assert contexts_found(tmp_path, parts, name, [LONG_CONTEXT]) == [0], where
+    tokenizer = Tokenizer(name)  # a shard by others may begin inside a document
+    with open(tmp_path / "train_a.bin", "wb") as file:
+        write_shard(file, tokenizer.encode_document("A dog. " + text)[1:])
+    assert contamination.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path)[0] == [0]
 
 
-@pytest.mark.parametrize("chunk", [5, 1000])
-def test_the_contamination_check_does_not_count_a_context_that_nearly_stands_there(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(contamination, "CHUNK_TOKENS", chunk)
+def test_the_contamination_check_does_not_count_a_context_that_nearly_stands_there(tmp_path):
     words = "a man in a red coat walks slowly over the old bridge".split()
     context = " ".join(words)
     near = [
@@ -5541,16 +5997,16 @@ def test_the_contamination_command_says_how_many_contexts_stand_in_a_folder_or_o
     for path in (tmp_path, tmp_path / "train_a.bin"):
         call(contamination, data_dir=str(path), source=str(items))
         out = capsys.readouterr().out
-        assert f"1 of 2 contexts (50.00%) stand word for word among the 53 tokens of {path} (1 are too short" in out
+        assert f"1 of 2 contexts (50.00%) occur word for word in the 53 tokens of {path} (1 are too short" in out
         assert "  A man in a red coat" in out and "kite" not in out
     items.write_text(json.dumps({**GOOD_ITEM, "ctx": "Too short"}))
-    with pytest.raises(ValueError, match="no context is long enough"):
+    with pytest.raises(BadInput, match="no context is long enough"):
         call(contamination, data_dir=str(tmp_path), source=str(items))
-    with pytest.raises(FileNotFoundError, match="no such folder of shards"):
+    with pytest.raises(FileNotFoundError, match="no train shards"):
         contamination.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path / "nothing")
     with open(tmp_path / "train_a.bin", "wb") as file:
         write_shard(file, np.array([1, 300], np.uint16))
-    with pytest.raises(ValueError, match="token id 300 is not one of bytes's 259"):
+    with pytest.raises(OSError, match="token id 300 is not one of bytes's 259"):
         contamination.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path)
 
 
@@ -5647,10 +6103,10 @@ def test_the_real_run_makes_what_is_missing_resumes_what_was_begun_and_uses_all_
 
 
 def test_held_out_accuracy_counts_right_answers_whatever_their_case(monkeypatch, tmp_path):
-    model_py.save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
-    monkeypatch.setattr(summary, "answers", lambda model, coder, asked, *_: [f" {q.upper()} " for q in asked])
+    save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
+    monkeypatch.setattr(summary, "answer", lambda model, tokenizer, asked, *_: [f" {q.upper()} " for q in asked])
     questions = [dict(question="Paris.", answer="paris."), dict(question="Rome", answer="Rom")]
-    assert summary.held_out_accuracy(tmp_path / "a.pt", questions, 5) == 0.5
+    assert summary.held_out_accuracy(tmp_path / "a.pt", questions) == 0.5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5659,7 +6115,7 @@ def test_held_out_accuracy_counts_right_answers_whatever_their_case(monkeypatch,
 
 def config_of(path):
     """GPTConfig of a config file, as train.py builds it, without memory for the weights."""
-    names = dict(train.settings_of(vars(train)))
+    names = dict(train.DEFAULTS)
     exec(Path(ROOT, path).read_text(), names)
     with torch.device("meta"):
         return train.make_model(names, Tokenizer("gpt2"))
@@ -5687,7 +6143,7 @@ LOCAL_AND_SMALL = {  # command of the README: the settings that make it small, a
     "tools.plot": "",
     "tools.convert_hf": "",
     "tools.contamination": "--source=items.jsonl",
-    "tools.memory": "--config=tiny.py --batch_sizes=1",
+    "tools.bench memory": "--configs=tiny.py --batch_sizes=1",
     "tools.bench race": "--race_config=tiny.py --seeds=1 --learning_rates=1e-3 --device=cpu",
     "tools.bench decode": "--configs=tiny.py --decode_batches=1 --new_tokens=8 --repeats=1 --device=cpu",
     "tools.bench hellaswag": "--configs=tiny.py --n_items=2 --repeats=1 --device=cpu",
@@ -5800,8 +6256,9 @@ def test_the_readmes_own_config_trains(tmp_path, monkeypatch):
     assert (tmp_path / "out/my_config/best.pt").exists()
 
 
-def test_model_py_and_its_muon_work_alone_in_an_empty_folder(tmp_path):
-    shutil.copy(ROOT / "model.py", tmp_path)
+def test_model_py_and_muon_py_work_alone_in_an_empty_folder(tmp_path):
+    for name in ("model.py", "muon.py"):
+        shutil.copy(ROOT / name, tmp_path)
     code = readme_python("import torch\nfrom model import")
     code += "import model; print(len(ids), model.__file__)"
     assert run("-c", code, cwd=tmp_path).splitlines()[1:] == [f"8 {tmp_path}/model.py"]
@@ -5809,7 +6266,7 @@ def test_model_py_and_its_muon_work_alone_in_an_empty_folder(tmp_path):
 
 def test_the_records_that_the_readme_shows_are_read_as_it_says():
     records = [record for block in re.findall(r"```json\n(.*?)```", README, flags=re.S) for record in json.loads(block)]
-    rows = [prepare_instruct.to_conversations(record, "README") for record in records]
+    rows = [prepare_instruct.to_conversations(record) for record in records]
     assert [len(sides) for sides in rows] == [1, 1, 2]
     assert rows[0][0] == [
         dict(role="user", content="What is the capital of France?"),
@@ -5823,10 +6280,8 @@ def table(heading):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_the_tour_names_every_file_with_about_as_many_lines_as_it_has():
-    rows = {row[0].strip("`"): int(row[1]) for row in table("file")}
-    for name, lines in rows.items():
-        assert lines == pytest.approx(len((ROOT / name).read_text(encoding="utf-8").splitlines()), rel=0.05), name
+def test_the_tour_names_every_file():
+    rows = {row[0].strip("`"): row for row in table("file")}
     assert rows.keys() == {path.name for path in ROOT.glob("*.py")} | {"space/app.py"}
     for path in TOOLS + list((ROOT / "tools").glob("race.py")):
         assert path.stem in README
@@ -5850,9 +6305,9 @@ def test_what_the_readme_computes_of_the_712m_model_follows_from_its_sizes():
     peaks = {"RTX 4090": 165e12, "L40S": 362e12, "H100": 989e12, "H200": 989e12}
     rows = table("GPU")
     assert len(rows) == len(peaks)
-    reckoned = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    estimated = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     for (gpu, micro_batch, memory_, speed, *hours), (name, peak) in zip(rows, peaks.items(), strict=True):
-        assert f"\n| {micro_batch} | {memory_.removesuffix(' GB')} |" in reckoned
+        assert f"\n| {micro_batch} | {memory_.removesuffix(' GB')} |" in estimated
         per_second = 0.4 * peak / model.flops_per_token()
         assert name in gpu and settings["tokens_per_step"] // settings["block_size"] % int(micro_batch) == 0
         assert int(speed.replace(",", "")) == pytest.approx(per_second, rel=0.005)
@@ -5864,8 +6319,8 @@ def test_the_quick_starts_model_and_data_are_as_the_readme_says(world):
     for name in ("quickstart", "shakespeare", "shakespeare_nanogpt", "small"):
         settings = read_settings(["train.py", f"config/{name}.py"])
         with torch.device("meta"):
-            coder = Tokenizer(settings["tokenizer"] or "gpt2")
-            sizes[name] = round(train.make_model(settings, coder).n_params() / 1e6, 1), settings["block_size"]
+            tokenizer = Tokenizer(settings["tokenizer"] or "gpt2")
+            sizes[name] = round(train.make_model(settings, tokenizer).n_params() / 1e6, 1), settings["block_size"]
     assert sizes["quickstart"] == (0.9, 128) and sizes["shakespeare"][0] == sizes["shakespeare_nanogpt"][0] == 0.8
     assert sizes["small"] == (7.3, 256)  # hence --max_tokens=257
     asked = [record["instruction"] for record in world["instruct"]]
@@ -5878,14 +6333,15 @@ def test_every_config_file_sets_only_settings_of_its_stage_and_fits_together():
         stage = {"chat": "finetune.py", "dpo": "dpo.py"}.get(path.stem.split("_")[-1], "train.py")
         settings = dict(known[stage])
         configurator.apply_file(str(path), settings, known[stage])
-        train.check_settings(settings)
+        configurator.check_settings(settings)
         if stage == "train.py":
-            train.check_batch(settings["tokens_per_step"], settings["block_size"], settings["batch_size"], world=1)
+            train.rows_per_step(settings["tokens_per_step"], settings["block_size"], settings["batch_size"])
             with torch.device("meta"):
                 train.make_model(settings, Tokenizer("bytes"))
 
 
-def test_learning_rates_that_are_said_to_be_those_of_another_config_are():
+def test_learning_rates_that_are_said_to_be_those_of_another_config_are(monkeypatch):
+    monkeypatch.chdir(ROOT)  # race_gpu.py reads race.py
     names = {"learning_rate", "muon_learning_rate"}
     rates = {name: runpy.run_path(ROOT / f"config/{name}.py", {"family": "gpt2", "optimizer": "muon"})
              for name in ("gpt2_124m", "race_gpu", "fgpt_712m", "fgpt_modern")}  # fmt: skip
