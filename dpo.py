@@ -146,7 +146,7 @@ def main():
         return {}
 
     if run.step == 0:
-        run.begin(evaluate(0))
+        run.log_start(evaluate(0))
     while not run.over():
         started = time.perf_counter()
         batch = next(batches)

@@ -137,7 +137,7 @@ def main():
         return metrics
 
     if run.step == 0:
-        run.begin(evaluate(0))
+        run.log_start(evaluate(0))
     while not run.over():
         started = time.perf_counter()
         idx, targets = batch = next(batches)

@@ -24,6 +24,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -251,7 +252,7 @@ class Run:
         if self.stopped or self.step % self.settings["checkpoint_interval"] == 0:
             self.save(must=self.stopped)
 
-    def begin(self, row):
+    def log_start(self, row):
         """Log what was measured before the first step."""
         row = {"step": 0, "tokens": 0} | row
         self.record(row)
@@ -339,13 +340,13 @@ class Run:
             parts.append("NOT FINITE, skipped")
         parts += [f"{label} {row[name]:.4f}" for name, label in self.labels.items() if name in row]
         if "tokens_per_second" in row:
-            left = int((self.n_steps - row["step"]) * statistics.median_low(self.recent_seconds))
+            left = timedelta(seconds=int((self.n_steps - row["step"]) * statistics.median_low(self.recent_seconds)))
             if "learning_rate" in row:
                 parts.append(f"lr {row['learning_rate']:.2e}")
             parts.append(f"{row['tokens_per_second']:,} tok/s")
             if "mfu" in row:
                 parts.append(f"MFU {row['mfu']:.1%}")
-            parts.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+            parts.append(f"{left} left")
         return " | ".join(parts)
 
     def finish(self, also=""):

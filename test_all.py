@@ -3039,10 +3039,10 @@ def test_the_largest_micro_batch_is_found_stored_and_used_again(story, tmp_path,
     monkeypatch.setattr(GPT, "forward", forward)
     sizes = dict(tokens_per_step=12 * 32, batch_size=0)
     pretrain(story, tmp_path / "found", max_steps=2, **sizes)
-    assert tried == [12, 6, 3] + 2 * [3, 3, 3, 3] and "3 windows at a time" in capsys.readouterr().out
+    assert tried == [12, 6, 4, 3] + 2 * [3, 3, 3, 3] and "3 windows at a time" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "found/ckpt.pt")["settings"]["batch_size"] == 3
     pretrain(story, tmp_path / "found", max_steps=3, **sizes, init_from="resume")
-    assert tried[11:] == [3, 3, 3, 3]
+    assert tried[12:] == [3, 3, 3, 3]
     pretrain(story, tmp_path / "given", max_steps=2, **sizes | dict(batch_size=3))
     assert log_rows(tmp_path / "given")[1:3] == log_rows(tmp_path / "found")[1:3]  # the search left no trace
     monkeypatch.setattr(train, "fits", lambda *arguments: False)

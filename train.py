@@ -123,6 +123,7 @@ CPU_TOKENS = 8192  # largest micro-batch that --batch_size=0 finds on a CPU
 
 
 def main():
+    # the module-level names are what the user asked for; `settings` also gets what is chosen here
     settings = settings_of(globals())
     check(settings)
     join_processes(settings["device"])
@@ -163,7 +164,7 @@ def main():
         return metrics
 
     if run.step == 0:
-        run.begin(evaluate(0))
+        run.log_start(evaluate(0))
     while not run.over():
         started = time.perf_counter()
         idx, targets = batch = next(batches)
@@ -265,8 +266,8 @@ def upgrade_settings(stored):
 def find_batch_size(model, optimizers, stored_size, n_rows, autocast):
     """The micro-batch for n_rows a step: the checkpoint's stored_size if it divides them, else the largest that fits.
 
-    Tries the divisors of a process's rows from the largest down, at least halving each time, until one fits into the
-    memory of every process. Measured without torch.compile, which needs less. BadInput when not even one row fits.
+    Tries the divisors of a process's rows from the largest down, until one fits into the memory of every process.
+    Measured without torch.compile, which needs less. BadInput when not even one row fits.
     """
     n_rows //= rank_and_world()[1]
     if stored_size and n_rows % stored_size == 0:
@@ -275,17 +276,14 @@ def find_batch_size(model, optimizers, stored_size, n_rows, autocast):
     sizes = [size for size in range(n_rows, 0, -1) if n_rows % size == 0]
     if device.type == "cpu":  # there, what does not fit is swapped, without an error
         sizes = [size for size in sizes if size * model.config.block_size <= CPU_TOKENS] or [1]
-    while True:
-        n_too_small = sum_over_ranks(torch.tensor(float(not fits(model, optimizers, sizes[0], autocast))))
-        if n_too_small == 0:
-            break
-        sizes = [size for size in sizes if size <= sizes[0] // 2]
-        if not sizes:
-            raise BadInput("not even one row fits into memory: --activation_checkpointing=True or a smaller model")
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)  # so that the log shows the peak of training
-    return sizes[0]
+    for size in sizes:
+        n_full = sum_over_ranks(torch.tensor(0.0 if fits(model, optimizers, size, autocast) else 1.0))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)  # so that the log shows the peak of training
+        if n_full == 0:
+            return size
+    raise BadInput("not even one row fits into memory: --activation_checkpointing=True or a smaller model")
 
 
 def fits(model, optimizers, batch_size, autocast):
@@ -293,7 +291,7 @@ def fits(model, optimizers, batch_size, autocast):
     try:
         reserved = []
         for opt in optimizers:
-            n_copies = 3 if isinstance(opt, torch.optim.AdamW) else 2
+            n_copies = 3 if isinstance(opt, torch.optim.AdamW) else 2  # the gradient, and one or two moments
             for p in (p for group in opt.param_groups for p in group["params"]):
                 reserved += [torch.empty_like(p) for _ in range(n_copies)]
         idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=reserved[0].device)
