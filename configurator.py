@@ -92,7 +92,7 @@ def apply_file(path, settings, defaults):
     """Execute a config file and change `settings` by the names that it defines."""
     if not path.endswith(".py") or not Path(path).is_file():
         raise BadInput(f"{path}: no such config file (settings are --name=value, config files end in .py)")
-    names = dict(settings)
+    names = {**settings, "__file__": path}
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
     except Exception as error:

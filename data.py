@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 
 SPLITS = ("train", "val")
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 256 * 4
 HASH_KEY = b"fgpt validation"  # never change it: documents would change sides
 # prepare_fineweb.py writes a record about each source file; these must be the same for all files of a folder
 RULES = ("tokenizer", "split", "text_field", "split_blank_lines")
@@ -146,7 +148,7 @@ def write_json(path, value):
 
 
 def read_sidecars(folder):
-    """The records source_*.json of a folder's source files. OSError for a file that only has the name of one."""
+    """The records source_*.json of a folder's source files. OSError for a file of that name that is no record."""
     records = []
     for path in sorted(Path(folder).glob("source_*.json")):
         record = read_json(path)
@@ -158,7 +160,7 @@ def read_sidecars(folder):
 
 def read_meta(folder):
     """What a folder of shards holds: tokenizer, split rule, totals of train and val (bytes are those of the text as
-    UTF-8); {} where nothing says so.
+    UTF-8); {} if it has neither sidecars nor meta.json.
 
     Derived from the sidecars, so folders may be merged by copying; meta.json counts only where there are none.
     OSError when the sidecars contradict each other.

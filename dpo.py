@@ -132,6 +132,7 @@ def main():
     if not is_known:  # only now: a folder with this file but no checkpoint could not be resumed
         write_reference(reference_file, belongs_to, train, val)
     print(f"{len(train):,} pairs, {n_steps:,} steps of {pairs_per_step}; {len(val):,} for validation")
+    print(f"on {settings['device']} in {settings['dtype']}")
     batches = prefetch(partial(batch_at, train, pairs_per_step, seed), run.step, device)
 
     def margins_of(model, ids, mask, reference):
@@ -212,7 +213,7 @@ def reward_margins(model, ids, mask, reference, beta, length_normalized=False):
 
 
 def preference_losses(margins, label_smoothing=0.0):
-    """(P,) nats: -log sigmoid(margin) (Rafailov et al. 2023, eq. 7), if a label is wrong with label_smoothing."""
+    """(P,) nats: -log sigmoid(margin) (Rafailov et al. 2023, eq. 7). label_smoothing: how likely a label is wrong."""
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
 
 

@@ -1,5 +1,5 @@
-"""Supervised finetuning: a checkpoint of train.py and the rows of
-prepare_instruct.py make an assistant.
+"""Supervised finetuning: trains a checkpoint of train.py on the rows of
+prepare_instruct.py, to make an assistant.
 
     python finetune.py --checkpoint=out/mine/best.pt --out_dir=out/chat
     python finetune.py --checkpoint=out/mine/best.pt --out_dir=out/chat \\
@@ -108,7 +108,7 @@ Summarize the plot of '1984' by George Orwell.""".splitlines()
 
 def main():
     settings = settings_of(globals())
-    check(settings, AT_LEAST_1)
+    check(settings, AT_LEAST_1, [(score_hellaswag or hellaswag_limit == 0, "hellaswag_limit needs --score_hellaswag")])
     join_processes(settings["device"])
     device = pick_device(settings["device"], deterministic)
     model, tokenizer = load_base(settings, device)
@@ -123,6 +123,7 @@ def main():
     before = answer(model, tokenizer, QUESTIONS, answer_tokens, autocast)  # before `restore` changes the weights
     run.restore(model, optimizers, tokenizer.name, fingerprint(checkpoint, data_dir))
     print(f"{len(train):,} conversations, {n_steps:,} steps of {rows_per_step}; {len(val):,} for validation")
+    print(f"on {settings['device']} in {settings['dtype']}")
     batches = prefetch(partial(batch_at, train, rows_per_step, seed), run.step, device)
 
     def evaluate(step):

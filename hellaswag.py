@@ -89,7 +89,7 @@ def main():
     items = load_items(source, limit)
     result = evaluate(model, tokenizer, items, autocast, style, chat)
     if rank_and_world()[0] == 0:
-        report(result, stored["step"], model.config.block_size)
+        report(result, stored["step"], dtype, model.config.block_size)
     leave_processes()
 
 
@@ -338,7 +338,7 @@ class Branches:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def report(result, step, block_size):
+def report(result, step, used_dtype, block_size):
     """Print the result, and append it to hellaswag.jsonl next to the checkpoint."""
     cut = result["cut"]
     n_items = result["items"]
@@ -347,8 +347,9 @@ def report(result, step, block_size):
     name = f"{style} style, chat" if chat else f"{style} style"
     acc = f"acc {result['acc']:.4f} ± {result['acc_stderr']:.4f}"
     acc_norm = f"acc_norm {result['acc_norm']:.4f} ± {result['acc_norm_stderr']:.4f}"
-    print(f"HellaSwag, {name}: {acc}, {acc_norm} ({n_items:,} items)")
+    print(f"HellaSwag, {name}: {acc}, {acc_norm} ({n_items:,} items, {used_dtype})")
     settings = dict(checkpoint=checkpoint, step=step, source=source or HUB_DATASET, style=style, chat=chat)
+    settings["dtype"] = used_dtype
     with open(Path(checkpoint).parent / "hellaswag.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({**settings, **result}) + "\n")
 

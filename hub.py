@@ -25,9 +25,9 @@ from tqdm import tqdm
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-STALL_SECONDS = 60  # a connection that is silent for this long is given up
+STALL_SECONDS = 60  # without data, before a connection is dropped
 RETRIES = 11  # ten minutes of waiting: retries without any progress
-CONTACT_RETRIES = 5  # half a minute: retries when a first contact fails, as the address or the network may be wrong
+CONTACT_RETRIES = 5  # half a minute: retries of the first connection, few as the address may be wrong
 FIRST_WAIT = 1  # seconds: the first retry follows at once, the next ones after 2, 4, 8, ... times this
 LONGEST_WAIT = 300  # seconds, if a server asks for more; the Hub limits the requests of five minutes
 RETRY_CODES = (408, 429, *range(500, 600))  # HTTP codes of a server that is busy or out of order
@@ -83,8 +83,8 @@ def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="d
     """Files of a Hub dataset (or kind="models") in a folder of it, those whose path is `wanted`, sorted: a dict each.
 
     name, url, size; checksum: sha256 (files in LFS) or git blob hash (small files); revision: a branch or tag is
-    resolved to a commit, at which the files are listed and fetched (if the server does not tell the commit, the branch
-    is used). FileNotFoundError when no file is wanted, OSError as `fetch_json`.
+    resolved to a commit, at which the files are listed and fetched (if the server reports no commit, the branch is
+    used). FileNotFoundError when no file is wanted, OSError as `fetch_json`.
     """
     ref = quote(revision, safe="")
     folder = quote(subset.strip("/"))
@@ -150,7 +150,7 @@ def request(url, start=0, method="GET", contact_retries=CONTACT_RETRIES, **optio
     except requests.RequestException as error:  # its text may contain the token
         raise OSError(f"{url}: no answer ({type(error).__name__}): {CHECK}") from None
     code = response.status_code
-    if code >= 400:
+    if code >= 400 and not (code == 416 and start):  # 416: the server has no such range
         advice = "refused, perhaps because of too many requests: try again later"
         if is_hub(url):
             advice = ADVICE.get(code, "check the name, folder and revision")
@@ -216,8 +216,11 @@ def receive(url, path, size, bar):
 
 
 def receive_some(url, path, bar):
-    """Append to a file what one connection brings."""
+    """Append the data of one connection to a file; start over if the server cannot continue where it ends."""
     with request(url, size_of(path), contact_retries=RETRIES) as response:
+        if response.status_code == 416:
+            path.unlink()
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_alone(path, keep=response.status_code == 206) as target, suppress(requests.RequestException):
             for chunk in response.iter_content(1 << 16):  # of a chunk that breaks off nothing is kept

@@ -134,7 +134,7 @@ class GPT(nn.Module):
         return self.trunk(idx, positions, cache)
 
     def trunk(self, idx, positions, cache):
-        """`hidden` without the cache's bookkeeping, which `generate` does not compile."""
+        """The part of `hidden` that `generate` compiles: all but the cache's bookkeeping."""
         x = self.wte(idx)  # (B, T, C)
         rope = None
         if self.config.rotary:
@@ -412,7 +412,7 @@ class KVCache:
         return self.end
 
     def make_room(self):
-        """For one more position: when all are full, the last one, of a row that has ended, will be overwritten."""
+        """For one more position: in a full cache the last one, which belongs to a finished row, is overwritten."""
         if self.end == self.n_positions:
             self.end -= 1
             self.lengths.clamp_(max=self.end)

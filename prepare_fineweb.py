@@ -64,7 +64,7 @@ val_fraction = 0.005  # share of documents held out for validation, chosen by a 
 val_source = ""  # files for validation (like source); then all of source is for training, without a hash
 text_field = "text"  # parquet column or JSON field with the text of a document
 split_blank_lines = False  # split a .txt into documents at its blank lines
-max_tokens = 0  # stop after the source file that brings train to this many tokens (0: all files; of this part)
+max_tokens = 0  # stop after the file that reaches this many training tokens (with --part: of that part); 0: all files
 part = ""  # do a share of the files, like 3/8: the third of eight machines
 keep_downloads = False  # keep the downloaded files in out_dir/downloads
 workers = 0  # threads that tokenize (0: all cores)
@@ -233,7 +233,7 @@ def check_folder(folder, sidecars, rules, sources):
             if record and record["checksum"] not in present:
                 problem = "has changed"
         elif record["val_fraction"] != file["val_fraction"]:
-            problem = "has changed sides"
+            problem = "has moved between train and validation"
         if problem:
             raise BadInput(
                 f"{file['name']} {problem} since {folder} was prepared: choose another --out_dir, or delete "
@@ -243,7 +243,7 @@ def check_folder(folder, sidecars, rules, sources):
 
 
 def is_finished(folder, record):
-    """Whether the shards that a record describes are there, as long as it says."""
+    """Whether the shards that a record describes exist and have the recorded length."""
     for split in SPLITS:
         n_tokens = record[split]["tokens"]
         if n_tokens and size_of(folder / f"{split}_{record['stem']}.bin") != data.HEADER_BYTES + 2 * n_tokens:

@@ -116,7 +116,8 @@ class Run:
             )
         if not resuming:
             return None
-        if exists and all(name.endswith(".tmp") for name in names):  # killed before the first checkpoint
+        # killed before the first checkpoint; .npz: what dpo.py may have left there
+        if exists and all(name.endswith((".tmp", ".npz")) for name in names):
             print(f"{self.folder} has no checkpoint yet: the run starts")
             return None
         stored = load_checkpoint(self.folder / "ckpt.pt")
@@ -203,7 +204,7 @@ class Run:
             for group, settings in zip(opt.param_groups, current, strict=True):
                 group.update(settings)  # the same as stored, unless --force changed them
         self.progress = Progress(**self.stored["state"] | {"saved_step": self.stored["step"]})
-        self.stored = None  # gigabytes that nobody needs any more
+        self.stored = None  # free the checkpoint's memory
 
     def over(self):
         """Whether the run has done its steps, or was stopped; the same in all processes."""
@@ -212,8 +213,8 @@ class Run:
     def count(self, result, n_targets, n_inputs, seconds):
         """Count a step that took `seconds`; returns its log row.
 
-        result: has loss, grad_norm and applied (whether they were finite). n_targets: what the loss is a mean over.
-        n_inputs: tokens that went through the network, padding included.
+        result: has loss, grad_norm and applied (whether they were finite). n_targets: the number that the loss is
+        averaged over. n_inputs: tokens that went through the network, padding included.
         """
         progress = self.progress
         progress.step += 1
@@ -268,7 +269,7 @@ class Run:
         """Write best.pt when the row's validation loss is the lowest so far."""
         if row.get("val_loss", math.inf) < self.progress.best_val_loss:
             metrics = {name: value for name, value in row.items() if name.startswith(("val_", "hellaswag_"))}
-            # only a file that was written counts as the best: otherwise the next good one must still be saved
+            # the best loss changes only if the file was written, so that the next improvement is saved
             if self.write("best.pt", step=row["step"], tokens=row["tokens"], metrics=metrics):
                 self.progress.best_val_loss = row["val_loss"]
                 self.progress.best_step = row["step"]
@@ -287,8 +288,8 @@ class Run:
     def note_signal(self, number, frame):
         """SIGINT and SIGTERM stop the run after this step; a second one ends the process at once.
 
-        But not under torchrun: it sends its processes a second one after the terminal has sent the first, and ends them
-        itself when they take longer than 30 s.
+        Under torchrun a second one is ignored: torchrun repeats the terminal's signal, and ends its processes when they
+        take longer than 30 s.
         """
         self.signalled = True
         message = "stopping after this step (--init_from=resume continues later)"
@@ -322,7 +323,7 @@ class Run:
         path = self.folder / name
         try:
             if rank_and_world()[0] == 0:
-                if self.log is not None:  # a checkpoint counts on the rows before it being on the disk
+                if self.log is not None:  # it must be on disk before the checkpoint that stores its length
                     self.log.flush()
                     os.fsync(self.log.fileno())
                 save_checkpoint(path, self.model, **entries, **self.about)
@@ -330,7 +331,7 @@ class Run:
         except OSError as error:
             if must:
                 raise
-            print_line(f"warning: no new {path} ({error}); training continues, and tries again later")
+            print_line(f"warning: no new {path} ({error}); training continues and will try again")
             return False
 
     def line_of(self, row):
@@ -477,15 +478,19 @@ def load_model(path, device="cpu"):
 
     content = load_checkpoint(path)
     try:
-        model = GPT(GPTConfig(**content["config"]))
+        config = GPTConfig(**content["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise OSError(f"{path}: its config is not one of this version ({error})") from None
+    model = GPT(config)
+    try:
         model.load_state_dict(content.pop("model"))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise OSError(f"{path}: its weights and config make no model of this version ({reason:.200})") from None
+        raise OSError(f"{path}: its weights do not match its config ({reason:.200})") from None
     content.pop("optimizers", None)
     is_of_a_run = content.get("stage") == "pretrain" and "data" in content  # an imported model has no data
     if is_of_a_run and content.get("step") == 0:
-        print(f"warning: {path} is of step 0, NOT TRAINED; ckpt.pt beside it may be", file=sys.stderr)
+        print(f"warning: {path} is NOT TRAINED, of step 0; try ckpt.pt in the same folder", file=sys.stderr)
     return model.to(device).eval(), content
 
 
@@ -551,7 +556,7 @@ def peak_memory(device):
 
 
 def is_out_of_memory(error):
-    """Whether a RuntimeError says so: those of CPUs and of cuBLAS have no exception class of their own."""
+    """Whether a RuntimeError means that: those of CPUs and of cuBLAS have no exception class of their own."""
     return any(words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
 
 

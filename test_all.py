@@ -1278,7 +1278,7 @@ def test_a_file_that_is_not_a_checkpoint_is_refused_by_name(tmp_path):
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     torch.save({"format_version": 1, "config": {"n_layer": 1}, "model": {}}, tmp_path / "other.pt")
     refused = {"cut.pt": "damaged", "new.pt": "format 2, of a newer fgpt", "foreign.pt": "not a checkpoint of fgpt"}
-    refused |= {"none.pt": "no such checkpoint", "other.pt": "make no model"}
+    refused |= {"none.pt": "no such checkpoint", "other.pt": "do not match its config"}
     for name, said in refused.items():
         with pytest.raises(OSError, match=f"{name}.*{said}"):
             load_model(tmp_path / name)
@@ -1328,6 +1328,15 @@ def test_an_untrained_checkpoint_of_a_run_is_warned_of_and_an_imported_one_is_no
         load_model(tmp_path / f"{number}.pt")
         warned.append("NOT TRAINED" in capsys.readouterr().err)
     assert warned == [True, False, False]
+
+
+def test_a_bug_in_the_network_keeps_its_traceback_when_a_checkpoint_is_loaded(trained, monkeypatch):
+    def with_a_bug(self):
+        one, two = (1, 2, 3)
+
+    monkeypatch.setattr(GPT, "init_weights", with_a_bug)
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        load_model(trained / "best.pt")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1517,6 +1526,23 @@ def test_a_listing_that_breaks_off_is_asked_for_again(monkeypatch):
         server.faults["a.json"] = ["drop"] * 3
         with pytest.raises(OSError, match=f"^{url}: the answer broke off three times: run the same command later"):
             hub_py.fetch_json(url)
+
+
+def test_a_partial_download_that_the_server_cannot_continue_is_started_over(tmp_path, monkeypatch):
+    path = tmp_path / "a.tmp"
+    path.write_bytes(b"longer than the file")
+    response = SimpleNamespace(status_code=416)
+    monkeypatch.setattr(hub_py, "request", lambda *arguments, **options: nullcontext(response))
+    hub_py.receive_some("url", path, None)
+    assert not path.exists()
+
+
+def test_a_range_that_the_server_does_not_have_is_no_refusal(monkeypatch):
+    response = SimpleNamespace(status_code=416, headers={})
+    monkeypatch.setattr(requests.Session, "request", lambda *arguments, **options: response)
+    assert hub_py.request("http://127.0.0.1/x", start=5) is response
+    with pytest.raises(OSError, match="HTTP 416"):
+        hub_py.request("http://127.0.0.1/x")
 
 
 def test_what_a_server_sends_is_added_only_where_it_belongs(tmp_path, monkeypatch):
@@ -1832,7 +1858,7 @@ def test_a_file_that_was_train_is_not_taken_for_validation_later(tmp_path):
         (tmp_path / f"{name}.txt").write_text(f"text {name}")
     run = {"source": tmp_path / "a.txt", "val_source": tmp_path / "b.txt", "out_dir": tmp_path / "out"}
     out = prepare(**run)
-    with pytest.raises(BadInput, match="a.txt has changed sides since"):
+    with pytest.raises(BadInput, match="a.txt has moved between train and validation since"):
         prepare(**run | {"source": tmp_path / "c.txt", "val_source": tmp_path / "a.txt"})
     assert documents(out, "train") == ["text a"] and documents(out, "val") == ["text b"]
 
@@ -2594,7 +2620,7 @@ def test_hellaswag_command_prints_both_numbers_and_appends_a_line_next_to_the_ch
         expected = hellaswag.evaluate(model, tokenizer, hellaswag.load_items(items, limit=4), style=style)
         out = capsys.readouterr().out
         acc, norm = (f"{name} {expected[name]:.4f} ± {expected[name + '_stderr']:.4f}" for name in ("acc", "acc_norm"))
-        assert f"HellaSwag, {style} style: {acc}, {norm} (4 items)" in out
+        assert f"HellaSwag, {style} style: {acc}, {norm} (4 items, float32)" in out
         assert f"{expected['cut']} of 4 items are longer than block_size 64" in out and expected["cut"] > 0
     records = [json.loads(line) for line in (tmp_path / "hellaswag.jsonl").read_text().splitlines()]
     assert [record["style"] for record in records] == ["completion", "harness"]
@@ -3893,6 +3919,12 @@ def test_the_first_logged_loss_is_the_mean_over_the_answer_tokens_of_the_batch(t
     first = log_rows(tmp_path / "a")[2]
     assert first["loss"] == pytest.approx(direct.item(), rel=1e-5)
     assert first["tokens"] == (targets != -100).sum() < targets.numel()
+
+
+def test_items_of_hellaswag_that_would_not_be_scored_are_refused(trained, chat_rows, tmp_path):
+    with pytest.raises(BadInput, match="hellaswag_limit needs --score_hellaswag"):
+        tune(trained, chat_rows, tmp_path / "a", hellaswag_limit=4)
+    assert not (tmp_path / "a").exists()
 
 
 def test_finetuning_logs_hellaswag_before_and_after(trained, chat_rows, tmp_path, monkeypatch):

@@ -311,8 +311,7 @@ def describe(model, optimizers, settings, tokenizer, train, val, n_steps):
     """Print what is about to happen."""
     changed = [f"{name}={value}" for name, value in settings_of(globals()).items() if value != DEFAULTS[name]]
     print(f"settings that are not the default: {' '.join(changed) or 'none'}")
-    compiled = ", compiled" if settings["compile"] else ""
-    print(f"on {settings['device']}, in {settings['dtype']}{compiled}")
+    print(f"on {settings['device']} in {settings['dtype']}, {'compiled' if settings['compile'] else 'not compiled'}")
     print(f"{model.n_params():,} parameters, {model.flops_per_token():.3g} FLOPs/token")
     for opt in optimizers:
         for group in opt.param_groups:
