@@ -1333,6 +1333,7 @@ def test_an_untrained_checkpoint_of_a_run_is_warned_of_and_an_imported_one_is_no
 def test_a_bug_in_the_network_keeps_its_traceback_when_a_checkpoint_is_loaded(trained, monkeypatch):
     def with_a_bug(self):
         one, two = (1, 2, 3)
+        return one, two
 
     monkeypatch.setattr(GPT, "init_weights", with_a_bug)
     with pytest.raises(ValueError, match="too many values to unpack"):
@@ -6372,8 +6373,7 @@ def test_every_config_file_sets_only_settings_of_its_stage_and_fits_together():
                 train.make_model(settings, Tokenizer("bytes"))
 
 
-def test_learning_rates_that_are_said_to_be_those_of_another_config_are(monkeypatch):
-    monkeypatch.chdir(ROOT)  # race_gpu.py reads race.py
+def test_learning_rates_that_are_said_to_be_those_of_another_config_are():
     names = {"learning_rate", "muon_learning_rate"}
     rates = {name: runpy.run_path(ROOT / f"config/{name}.py", {"family": "gpt2", "optimizer": "muon"})
              for name in ("gpt2_124m", "race_gpu", "fgpt_712m", "fgpt_modern")}  # fmt: skip

@@ -1,6 +1,6 @@
 # The learning race of config/race.py at 124M parameters with GPT-2's tokenizer, for a GPU: one epoch of 30M tokens, so
 # that no recipe overfits (with more data, increase max_steps). Not yet run: the rates are those of gpt2_124m.py.
-exec(open(__file__.replace("race_gpu", "race")).read())  # the recipes; the sizes below replace those of the small race
+exec(open(str(__file__).replace("race_gpu", "race")).read())  # the recipes; the sizes are replaced below
 
 tokenizer = "gpt2"
 block_size = 1024
