@@ -2773,6 +2773,16 @@ def test_validation_windows_do_not_depend_on_the_seed(story, tmp_path):
         assert logged == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_shard_of_another_length_with_the_same_ends_has_another_fingerprint(tmp_path):
+    ends = np.arange(4096, dtype=np.uint16) % 256
+    fingerprints = []
+    for n in (10, 20):
+        with open(tmp_path / "train_a.bin", "wb") as file:
+            write_shard(file, np.concatenate((ends, np.zeros(n, np.uint16), ends)))
+        fingerprints.append(data_py.Windows([tmp_path / "train_a.bin"], 32, 259, seed=0).fingerprint())
+    assert fingerprints[0] != fingerprints[1]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # train.py: a step
 
@@ -3075,6 +3085,19 @@ def test_the_largest_micro_batch_is_found_stored_and_used_again(story, tmp_path,
     monkeypatch.setattr(train, "fits", lambda *arguments: False)
     with pytest.raises(BadInput, match="not even one row fits into memory"):
         pretrain(story, tmp_path / "none", max_steps=2, **sizes)
+
+
+def test_a_step_that_does_not_divide_into_micro_batches_is_refused(story, tmp_path):
+    with pytest.raises(BadInput, match="tokens_per_step 192 must be a multiple of block_size x batch_size = 128"):
+        pretrain(story, tmp_path / "a", tokens_per_step=192)
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_out_dir_with_files_that_are_not_of_a_run_is_refused_too(story, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is in use"):
+        pretrain(story, tmp_path, max_steps=1)
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
 
 
 def test_a_run_tells_at_the_start_what_it_will_do_and_logs_its_memory(story, tmp_path, capsys):
@@ -3705,6 +3728,16 @@ def test_a_question_without_an_answer_is_cut_off_and_a_system_message_is_kept():
     assert prepare_instruct.render_within(messages, coder, 20) == ([], "dropped, no whole turn that fits")
 
 
+def test_a_pair_that_just_fits_is_kept():
+    tokenizer = Tokenizer("bytes")
+    asked = dict(role="user", content="Which?")
+    chosen, rejected = ([asked, dict(role="assistant", content=text)] for text in ("This", "That"))
+    n = len(tokenizer.render(chosen)[0])
+    rows, note = prepare_instruct.render_pair(chosen, rejected, tokenizer, n)
+    assert len(rows) == 2 and note == ""
+    assert prepare_instruct.render_pair(chosen, rejected, tokenizer, n - 1)[0] == []
+
+
 def test_a_conversation_that_is_cut_keeps_its_system_message_and_one_that_just_fits_is_whole():
     coder, system = Tokenizer("bytes"), [dict(role="system", content="Be brief.")]
     talk = system + messages("One?", "1.", "Two?", "2.")
@@ -3875,6 +3908,19 @@ def test_an_epoch_of_finetuning_sees_every_conversation_once_and_learns_the_answ
         assert (targets[0, length:] == -100).all()
         learned = targets[0, : length - 1] != -100
         assert (idx[0, 1:length][learned] == targets[0, : length - 1][learned]).all()  # the targets are the next tokens
+
+
+def test_each_epoch_puts_other_conversations_into_a_batch():
+    class Rows:
+        lengths = np.full(40, 7)
+
+        def __len__(self):
+            return 40
+
+    rows = Rows()
+    epochs = [finetune.epoch_order(rows, 4, 1, epoch) for epoch in (0, 1)]
+    first, second = ({frozenset(batch.tolist()) for batch in batches} for batches in epochs)
+    assert first != second
 
 
 def test_padding_and_the_other_rows_do_not_change_a_conversations_loss(chat_rows):
