@@ -72,7 +72,7 @@ def find_shards(folder, split):
     """Sorted paths of a folder's shards of a split. FileNotFoundError when there are none."""
     paths = sorted(path for path in Path(folder).glob("*.bin") if split_of(path.name) == split)
     if not paths:
-        remedy = f"create them with prepare_fineweb.py --out_dir={folder}"
+        remedy = f"create them with prepare_fineweb.py --source=... --out_dir={folder}"
         raise FileNotFoundError(f"{folder}: no {split} shards ({split}_*.bin) there: {remedy}")
     return paths
 

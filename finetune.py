@@ -121,9 +121,9 @@ def main():
     settings["dtype"] = pick_dtype(dtype or run.stored_settings.get("dtype", ""), device, model.config.n_embd)
     autocast = autocast_for(device, settings["dtype"])
     before = answer(model, tokenizer, QUESTIONS, answer_tokens, autocast)  # before `restore` changes the weights
-    run.restore(model, optimizers, tokenizer.name, fingerprint(checkpoint, data_dir))
     print(f"{len(train):,} conversations, {n_steps:,} steps of {rows_per_step}; {len(val):,} for validation")
     print(f"on {settings['device']} in {settings['dtype']}")
+    run.restore(model, optimizers, tokenizer.name, fingerprint(checkpoint, data_dir))
     batches = prefetch(partial(batch_at, train, rows_per_step, seed), run.step, device)
 
     def evaluate(step):
@@ -188,7 +188,7 @@ def load_conversations(folder, tokenizer, block_size, preferences=False):
     kind = "preferences" if preferences else "conversations"
     meta = read_json(path) if path.exists() else {}
     if "supervised" not in meta.get("train", {}):
-        raise FileNotFoundError(f"{folder}: no {kind} there: run prepare_instruct.py --out_dir={folder}")
+        raise FileNotFoundError(f"{folder}: no {kind} there: name the --out_dir of prepare_instruct.py")
     if meta.get("preferences", False) != preferences:
         raise BadInput(f"{folder} does not hold {kind}: finetune.py learns conversations, dpo.py preferences")
     if meta["tokenizer"] != tokenizer.name:

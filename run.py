@@ -204,6 +204,7 @@ class Run:
             for group, settings in zip(opt.param_groups, current, strict=True):
                 group.update(settings)  # the same as stored, unless --force changed them
         self.progress = Progress(**self.stored["state"] | {"saved_step": self.stored["step"]})
+        print(f"resuming after step {self.step}")
         self.stored = None  # free the checkpoint's memory
 
     def over(self):

@@ -3754,7 +3754,7 @@ def test_a_folder_that_was_written_half_is_not_taken_for_a_whole_one(tmp_path, m
     die_at(monkeypatch, prepare_instruct, "write_rows", 2, 0)
     with pytest.raises(Died):
         call(prepare_instruct, **files, val_fraction=0.5)
-    with pytest.raises(FileNotFoundError, match="run prepare_instruct.py"):
+    with pytest.raises(FileNotFoundError, match="name the --out_dir of prepare_instruct.py"):
         finetune.load_conversations(tmp_path / "o", Tokenizer("bytes"), 1024)
 
 

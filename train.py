@@ -145,8 +145,8 @@ def main():
     if batch_size == 0:
         stored_size = run.stored_settings.get("batch_size", 0)
         settings["batch_size"] = find_batch_size(model, optimizers, stored_size, n_rows, autocast)
-    run.restore(model, optimizers, tokenizer.name, train.fingerprint() + val.fingerprint())
     describe(model, optimizers, settings, tokenizer, train, val, n_steps)
+    run.restore(model, optimizers, tokenizer.name, train.fingerprint() + val.fingerprint())
 
     micro_batch = settings["batch_size"]
     n_val = min(len(val), max(1, eval_tokens // block_size))

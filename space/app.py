@@ -9,6 +9,7 @@ it writes a folder instead: a complete Hugging Face Space, which also runs
 anywhere else with `python app.py`.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -29,10 +30,9 @@ from sample import fit_into_context, prompt_ids
 from tokenizer import Tokenizer
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-try:
+HAS_GRADIO = importlib.util.find_spec("gradio") is not None  # main says when it is missing; --assemble needs none
+if HAS_GRADIO:
     import gradio as gr
-except ImportError:  # main says so; --assemble does not need it
-    gr = None
 
 checkpoint = ""  # file of train.py, finetune.py or dpo.py; empty: best.pt beside this file, as on a Space
 host = ""  # address to listen at, 0.0.0.0 for all; empty: 127.0.0.1 (or GRADIO_SERVER_NAME, which a Space sets)
@@ -77,7 +77,7 @@ document.addEventListener('input', event => {
 def main():
     if not 0 < port < 65536:
         raise BadInput(f"port must be 1 to 65535, not {port}")
-    if gr is None and not assemble:
+    if not HAS_GRADIO and not assemble:
         raise BadInput("gradio is not installed: pip install -e '.[app]'")
     if (HERE / VOCABULARY).exists():
         os.environ["TIKTOKEN_CACHE_DIR"] = str(HERE / VOCABULARY)
