@@ -9,7 +9,6 @@ it writes a folder instead: a complete Hugging Face Space, which also runs
 anywhere else with `python app.py`.
 """
 
-import importlib.util
 import os
 import re
 import shutil
@@ -30,9 +29,12 @@ from sample import fit_into_context, prompt_ids
 from tokenizer import Tokenizer
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-HAS_GRADIO = importlib.util.find_spec("gradio") is not None  # main says when it is missing; --assemble needs none
-if HAS_GRADIO:
+try:
     import gradio as gr
+
+    HAS_GRADIO = True
+except ImportError:  # main says so; --assemble does not need it
+    HAS_GRADIO = False
 
 checkpoint = ""  # file of train.py, finetune.py or dpo.py; empty: best.pt beside this file, as on a Space
 host = ""  # address to listen at, 0.0.0.0 for all; empty: 127.0.0.1 (or GRADIO_SERVER_NAME, which a Space sets)
