@@ -95,12 +95,14 @@ def check(settings):
 
 
 def read_prompt():
-    """The text of the prompt; "" when there is none. OSError for an unreadable file, BadInput for an empty one."""
+    """The text of the prompt; "" when there is none. OSError for an unreadable file, BadInput for one without text."""
     if not prompt_file:
         return prompt
     text = Path(prompt_file).read_text(encoding="utf-8", errors="replace")
     if not text.strip():
         raise BadInput(f"--prompt_file={prompt_file} is empty")
+    if "\0" in text:
+        raise BadInput(f"--prompt_file={prompt_file} is not a text")
     return text.removesuffix("\n")
 
 

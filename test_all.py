@@ -4321,6 +4321,7 @@ def test_several_samples_are_made_together_and_the_speed_is_told_when_asked(trai
         (dict(num_samples=2), "num_samples needs a prompt"),
         (dict(prompt_file="nowhere.txt"), "No such file or directory: 'nowhere.txt'"),
         (dict(prompt_file=os.devnull), "is empty"),
+        (dict(prompt_file=sys.executable), "is not a text"),
     ],
 )
 def test_settings_that_sampling_cannot_use_are_refused(change, said):
