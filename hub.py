@@ -48,7 +48,7 @@ class AnnouncedRetry(Retry):
     def sleep(self, response=None):
         seconds = self.get_backoff_time()
         if response is not None:
-            with suppress(InvalidHeader):  # a Retry-After that is neither seconds nor a date
+            with suppress(InvalidHeader, ValueError, OverflowError):  # neither seconds nor a date, or too large
                 seconds = self.get_retry_after(response) or seconds
         seconds = min(seconds, LONGEST_WAIT)
         failure = self.history[-1]
