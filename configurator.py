@@ -47,7 +47,7 @@ def configure(namespace):
         for argument in sys.argv[1:]:
             apply_argument(argument, settings, defaults)
     except (BadInput, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     namespace.update(settings)
 
@@ -84,7 +84,7 @@ def parse_literal(text):
     """The Python literal that the text spells, or the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
