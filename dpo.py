@@ -239,6 +239,8 @@ def write_reference(path, belongs_to, train, val):
         temporary = f"{path}.tmp"
         with open(temporary, "wb") as file:
             np.savez(file, train.reference.numpy(), val.reference.numpy(), belongs_to=belongs_to)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
 
 
