@@ -108,17 +108,25 @@ def main():
 @contextmanager
 def stoppable():
     """Ctrl-C, SIGTERM and a full disk end the stage with a line that says how to resume."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         yield
-    except KeyboardInterrupt:
-        sys.stdout.flush()
-        print("\nstopped: finished files are kept, the same command resumes", file=sys.stderr, flush=True)
-        os._exit(130)  # at once: a thread may be busy with a long text, or wait for a silent connection
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(f"{out_dir}: the disk is full: free some space, the same command resumes") from None
+
+
+def stop(number, frame):
+    """End the process at once: a thread may be busy with a long text, or wait for a silent connection.
+
+    A KeyboardInterrupt instead could end between taking and releasing a lock, such as that of the progress bar.
+    """
+    with suppress(RuntimeError):  # the signal interrupted a print
+        sys.stdout.flush()
+    os.write(2, b"\nstopped: finished files are kept, the same command resumes\n")
+    os._exit(130)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
