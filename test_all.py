@@ -16,6 +16,7 @@ import random
 import re
 import resource
 import runpy
+import select
 import shlex
 import shutil
 import signal
@@ -3901,6 +3902,7 @@ def test_an_assembled_space_works_with_its_own_files_alone_and_reports_to_nobody
         command = [sys.executable, "app.py", f"--port={(port := free_port())}"]
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
         try:
+            assert select.select([process.stdout], [], [], 120)[0], "it says nothing"
             assert f":{port}" in process.stdout.readline()
             page = chromium.new_page()
             page.goto(f"http://127.0.0.2:{port}")
