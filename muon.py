@@ -15,15 +15,28 @@ class Muon(torch.optim.Optimizer):
     The update is the Nesterov momentum, orthogonalized, times lr * sqrt(max(1, rows / cols)) (Jordan's rule). Its rows
     or columns are normalized by a running second moment of decay beta2 (NorMuon; 0: off). Weight decay is decoupled.
     A parameter group may set `n_split`, the number of matrices that each of its parameters holds, one below the other:
-    a fused QKV matrix is three. Matrices of the same shape are orthogonalized together. In several processes
-    (torch.distributed) each one orthogonalizes its share; the gradients must be the same in all.
+    a fused QKV matrix is three. Convolution kernels (out, in, height, width) are matrices of `out` rows. Matrices of
+    the same shape are orthogonalized together. In several processes (torch.distributed) each one orthogonalizes its
+    share; the gradients must be the same in all.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, beta2=0.95, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, beta2=beta2, weight_decay=weight_decay, n_split=1))
 
+    def add_param_group(self, group):
+        """ValueError for a parameter that is not a matrix. The constructor calls this for each group."""
+        super().add_param_group(group)
+        for p in self.param_groups[-1]["params"]:
+            if p.ndim not in (2, 4):
+                raise ValueError(f"Muon is for matrices: give the parameter of shape {tuple(p.shape)} to AdamW")
+
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        """One update. closure: computes the loss and its gradients first, as in torch.optim; returns that loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"]:
@@ -31,11 +44,12 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(p.shape, []).append(p)
             for params in by_shape.values():
                 self.step_same_shape(params, group)
+        return loss
 
     def step_same_shape(self, params, group):
-        """Update parameters of one shape (n_split * rows, cols)."""
+        """Update parameters of one shape (n_split * rows, cols), or of convolution kernels."""
         n = group["n_split"]
-        rows, cols = params[0].shape[0] // n, params[0].shape[1]
+        rows, cols = params[0].shape[0] // n, params[0][0].numel()
         updates = torch.stack([self.nesterov(p, group["momentum"]) for p in params])
         updates = orthogonalize_shared(updates.view(-1, rows, cols))
         step_size = group["lr"] * max(1, rows / cols) ** 0.5
