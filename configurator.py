@@ -26,6 +26,30 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 PLAIN = (bool, int, float, str, tuple, list, type(None))  # types that a setting may have
 
+KNOWN_ELSEWHERE = {  # settings of nanoGPT and others: ours that do the job; the first that the script has is suggested
+    "max_iters": ("max_steps", "epochs"),
+    "max_steps": ("epochs",),
+    "warmup_iters": ("warmup_steps",),
+    "lr": ("learning_rate",),
+    "min_lr": ("final_lr_fraction",),
+    "lr_decay_iters": ("decay_fraction",),
+    "decay_lr": ("schedule",),
+    "eval_iters": ("eval_tokens",),
+    "dataset": ("data_dir", "source"),
+    "start": ("prompt",),
+    "total_batch_size": ("tokens_per_step", "rows_per_step", "pairs_per_step"),
+    "gradient_accumulation_steps": ("tokens_per_step", "rows_per_step", "pairs_per_step"),
+}
+NOT_HERE = {  # settings of nanoGPT that have no counterpart: what there is instead
+    "dropout": "there is no dropout; best.pt keeps the weights of the lowest validation loss",
+    "bias": "the family decides: gpt2 has biases, modern has none",
+    "vocab_size": "the tokenizer decides",
+    "always_save_checkpoint": "ckpt.pt is always written, best.pt at the lowest validation loss",
+    "wandb_log": "log.jsonl has all figures, and python -m tools.plot draws them",
+    "wandb_project": "log.jsonl has all figures, and python -m tools.plot draws them",
+    "wandb_run_name": "log.jsonl has all figures, and python -m tools.plot draws them",
+}
+
 
 class BadInput(ValueError):
     """A person has to fix something: an argument, a setting, a file. Shown as one line that says what to do."""
@@ -64,7 +88,7 @@ def settings_of(namespace):
 def apply_argument(argument, settings, defaults):
     """Change `settings` by one command-line argument: a config file's path, --name=value, or --flag."""
     if not argument.startswith("--"):
-        apply_file(argument, settings, defaults)
+        apply_file(expand_home(argument), settings, defaults)
         return
     name, has_value, text = argument[2:].partition("=")
     check_known(name, defaults)
@@ -99,6 +123,7 @@ def apply_file(path, settings, defaults):
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = lines[-1] if lines else getattr(error, "lineno", "?")
         raise BadInput(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+    problems = []
     for name, value in names.items():
         private = name.startswith("_") or callable(value) or isinstance(value, types.ModuleType)
         if private and name not in settings:
@@ -107,15 +132,26 @@ def apply_file(path, settings, defaults):
             check_known(name, defaults)
             settings[name] = check_type(name, value, defaults[name])
         except BadInput as error:
-            raise BadInput(f"{path}: {error}") from None
+            problems.append(str(error))
+    if problems:
+        raise BadInput(f"{path}: {'; '.join(problems)}")
 
 
 def check_known(name, defaults):
-    """BadInput for a name that is not a setting."""
-    if name not in defaults:
-        near = difflib.get_close_matches(name, defaults, n=1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
-        raise BadInput(f"unknown setting {name}: {hint}")
+    """BadInput for a name that is not a setting; it says which setting does the job, or is spelled almost like it."""
+    if name in defaults:
+        return
+    ours = [known for known in KNOWN_ELSEWHERE.get(name, ()) if known in defaults]
+    near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.75)
+    if ours:
+        hint = f"use {ours[0]}"
+    elif name in NOT_HERE:
+        hint = NOT_HERE[name]
+    elif near:
+        hint = f"did you mean {near[0]}?"
+    else:
+        hint = "--help lists the settings"
+    raise BadInput(f"unknown setting {name}: {hint}")
 
 
 def check_type(name, value, default):
@@ -124,7 +160,12 @@ def check_type(name, value, default):
         return float(value)
     if default is not None and type(value) is not type(default):
         raise BadInput(f"{name} must be {type(default).__name__} (default {default!r}), not {value!r}")
-    return value
+    return expand_home(value) if isinstance(default, str) else value
+
+
+def expand_home(text):
+    """The text with ~/ at its beginning, or after a comma, as the home folder: shells leave it as it is after `=`."""
+    return re.sub("(^|,)~/", lambda found: f"{found[1]}{Path.home()}/", text)
 
 
 def check_settings(settings, at_least_1=(), rules=()):
@@ -168,6 +209,8 @@ def one_line_errors(kind, error, trace):
     out_of_memory = kind.__name__ == "OutOfMemoryError"  # torch's, which is not imported here
     if kind is KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
+    elif kind is BrokenPipeError:  # whoever read the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest of it is flushed when Python exits
     elif os.environ.get("FGPT_TRACEBACK"):
         sys.__excepthook__(kind, error, trace)
     elif out_of_memory:
