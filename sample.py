@@ -4,9 +4,11 @@
     python sample.py --checkpoint=out/finetune/best.pt
 
 With --prompt or --prompt_file it answers that and exits. Without, it reads
-lines: from the keyboard, or from a pipe until it ends. In a chat, /reset starts
-a new conversation, and /system TEXT starts one with TEXT as system message. At
-the keyboard, Ctrl-C stops an answer and Ctrl-D exits. It writes no files.
+lines: from the keyboard, or from a pipe until it ends; a pretrained model with
+--num_samples=3 writes three documents from nothing instead. In a chat, /reset
+starts a new conversation, and /system TEXT starts one with TEXT as system
+message. At the keyboard, Ctrl-C stops an answer and Ctrl-D exits. It writes no
+files.
 """
 
 import codecs
@@ -28,7 +30,7 @@ checkpoint = "out/fgpt_712m/best.pt"  # file of train.py, finetune.py or dpo.py
 prompt = ""  # text to continue or question to answer; empty: read lines
 prompt_file = ""  # a file with that text; its last line break does not count
 chat = None  # True: a conversation, False: completion; None: by the stage that wrote the checkpoint
-num_samples = 1  # answers to the prompt, generated together
+num_samples = 1  # answers to the prompt, generated together; above 1 without a prompt: new documents
 max_new_tokens = 256  # longest answer, tokens
 temperature = 0.8  # 0: always the most likely token
 top_k = 50  # sample among this many most likely tokens; 0: all
@@ -57,8 +59,11 @@ def main():
     if chat is None:
         is_chat = stored["stage"] != "pretrain"
     block_size = model.config.block_size
+    reads_lines = not text and num_samples == 1
+    if not text and not reads_lines and is_chat:
+        raise BadInput("num_samples needs a prompt in a chat")
     cache = None
-    if not text:  # one cache for all lines: what a question shares with the one before, its conversation, is kept
+    if reads_lines:  # one cache for all lines: what a question shares with the one before, its conversation, is kept
         cache = model.new_cache(1, block_size, static=compile)
     generator = torch.Generator(device).manual_seed(seed)
     stopwatch = Stopwatch()
@@ -71,7 +76,7 @@ def main():
         return stopwatch.measure(steps)
 
     answer = partial(print_answers, generate, tokenizer, block_size)
-    if text:
+    if not reads_lines:
         answer(prompt_ids(tokenizer, text, is_chat), "" if is_chat else text)
     elif is_chat:
         converse(answer, tokenizer, block_size, max_new_tokens)
@@ -84,12 +89,10 @@ def main():
 
 def check(settings):
     """BadInput that names every setting that cannot be used."""
-    has_prompt = prompt or prompt_file
     rules = [
         (chat in (None, True, False), "chat must be None, True or False"),
         (0 < top_p <= 1, "top_p must be above 0 and at most 1"),
         (not (prompt and prompt_file), "prompt and prompt_file exclude each other"),
-        (num_samples <= 1 or has_prompt, "num_samples needs a prompt"),
     ]
     check_settings(settings, ("max_new_tokens", "num_samples"), rules)
 
