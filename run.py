@@ -15,6 +15,7 @@ rest:
 import json
 import math
 import os
+import re
 import resource
 import signal
 import statistics
@@ -42,7 +43,9 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
 }  # fmt: skip
 # settings that may differ when a run is resumed, in every stage
-ALWAYS_MAY_CHANGE = {"out_dir", "init_from", "overwrite", "force", "log_interval", "checkpoint_interval", "max_minutes"}
+ALWAYS_MAY_CHANGE = {
+    "out_dir", "init_from", "overwrite", "force", "log_interval", "checkpoint_interval", "keep_every", "max_minutes",
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -67,10 +70,11 @@ class Run:
     """One training run: its folder out_dir, what it has counted, and when it stops; the same in all processes.
 
     stage: "pretrain", ... settings: the stage's, a dict, in which Run itself uses out_dir, init_from, overwrite, force,
-    log_interval, checkpoint_interval and max_minutes. units: what the log's numbers are. labels: {name: what the
-    terminal calls it}. may_change: settings that may differ on resuming, because they do not change the weights, or
-    extend the run on purpose. fixed: settings that not even `force` can change, because the tensors would not fit.
-    upgrade: function that changes the settings of a checkpoint by an earlier version, in place, to today's.
+    log_interval, checkpoint_interval, max_minutes and, where there is one, keep_every. units: what the log's numbers
+    are. labels: {name: what the terminal calls it}. may_change: settings that may differ on resuming, because they do
+    not change the weights, or extend the run on purpose. fixed: settings that not even `force` can change, because the
+    tensors would not fit. upgrade: function that changes the settings of a checkpoint by an earlier version, in place,
+    to today's.
 
     Raises FileExistsError when out_dir would be overwritten, FileNotFoundError when there is nothing to resume, OSError
     when what is there cannot be resumed.
@@ -110,7 +114,8 @@ class Run:
         names = [path.name for path in self.folder.iterdir()] if exists else []
         # the first process may already write while the others look
         exists, names = broadcast_from_first((exists, names))
-        if names and not resuming and not self.settings["overwrite"]:
+        of_a_run = [name for name in names if not is_kept(name)]
+        if of_a_run and not resuming and not self.settings["overwrite"]:
             raise FileExistsError(
                 f"{self.folder} is in use: --init_from=resume continues, --overwrite=True starts over, or --out_dir="
             )
@@ -130,11 +135,11 @@ class Run:
 
     def remove_stale(self):
         """Delete unfinished files, and those of an earlier run, which a later resume must not find."""
-        names = ["ckpt.pt.tmp", "best.pt.tmp"]
+        stale = list(self.folder.glob("*.pt.tmp"))
         if self.stored is None:
-            names += ["ckpt.pt", "best.pt", "log.jsonl"]
-        for name in names:
-            (self.folder / name).unlink(missing_ok=True)
+            stale += [self.folder / name for name in ("ckpt.pt", "best.pt", "log.jsonl")]
+        for path in stale:
+            path.unlink(missing_ok=True)
 
     def restore(self, model, optimizers, tokenizer, data):
         """Load the checkpoint, or write that of step 0, so that a run can be resumed from its first moment.
@@ -204,6 +209,8 @@ class Run:
             for group, settings in zip(opt.param_groups, current, strict=True):
                 group.update(settings)  # the same as stored, unless --force changed them
         self.progress = Progress(**self.stored["state"] | {"saved_step": self.stored["step"]})
+        if self.stored["data"] != self.about["data"]:  # losses on other data do not compare: best.pt is found anew
+            self.progress.best_val_loss = math.inf
         print(f"resuming after step {self.step}")
         self.stored = None  # free the checkpoint's memory
 
@@ -251,6 +258,9 @@ class Run:
         if is_interesting or self.step % self.settings["log_interval"] == 0:
             print_line(self.line_of(row))
         self.check_finite()
+        keep_every = self.settings.get("keep_every", 0)
+        if keep_every and self.step % keep_every == 0:
+            self.write_weights(f"step_{self.step:08}.pt", row)
         if self.stopped or self.step % self.settings["checkpoint_interval"] == 0:
             self.save(must=self.stopped)
 
@@ -269,11 +279,15 @@ class Run:
     def keep_best(self, row):
         """Write best.pt when the row's validation loss is the lowest so far."""
         if row.get("val_loss", math.inf) < self.progress.best_val_loss:
-            metrics = {name: value for name, value in row.items() if name.startswith(("val_", "hellaswag_"))}
             # the best loss changes only if the file was written, so that the next improvement is saved
-            if self.write("best.pt", step=row["step"], tokens=row["tokens"], metrics=metrics):
+            if self.write_weights("best.pt", row):
                 self.progress.best_val_loss = row["val_loss"]
                 self.progress.best_step = row["step"]
+
+    def write_weights(self, name, row):
+        """Write the weights and what the row says about them, nothing to resume from; returns whether it worked."""
+        metrics = {name: value for name, value in row.items() if name.startswith(("val_", "hellaswag_"))}
+        return self.write(name, step=row["step"], tokens=row["tokens"], metrics=metrics)
 
     def is_told_to_stop(self):
         """Whether a signal came or the minutes are over, in any process."""
@@ -361,12 +375,20 @@ class Run:
         else:
             best = f"best.pt of step {progress.best_step} (validation loss {progress.best_val_loss:.4f})"
             if progress.best_step == 0 < progress.step:
-                best += ": NOT TRAINED, as no later validation has improved on it; ckpt.pt is trained"
+                best += ": NOT TRAINED by this run, as no later validation has improved on it; ckpt.pt is trained"
         files = f"ckpt.pt of step {progress.step}, {best}"
+        kept = sorted(path.name for path in self.folder.iterdir() if is_kept(path.name))
+        if kept:
+            files += f"; kept: {', '.join(kept)}"
         if also:
             files += f"; {also}"
         print(f"{self.folder}: {files}")
         leave_processes()
+
+
+def is_kept(name):
+    """Whether a file of out_dir has weights kept by --keep_every, which no run deletes."""
+    return re.fullmatch(r"step_\d{8,}\.pt", name) is not None
 
 
 def prefetch(batch_at, step, device):
@@ -490,7 +512,8 @@ def load_model(path, device="cpu"):
         raise OSError(f"{path}: its weights do not match its config ({reason:.200})") from None
     content.pop("optimizers", None)
     is_of_a_run = content.get("stage") == "pretrain" and "data" in content  # an imported model has no data
-    if is_of_a_run and content.get("step") == 0:
+    starts_from_scratch = content.get("settings", {}).get("init_from", "scratch") in ("scratch", "resume")
+    if is_of_a_run and starts_from_scratch and content.get("step") == 0:
         print(f"warning: {path} is NOT TRAINED, of step 0; try ckpt.pt in the same folder", file=sys.stderr)
     return model.to(device).eval(), content
 

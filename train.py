@@ -8,7 +8,8 @@ Writes into out_dir: log.jsonl (a line of units, then a line per step), ckpt.pt
 (everything needed to resume) and best.pt (the weights with the lowest
 validation loss). Stopped by Ctrl-C, SIGTERM or --max_minutes, it saves first.
 If the run is killed at any moment, the same command with --init_from=resume
-continues from ckpt.pt as if nothing had happened. Under torchrun each process
+continues from ckpt.pt as if nothing had happened. --init_from=FILE starts a new
+run from the weights of a checkpoint; its sizes come from there. Under torchrun each process
 computes its share of every batch, and the first one writes; on several nodes
 out_dir must be on a shared disk.
 """
@@ -16,6 +17,7 @@ out_dir must be on a shared disk.
 import math
 import time
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from configurator import BadInput, check_settings, configure, settings_of
@@ -30,6 +32,7 @@ from run import (
     due,
     is_out_of_memory,
     join_processes,
+    load_checkpoint,
     pick_device,
     pick_dtype,
     prefetch,
@@ -43,7 +46,7 @@ from tokenizer import Tokenizer
 # files
 data_dir = "data/fineweb"  # folder of train and val shards
 out_dir = "out/fgpt_712m"  # where the log and the checkpoints go
-init_from = "scratch"  # scratch, or resume: continue from out_dir/ckpt.pt
+init_from = "scratch"  # scratch; resume: continue from out_dir/ckpt.pt; or a checkpoint: a new run from its weights
 overwrite = False  # start over in an out_dir that holds a run
 force = False  # resume even if settings that affect training differ
 tokenizer = ""  # gpt2 or bytes; empty: what the data's meta.json says
@@ -82,6 +85,7 @@ sample_interval = 0  # steps between printed samples; 0: never
 sample_prompt = "The "  # the text that they continue
 log_interval = 10  # steps between printed lines
 checkpoint_interval = 500  # steps between writes of ckpt.pt
+keep_every = 0  # steps between weights that are kept, as step_00001000.pt; 0: none
 max_minutes = 0.0  # save and stop after this time; 0: no limit
 # machine
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
@@ -117,6 +121,7 @@ MAY_CHANGE = {  # on resuming: these do not affect the weights, or only lengthen
     "data_dir", "max_steps", "max_tokens", "eval_interval", "eval_tokens", "hellaswag_interval", "hellaswag_source",
     "hellaswag_limit", "sample_interval", "sample_prompt",
 }  # fmt: skip
+SIZES = ("block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "rope_theta")
 # not even --force may change these: the stored tensors have these shapes
 FIXED = {"family", "block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "optimizer", "tokenizer"}
 CPU_TOKENS = 8192  # largest micro-batch that --batch_size=0 finds on a CPU
@@ -127,19 +132,27 @@ def main():
     settings = settings_of(globals())
     check(settings)
     join_processes(settings["device"])
-    n_rows = rows_per_step(tokens_per_step, block_size, batch_size)
     n_steps = math.ceil(max_tokens / tokens_per_step) if max_tokens else max_steps
     run = Run(
         "pretrain", settings, n_steps, UNITS, LABELS, may_change=MAY_CHANGE, fixed=FIXED, upgrade=upgrade_settings
     )
+    start = load_start(init_from)
+    if start:
+        take_sizes(settings, start)
+    elif run.stored:
+        take_stored(settings, run.stored_settings)
+    block_size = settings["block_size"]
+    n_rows = rows_per_step(tokens_per_step, block_size, batch_size)
     device = pick_device(settings["device"], deterministic)
     tokenizer, train, val = load_data(settings)
     hellaswag, items = load_hellaswag(hellaswag_interval > 0, hellaswag_source, hellaswag_limit)
     settings["device"] = device.type
-    settings["dtype"] = pick_dtype(dtype or run.stored_settings.get("dtype", ""), device, n_embd)
+    settings["dtype"] = pick_dtype(dtype or run.stored_settings.get("dtype", ""), device, settings["n_embd"])
     settings["compile"] = device.type == "cuda" if compile is None else compile
     autocast = autocast_for(device, settings["dtype"])
     model = make_model(settings, tokenizer).to(device)
+    if start:
+        load_weights(model, start)
     model.checkpoint_activations = activation_checkpointing
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
     if batch_size == 0:
@@ -188,7 +201,10 @@ def main():
 def check(settings):
     """BadInput that names every setting that cannot be used."""
     rules = [
-        (init_from in ("scratch", "resume"), f"init_from must be scratch or resume, not {init_from!r}"),
+        (
+            init_from in ("scratch", "resume") or Path(init_from).is_file(),
+            f"init_from must be scratch, resume or a file (tools.convert_hf import writes one), not {init_from!r}",
+        ),
         (family in FAMILIES, f"family must be one of {', '.join(FAMILIES)}, not {family!r}"),
         (optimizer in OPTIMIZERS, f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}"),
         (schedule in ("trapezoid", "cosine"), f"schedule must be trapezoid or cosine, not {schedule!r}"),
@@ -198,6 +214,52 @@ def check(settings):
         (compile in (None, True, False), "compile must be None, True or False"),
     ]
     check_settings(settings, AT_LEAST_1, rules)
+
+
+def load_start(path):
+    """The checkpoint that a new run takes its weights from; None if it starts from scratch or is resumed."""
+    if path in ("scratch", "resume"):
+        return None
+    start = load_checkpoint(path)
+    start.pop("optimizers", None)  # their memory
+    return start
+
+
+def take_sizes(settings, start):
+    """Change the settings that a run's first weights decide, in place; only block_size may be smaller than theirs.
+
+    BadInput for a setting that was asked for and is another one.
+    """
+    path = settings["init_from"]
+    config = GPTConfig(**start["config"])
+    family = "modern" if config.rotary else "gpt2"
+    of_family = GPTConfig(**FAMILIES[family])
+    flags = FAMILIES["modern"].keys() - {"zero_init"}  # which is about new weights
+    if any(getattr(config, flag) != getattr(of_family, flag) for flag in flags):
+        raise BadInput(f"{path}: the model is of no family that train.py makes ({', '.join(FAMILIES)})")
+    decided = {name: getattr(config, name) for name in SIZES} | {"family": family, "tokenizer": start["tokenizer"]}
+    for name, value in decided.items():
+        asked = settings[name]
+        if name == "block_size" and asked < value:
+            continue
+        if asked not in (value, DEFAULTS[name]):
+            raise BadInput(f"{path} has {name} {value}, not {asked}: leave --{name}= out")
+        settings[name] = value
+
+
+def take_stored(settings, stored):
+    """Change the sizes that were not asked for to those of the run that is resumed, in place."""
+    for name in (*SIZES, "family", "tokenizer"):
+        if settings[name] == DEFAULTS[name]:
+            settings[name] = stored.get(name, settings[name])
+
+
+def load_weights(model, start):
+    """Copy a checkpoint's weights into the model: of learned positions as many as it has."""
+    weights = start["model"]
+    if "wpe.weight" in weights:
+        weights["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
+    model.load_state_dict(weights)
 
 
 def rows_per_step(tokens_per_step, block_size, batch_size):

@@ -1,0 +1,18 @@
+# Train given weights further on your own text, such as GPT-2:
+#   python -m tools.convert_hf import --model=openai-community/gpt2 --out=gpt2.pt
+#   python prepare_fineweb.py --source=mine.txt --tokenizer=gpt2 --out_dir=data/mine
+#   python train.py config/finetune_text.py --init_from=gpt2.pt --data_dir=data/mine
+# The batch and the rate are those of nanoGPT's config/finetune_shakespeare.py.
+out_dir = "out/finetune_text"
+
+optimizer = "adamw"  # which trained GPT-2 too
+tokens_per_step = 32768
+batch_size = 4
+max_steps = 100
+learning_rate = 3e-5
+warmup_steps = 5
+
+eval_interval = 10
+eval_tokens = 65536
+log_interval = 1
+checkpoint_interval = 50
