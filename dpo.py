@@ -262,11 +262,11 @@ def reference_log_probs(model, pairs, batch_size, autocast):
 def preference_metrics(model, pairs, margins_of, label_smoothing, batch_size, autocast):
     """{"val_loss", "val_reward_margin", "val_preference_accuracy"}: means over all pairs; a tie counts half."""
     device = next(model.parameters()).device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64)  # on the host, as Apple GPUs have no float64
     for numbers in sorted_batches(pairs, batch_size):
         batch = [part.to(device) for part in pairs.batch(numbers)]
         with autocast():
-            margins = margins_of(model, *batch)
+            margins = margins_of(model, *batch).cpu()
         right = ((margins > 0).double() + (margins >= 0)) / 2
         losses = preference_losses(margins, label_smoothing)
         sums += torch.stack([losses.sum().double(), margins.sum().double(), right.sum()])

@@ -8,7 +8,6 @@ again; everything else is an OSError of one line with the URL and what to do. HF
 and a token for it.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -24,6 +23,11 @@ from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 STALL_SECONDS = 60  # without data, before a connection is dropped
 RETRIES = 11  # ten minutes of waiting: retries without any progress
@@ -229,10 +233,14 @@ def receive_some(url, path, bar):
 
 
 def open_alone(path, keep=False):
-    """The file opened for writing, empty or (keep) at its end. OSError while another process has opened it so."""
+    """The file opened for writing, empty or (keep) at its end. OSError while another process has opened it so.
+
+    On Windows nothing keeps another process from writing it too.
+    """
     file = open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
     except BlockingIOError:
         file.close()
         raise OSError(f"{path}: another process is writing it: wait until it is done") from None

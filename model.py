@@ -507,7 +507,8 @@ def make_optimizers(model, optimizer="muon", learning_rate=3e-3, muon_learning_r
         dict(name="attention QKV", params=qkv, weight_decay=weight_decay),
         dict(name="other matrices", params=matrices, weight_decay=weight_decay),
     ]
-    adamw = dict(lr=learning_rate, betas=(0.9, beta2), eps=1e-8, fused=True)
+    has_fused = embeddings[0].device.type in ("cpu", "cuda", "mps", "xpu")
+    adamw = dict(lr=learning_rate, betas=(0.9, beta2), eps=1e-8, fused=has_fused)
     if optimizer == "adamw":
         optimizers = [torch.optim.AdamW(outer + hidden, **adamw)]
     else:

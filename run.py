@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import resource
 import signal
 import statistics
 import sys
@@ -32,6 +31,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 FORMAT_VERSION = 1  # of checkpoint files; load_checkpoint must read files of all earlier versions too
 BF16_WIDTH = 128  # on CPUs, narrower networks lose about as much by casting as their products gain
@@ -242,7 +246,9 @@ class Run:
         if self.peak:
             flops_per_second = self.model.flops_per_token() * n_inputs / seconds
             row["mfu"] = round(flops_per_second / (self.peak * rank_and_world()[1]), 4)
-        row["peak_memory"] = round(peak_memory(self.device), 3)
+        memory = peak_memory(self.device)
+        if memory is not None:
+            row["peak_memory"] = round(memory, 3)
         return row
 
     def end_step(self, row):
@@ -468,9 +474,10 @@ def save_checkpoint(path, model, **entries):
             os.remove(temporary)
         raise OSError(f"{path} could not be written (disk full?), an earlier one is untouched: {error}") from None
     os.replace(temporary, path)
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    os.fsync(folder)  # the new name itself must survive a power cut
-    os.close(folder)
+    if os.name == "posix":  # Windows opens no folders
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        os.fsync(folder)  # the new name itself must survive a power cut
+        os.close(folder)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -572,9 +579,11 @@ def peak_flops(device):
 
 
 def peak_memory(device):
-    """Largest memory of this process so far, GB: allocated on the GPU, else resident."""
+    """Largest memory of this process so far, GB: allocated on an NVIDIA GPU, else resident; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

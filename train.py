@@ -482,12 +482,12 @@ def validation_loss(model, windows, n_windows, batch_size, token_bytes, autocast
     """
     rank, world = rank_and_world()
     device = next(model.parameters()).device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes; on the host, as Apple GPUs have no float64
     for first in range(rank * batch_size, n_windows, world * batch_size):
         rows = torch.from_numpy(windows.batch(first, min(batch_size, n_windows - first)))
         idx, targets = rows[:, :-1], rows[:, 1:]
         with autocast():
-            sums[0] += model(idx.to(device), targets.to(device)).double()
+            sums[0] += model(idx.to(device), targets.to(device)).item()
         sums[1] += targets.numel()
         sums[2] += int(token_bytes[targets.numpy()].sum())
     nats, n_tokens, n_bytes = sum_over_ranks(sums).tolist()

@@ -15,6 +15,7 @@ step that does not fit into memory ends the table.
 """
 
 import datetime
+import math
 import multiprocessing
 import os
 import platform
@@ -202,7 +203,7 @@ def training_step(settings, repeats):
     seconds_of(step, device, calls=2)
     with torch.compiler.set_stance("fail_on_recompile"):
         seconds = statistics.median([seconds_of(step, device) for _ in range(repeats)])
-    peak_gigabytes = peak_memory(device)
+    peak_gigabytes = peak_memory(device) or math.nan
     if device.type == "cuda":
         print(f"attention is {attention_kernels(step)}", file=sys.stderr)
     for p in model.parameters():
