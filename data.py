@@ -139,9 +139,14 @@ def read_parquet(path):
 
 def write_json(path, value):
     """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path, text):
+    """Write a file, whole or not at all."""
     temporary = f"{path}.{os.getpid()}.tmp"  # several machines may write the meta.json of a shared folder
     with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

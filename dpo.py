@@ -131,7 +131,7 @@ def main():
         val.reference = reference_log_probs(model, val, batch_size, autocast)
     print(f"{len(train):,} pairs, {n_steps:,} steps of {pairs_per_step}; {len(val):,} for validation")
     print(f"on {settings['device']} in {settings['dtype']}")
-    run.restore(model, optimizers, tokenizer.name, data)
+    run.restore(model, optimizers, tokenizer.name, data, tokenizer.vocabulary)
     if not is_known:  # only now: a folder with this file but no checkpoint could not be resumed
         write_reference(reference_file, belongs_to, train, val)
     batches = prefetch(partial(batch_at, train, pairs_per_step, seed), run.step, device)

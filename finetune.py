@@ -41,7 +41,7 @@ from run import (
     rank_and_world,
     sum_over_ranks,
 )
-from tokenizer import Tokenizer
+from tokenizer import tokenizer_of
 from train import UNITS as TRAIN_UNITS
 from train import load_hellaswag, lr_scale, next_token_loss, set_learning_rates, train_step
 
@@ -124,7 +124,7 @@ def main():
     before = answer(model, tokenizer, QUESTIONS, answer_tokens, autocast)  # before `restore` changes the weights
     print(f"{len(train):,} conversations, {n_steps:,} steps of {rows_per_step}; {len(val):,} for validation")
     print(f"on {settings['device']} in {settings['dtype']}")
-    run.restore(model, optimizers, tokenizer.name, fingerprint(checkpoint, data_dir))
+    run.restore(model, optimizers, tokenizer.name, fingerprint(checkpoint, data_dir), tokenizer.vocabulary)
     batches = prefetch(partial(batch_at, train, rows_per_step, seed), run.step, device)
 
     def evaluate(step):
@@ -178,7 +178,7 @@ def load_base(settings, device):
     """(the model to start from, its tokenizer)."""
     model, stored = load_model(settings["checkpoint"], device)
     model.checkpoint_activations = settings["activation_checkpointing"]
-    tokenizer = Tokenizer(stored["tokenizer"])
+    tokenizer = tokenizer_of(stored)
     model.config.n_vocab = tokenizer.n_vocab  # an imported GPT-2 has rows for the chat tokens that it does not use yet
     return model, tokenizer
 

@@ -53,13 +53,13 @@ from tqdm import tqdm
 import data
 from data import SPLITS
 from hub import checksum, download, is_repo, list_hub, open_alone, place, size_of
-from tokenizer import Tokenizer
+from tokenizer import VOCABULARY, Tokenizer
 
 source = "HuggingFaceFW/fineweb-edu"  # Hub dataset, or local file, folder or glob; several separated by commas
 subset = ""  # folder in a Hub dataset, like sample/100BT (empty: sample/10BT of FineWeb-Edu, everything of others)
 revision = "main"  # branch, tag or commit of a Hub dataset (main: the commit that out_dir was started with, if any)
 out_dir = "data/fineweb"  # where the shards go
-tokenizer = "gpt2"  # gpt2 or bytes
+tokenizer = "gpt2"  # gpt2, bytes, or a folder of tools.train_tokenizer
 val_fraction = 0.005  # share of documents held out for validation, chosen by a hash of their text
 val_source = ""  # files for validation (like source); then all of source is for training, without a hash
 text_field = "text"  # parquet column or JSON field with the text of a document
@@ -90,6 +90,7 @@ def main():
         sources = list_sources(source, val_source, val_fraction, list_dataset)
         by_file = val_source or all(map(is_shard, sources))
         rules = {name: settings.get(name) for name in data.RULES}
+        rules["tokenizer"] = tokenizer.name
         rules["split"] = "by file" if by_file else f"hash < {val_fraction}"
         mine = take_part(sources, part)
         if not mine:
@@ -97,6 +98,8 @@ def main():
             return
         finished = check_folder(folder, sidecars, rules, sources)
         folder.mkdir(parents=True, exist_ok=True)
+        if tokenizer.vocabulary:
+            data.write_text(folder / VOCABULARY, tokenizer.vocabulary)
         prepare(mine, finished, folder, rules, tokenizer, workers or os.cpu_count(), max_tokens, keep_downloads)
         meta = data.read_meta(folder)
         if not meta:

@@ -50,7 +50,7 @@ from tokenizer import BadConversation, Tokenizer
 
 source = "raschka,alpaca"  # names, .json, .jsonl or .parquet files, globs; separated by commas; :5000 limits one
 out_dir = "data/instruct"  # where the arrays go
-tokenizer = "gpt2"  # gpt2 or bytes: the one of the model to be finetuned
+tokenizer = "gpt2"  # that of the model to be finetuned: gpt2, bytes, or a folder of tools.train_tokenizer
 val_fraction = 0.1  # share of the first questions held out for validation
 max_tokens = 1024  # longest conversation; longer ones lose their last turns, or are dropped
 show = 0  # print this many records, with what is trained on in brackets

@@ -145,12 +145,12 @@ class Run:
         for path in stale:
             path.unlink(missing_ok=True)
 
-    def restore(self, model, optimizers, tokenizer, data):
+    def restore(self, model, optimizers, tokenizer, data, vocabulary=""):
         """Load the checkpoint, or write that of step 0, so that a run can be resumed from its first moment.
 
         model: has a `config`, a dataclass, and flops_per_token(). tokenizer: its name. data: fingerprints, by which a
-        resumed run recognizes its data. OSError when resuming would change the run. From here on signals and
-        max_minutes stop the run after a step.
+        resumed run recognizes its data. vocabulary: what the tokenizer consists of, where its name is not enough.
+        OSError when resuming would change the run. From here on signals and max_minutes stop the run after a step.
         """
         rank, world = rank_and_world()
         self.model = model
@@ -164,6 +164,8 @@ class Run:
             "data": data,
             "processes": world,
         }
+        if vocabulary:
+            self.about["vocabulary"] = vocabulary
         if self.stored is not None:
             self.check_same_run()
         if rank == 0:

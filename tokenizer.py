@@ -1,7 +1,8 @@
 """Text to token ids and back, and the rendering of conversations. Needs numpy and tiktoken: copy this file.
 
-Two tokenizers with one interface: `gpt2` (GPT-2's byte-pair encoding, by tiktoken) and `bytes` (UTF-8 bytes, which need
-no vocabulary file). Both have three control tokens after their ordinary ones:
+Three tokenizers with one interface: `gpt2` (GPT-2's byte-pair encoding, by tiktoken), `bytes` (UTF-8 bytes, which need
+no vocabulary file), and byte-pair encoding with a vocabulary of your own, made by tools/train_tokenizer.py. All have
+three control tokens after their ordinary ones:
 
     <|endoftext|>   starts a document, and ends an answer
     <|user|>        starts a user's turn
@@ -10,9 +11,15 @@ no vocabulary file). Both have three control tokens after their ordinary ones:
 Text is always encoded as ordinary text: an "<|endoftext|>" that somebody typed never becomes a control token.
 """
 
+import base64
+import hashlib
+from pathlib import Path
+
 import numpy as np
 
+BUILT_IN = ("gpt2", "bytes")
 SPECIALS = ("<|endoftext|>", "<|user|>", "<|assistant|>")
+VOCABULARY = "vocabulary.tiktoken"  # the file of a vocabulary of your own: a line for each token, in base64, and its id
 
 
 class BadConversation(ValueError):
@@ -20,17 +27,24 @@ class BadConversation(ValueError):
 
 
 class Tokenizer:
-    """`Tokenizer("gpt2")` or `Tokenizer("bytes")`.
+    """`Tokenizer("gpt2")`, `Tokenizer("bytes")`, or `Tokenizer("data/tok")`: a folder or file with your own vocabulary.
 
-    name: as given. n_vocab: number of ids that exist (50,259 or 259). eot, user, assistant: ids of the control tokens.
-    FileNotFoundError for another name, OSError when tiktoken cannot get GPT-2's vocabulary.
+    name: gpt2, bytes, or bpe- and a checksum of the vocabulary. vocabulary: the text of its file, "" for the other two.
+    n_vocab: number of ids that exist (50,259, 259, or three more than the vocabulary has). eot, user, assistant: ids of
+    the control tokens. FileNotFoundError where there is no vocabulary, OSError for a file that is none, and when
+    tiktoken cannot get GPT-2's.
     """
 
-    def __init__(self, name):
-        if name not in ("gpt2", "bytes"):
-            raise FileNotFoundError(f"tokenizer must be 'gpt2' or 'bytes', not {name!r}")
+    def __init__(self, name, vocabulary=""):
         self.name = name
-        self.bpe = load_gpt2() if name == "gpt2" else None
+        self.vocabulary = vocabulary
+        self.bpe = None
+        if name == "gpt2":
+            self.bpe = load_gpt2()
+        elif name != "bytes":
+            self.vocabulary = vocabulary or read_vocabulary(name)
+            self.name = f"bpe-{hashlib.sha256(self.vocabulary.encode()).hexdigest()[:8]}"
+            self.bpe = load_vocabulary(self.vocabulary, name)
         n_ordinary = self.bpe.n_vocab - len(SPECIALS) if self.bpe else 256
         self.eot, self.user, self.assistant = range(n_ordinary, n_ordinary + len(SPECIALS))
         self.n_vocab = n_ordinary + len(SPECIALS)
@@ -91,6 +105,52 @@ class Tokenizer:
                 ids += [self.assistant, *text, self.eot]
                 mask += [0] + [1] * (len(text) + 1)
         return ids, mask
+
+
+def tokenizer_of(stored):
+    """The tokenizer of a checkpoint, which holds a vocabulary of your own itself."""
+    return Tokenizer(stored["tokenizer"], stored.get("vocabulary", ""))
+
+
+def tokenizer_in(folder, name):
+    """The tokenizer of this name that a folder of token shards was made with; it holds a vocabulary of your own."""
+    return Tokenizer(name if name in BUILT_IN else str(folder))
+
+
+def read_vocabulary(path):
+    """The text of a vocabulary's file, or of the one in a folder. FileNotFoundError where there is none."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / VOCABULARY
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"tokenizer must be gpt2, bytes, or a folder with the {VOCABULARY} of tools.train_tokenizer, not {path!r}"
+        )
+    return file.read_text(encoding="ascii", errors="replace")
+
+
+def vocabulary_text(tokens):
+    """The text of a vocabulary's file, of tokens (bytes) in the order in which they are merged."""
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+
+
+def load_vocabulary(text, where):
+    """A tiktoken encoding that splits text as GPT-2's does. OSError when the text is not a vocabulary."""
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    ranks = {}
+    try:
+        for line in text.splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except ValueError:
+        ranks = {}
+    is_whole = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([i]) in ranks for i in range(256))
+    if not is_whole:
+        raise OSError(f"{where}: not a vocabulary in tiktoken's form: make it with python -m tools.train_tokenizer")
+    specials = {text: len(ranks) + i for i, text in enumerate(SPECIALS)}
+    return tiktoken.Encoding(name="own", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=specials)
 
 
 def load_gpt2():

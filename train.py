@@ -41,7 +41,7 @@ from run import (
     sum_gradients,
     sum_over_ranks,
 )
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, tokenizer_in
 
 # files
 data_dir = "data/fineweb"  # folder of train and val shards
@@ -49,7 +49,7 @@ out_dir = "out/fgpt_712m"  # where the log and the checkpoints go
 init_from = "scratch"  # scratch; resume: continue from out_dir/ckpt.pt; or a checkpoint: a new run from its weights
 overwrite = False  # start over in an out_dir that holds a run
 force = False  # resume even if settings that affect training differ
-tokenizer = ""  # gpt2 or bytes; empty: what the data's meta.json says
+tokenizer = ""  # gpt2, bytes or a folder of tools.train_tokenizer; empty: what the data's meta.json says
 # model
 family = "gpt2"  # gpt2 or modern
 block_size = 1024  # context, tokens
@@ -159,7 +159,7 @@ def main():
         stored_size = run.stored_settings.get("batch_size", 0)
         settings["batch_size"] = find_batch_size(model, optimizers, stored_size, n_rows, autocast)
     describe(model, optimizers, settings, tokenizer, train, val, n_steps)
-    run.restore(model, optimizers, tokenizer.name, train.fingerprint() + val.fingerprint())
+    run.restore(model, optimizers, tokenizer.name, train.fingerprint() + val.fingerprint(), tokenizer.vocabulary)
 
     micro_batch = settings["batch_size"]
     n_val = min(len(val), max(1, eval_tokens // block_size))
@@ -279,10 +279,14 @@ def load_data(settings):
     folder = settings["data_dir"]
     name = settings["tokenizer"]
     stored = read_meta(folder).get("tokenizer")
-    if name and stored and name != stored:
-        raise BadInput(f"{folder} was made with the {stored} tokenizer, not {name}: leave --tokenizer= out")
+    if stored:
+        tokenizer = tokenizer_in(folder, stored)
+        is_the_same = name in ("", stored) or (Path(name).exists() and Tokenizer(name).name == stored)
+        if not is_the_same:
+            raise BadInput(f"{folder} was made with the {stored} tokenizer, not {name}: leave --tokenizer= out")
+    else:
+        tokenizer = Tokenizer(name or "gpt2")
     shards = {split: find_shards(folder, split) for split in ("train", "val")}
-    tokenizer = Tokenizer(name or stored or "gpt2")
     train = Windows(shards["train"], settings["block_size"], tokenizer.n_vocab, settings["seed"])
     val = Windows(shards["val"], settings["block_size"], tokenizer.n_vocab, seed=0)  # the same for every run
     for windows in (train, val):

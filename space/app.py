@@ -26,7 +26,7 @@ import torch
 
 import run
 from sample import fit_into_context, prompt_ids
-from tokenizer import Tokenizer
+from tokenizer import tokenizer_of
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 try:
@@ -86,7 +86,7 @@ def main():
     path = Path(checkpoint or HERE / "best.pt")
     chosen_device = run.pick_device(device)
     # on "meta", where weights need no memory: a missing vocabulary is reported before they are read
-    tokenizer = Tokenizer(run.load_checkpoint(path, "meta")["tokenizer"])
+    tokenizer = tokenizer_of(run.load_checkpoint(path, "meta"))
     model, stored = run.load_model(path, chosen_device)
     chosen_dtype = run.pick_dtype(dtype, chosen_device, model.config.n_embd, run.BF16_WIDTH_DECODING)
     if assemble:
@@ -120,7 +120,8 @@ def write_space(model, stored, folder):
         for path in vocabulary_files():
             shutil.copy(path, folder / VOCABULARY)
     # neither the optimizer's state nor the settings, which name folders of this machine
-    public = {name: stored[name] for name in ("stage", "tokenizer", "step", "tokens", "metrics") if name in stored}
+    names = ("stage", "tokenizer", "vocabulary", "step", "tokens", "metrics")
+    public = {name: stored[name] for name in names if name in stored}
     run.save_checkpoint(folder / "best.pt", model, **public)
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data import find_shards, open_shard, read_meta
 from hellaswag import load_items
-from tokenizer import Tokenizer
+from tokenizer import tokenizer_in
 
 data_dir = "data/fineweb"  # folder of token shards (its train shards are searched), or one shard
 source = ""  # HellaSwag-format file; empty: the real one
@@ -47,7 +47,8 @@ def find_contexts(items, path):
     beyond ASCII do not count. OSError for what are no shards, BadInput when no context is long enough.
     """
     paths = [Path(path)] if Path(path).is_file() else find_shards(path, "train")
-    tokenizer = Tokenizer(read_meta(paths[0].parent).get("tokenizer", "gpt2"))
+    folder = paths[0].parent
+    tokenizer = tokenizer_in(folder, read_meta(folder).get("tokenizer", "gpt2"))
     by_key = contexts_by_key(items)
     found = set()
     total = sum(len(open_shard(path)) for path in paths)

@@ -22,7 +22,7 @@ from data import read_json, write_json
 from hub import download, is_repo, list_hub
 from model import FAMILIES, GPT, GPTConfig
 from run import load_checkpoint, load_model, save_checkpoint
-from tokenizer import SPECIALS, Tokenizer
+from tokenizer import SPECIALS, Tokenizer, tokenizer_of, vocabulary_text
 
 checkpoint = "out/fgpt_712m/best.pt"  # export: file of train.py, finetune.py or dpo.py
 model = ""  # import: folder, or owner/name of a model on the Hub
@@ -60,6 +60,7 @@ FIXED = {  # what the families compute: export writes it, import refuses anythin
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 LETTERS = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
+BYTES = {letter: byte for byte, letter in LETTERS.items()}
 GPT2_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 QWEN3 = {  # our modules to theirs, which have separate queries, keys and values
     "wte": ["embed_tokens"],
@@ -126,7 +127,7 @@ def export_model(checkpoint, folder, dtype, overwrite):
         raise BadInput(f"dtype must be float32 or bfloat16, not {dtype!r}")
     save = safetensors().save
     gpt, stored = load_model(checkpoint)
-    tokenizer = Tokenizer(stored["tokenizer"])
+    tokenizer = tokenizer_of(stored)
     config = config_to_hf(gpt.config, tokenizer.eot, stored["stage"], dtype)
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(f"{folder} exists and is not empty: choose another --out, or --overwrite=True")
@@ -233,6 +234,11 @@ def spell(token):
     return "".join(LETTERS[byte] for byte in token)
 
 
+def unspell(text):
+    """The bytes of a token as GPT-2's published files write it."""
+    return bytes(BYTES[letter] for letter in text)
+
+
 def merge_of(token, ranks):
     """The two tokens that byte-pair encoding merges into this one: pairs of the lowest rank are merged first."""
     parts = [bytes([byte]) for byte in token]
@@ -337,8 +343,7 @@ def import_model(model, path, overwrite):
     hf = read_json(folder / "config.json")
     try:
         config = config_from_hf(hf)
-        tokenizer = Tokenizer(TOKENIZERS[config.n_vocab])
-        check_vocabulary(folder, tokenizer)
+        tokenizer = tokenizer_from_hf(folder, config.n_vocab)
         with torch.device("meta"):  # the weights come from the files
             gpt = GPT(config)
         gpt.load_state_dict(weights_from_hf(read_weights(folder), gpt), assign=True)
@@ -346,6 +351,8 @@ def import_model(model, path, overwrite):
         raise BadInput(f"{model}: {error}") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = dict(tokenizer=tokenizer.name, stage=hf.get("fgpt_stage", "pretrain"), settings={"model": model})
+    if tokenizer.vocabulary:
+        entries["vocabulary"] = tokenizer.vocabulary
     save_checkpoint(path, gpt, step=0, tokens=0, metrics={}, **entries)
     print(f"{path}: {config.n_layer} layers of width {config.n_embd}, {config.n_vocab:,} tokens")
 
@@ -380,16 +387,22 @@ def config_from_hf(hf):
             raise BadInput(f"{name} is {hf[name]!r}; fgpt's models have {value!r}")
     values |= {ours: hf.get(theirs) or 0 for ours, theirs in SIZES[family].items()}
     n_vocab = values["n_vocab"]
-    if n_vocab not in TOKENIZERS:
-        raise BadInput(f"vocab_size is {n_vocab}; fgpt's tokenizers have {', '.join(map(str, TOKENIZERS))} ids")
     try:
         return GPTConfig(vocab_size=-(-n_vocab // 64) * 64, **FAMILIES[family], **values)
     except ValueError as error:
         raise BadInput(str(error)) from None
 
 
-def check_vocabulary(folder, tokenizer):
-    """BadInput when the folder's tokenizer has other ids than ours; many models have as many ids as GPT-2."""
+def tokenizer_from_hf(folder, n_vocab):
+    """The tokenizer of a folder. BadInput when it is none of ours: many models have as many ids as GPT-2."""
+    path = folder / "tokenizer.json"
+    if n_vocab in TOKENIZERS:
+        tokenizer = Tokenizer(TOKENIZERS[n_vocab])
+    elif path.exists():
+        tokenizer = Tokenizer("own", vocabulary_from_hf(read_json(path), n_vocab))
+    else:
+        known = ", ".join(map(str, TOKENIZERS))
+        raise BadInput(f"vocab_size is {n_vocab}; fgpt's tokenizers have {known} ids, and there is no tokenizer.json")
     ours = {spell(token): i for token, i in ranks_of(tokenizer).items()}
     for name in ("tokenizer.json", "vocab.json"):
         if not (folder / name).exists():
@@ -399,6 +412,18 @@ def check_vocabulary(folder, tokenizer):
             theirs = theirs["model"]["vocab"]
         if any(theirs.get(token) != i for token, i in ours.items()):
             raise BadInput(f"{name} is not the vocabulary of fgpt's {tokenizer.name} tokenizer")
+    return tokenizer
+
+
+def vocabulary_from_hf(tokenizer_json, n_vocab):
+    """The text of a vocabulary of your own, from the tokenizer.json of its export. BadInput for any other file."""
+    specials = {entry["content"]: entry["id"] for entry in tokenizer_json["added_tokens"]}
+    n_ordinary = n_vocab - len(SPECIALS)
+    if specials != {text: n_ordinary + i for i, text in enumerate(SPECIALS)}:
+        raise BadInput(f"vocab_size is {n_vocab}, and tokenizer.json is not one that fgpt exported")
+    vocab = tokenizer_json["model"]["vocab"]
+    tokens = sorted((text for text in vocab if text not in specials), key=vocab.get)
+    return vocabulary_text(map(unspell, tokens))
 
 
 def read_weights(folder):
