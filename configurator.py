@@ -39,15 +39,15 @@ KNOWN_ELSEWHERE = {  # settings of nanoGPT and others: ours that do the job; the
     "start": ("prompt",),
     "total_batch_size": ("tokens_per_step", "rows_per_step", "pairs_per_step"),
     "gradient_accumulation_steps": ("tokens_per_step", "rows_per_step", "pairs_per_step"),
+    "wandb_log": ("tracker",),
+    "wandb_project": ("tracker",),
+    "wandb_run_name": ("tracker",),
 }
 NOT_HERE = {  # settings of nanoGPT that have no counterpart: what there is instead
     "dropout": "there is no dropout; best.pt keeps the weights of the lowest validation loss",
     "bias": "the family decides: gpt2 has biases, modern has none",
     "vocab_size": "the tokenizer decides",
     "always_save_checkpoint": "ckpt.pt is always written, best.pt at the lowest validation loss",
-    "wandb_log": "log.jsonl has all figures, and python -m tools.plot draws them",
-    "wandb_project": "log.jsonl has all figures, and python -m tools.plot draws them",
-    "wandb_run_name": "log.jsonl has all figures, and python -m tools.plot draws them",
 }
 
 

@@ -30,6 +30,7 @@ import torch
 from data import read_json
 from model import IGNORE, make_optimizers
 from run import (
+    TRACKERS,
     Run,
     autocast_for,
     due,
@@ -67,6 +68,7 @@ eval_interval = 50  # steps between validations, which choose best.pt
 log_interval = 10  # steps between printed lines
 checkpoint_interval = 200  # steps between writes of ckpt.pt
 keep_every = 0  # steps between weights that are kept, as step_00001000.pt; 0: none
+tracker = ""  # wandb or trackio: show the run there too
 max_minutes = 0.0  # save and stop after this time; 0: no limit
 answer_tokens = 64  # longest answer that is generated, tokens
 scored_answers = 64  # validation conversations whose answers are scored, a fixed sample; 0: none
@@ -166,6 +168,7 @@ def check(settings, at_least_1, rules=()):
         *rules,
         (start in ("scratch", "resume"), f"init_from must be scratch or resume, not {start!r}"),
         (settings["beta2"] < 1, "beta2 must be below 1"),
+        (settings["tracker"] in TRACKERS, f"tracker must be wandb or trackio, not {settings['tracker']!r}"),
         (
             path.resolve().parent != folder.resolve(),
             f"out_dir {folder} is the folder of the checkpoint, which would be overwritten: choose another",

@@ -12,10 +12,12 @@ rest:
     run.finish()
 """
 
+import importlib
 import json
 import math
 import os
 import re
+import secrets
 import signal
 import statistics
 import sys
@@ -49,7 +51,9 @@ PEAK_FLOPS = {
 # settings that may differ when a run is resumed, in every stage
 ALWAYS_MAY_CHANGE = {
     "out_dir", "init_from", "overwrite", "force", "log_interval", "checkpoint_interval", "keep_every", "max_minutes",
+    "tracker",
 }  # fmt: skip
+TRACKERS = ("", "wandb", "trackio")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,17 +72,18 @@ class Progress:
     best_val_loss: float = math.inf
     best_step: int = 0  # of best.pt
     saved_step: int = 0  # of ckpt.pt
+    tracked_as: str = ""  # the run's name on a tracker
 
 
 class Run:
     """One training run: its folder out_dir, what it has counted, and when it stops; the same in all processes.
 
     stage: "pretrain", ... settings: the stage's, a dict, in which Run itself uses out_dir, init_from, overwrite, force,
-    log_interval, checkpoint_interval, max_minutes and, where there is one, keep_every. units: what the log's numbers
-    are. labels: {name: what the terminal calls it}. may_change: settings that may differ on resuming, because they do
-    not change the weights, or extend the run on purpose. fixed: settings that not even `force` can change, because the
-    tensors would not fit. upgrade: function that changes the settings of a checkpoint by an earlier version, in place,
-    to today's.
+    log_interval, checkpoint_interval, max_minutes and, where there are, keep_every and tracker. units: what the log's
+    numbers are. labels: {name: what the terminal calls it}. may_change: settings that may differ on resuming, because
+    they do not change the weights, or extend the run on purpose. fixed: settings that not even `force` can change,
+    because the tensors would not fit. upgrade: function that changes the settings of a checkpoint by an earlier
+    version, in place, to today's.
 
     Raises FileExistsError when out_dir would be overwritten, FileNotFoundError when there is nothing to resume, OSError
     when what is there cannot be resumed.
@@ -95,6 +100,7 @@ class Run:
         self.folder = Path(settings["out_dir"])
         self.progress = Progress()
         self.log = None
+        self.tracker = Tracker(settings.get("tracker", ""))
         self.signalled = False  # SIGINT or SIGTERM came
         self.stopped = False
         self.stored = self.claim()  # the checkpoint to resume from, or None
@@ -171,10 +177,14 @@ class Run:
         if rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.remove_stale()
-        if self.stored is None:
-            self.save(must=True)
-        else:
+        is_new = self.stored is None
+        if not is_new:
             self.load()
+        if self.tracker.name and not self.progress.tracked_as:
+            self.progress.tracked_as = f"{self.folder.name}-{secrets.token_hex(4)}"
+        if is_new:
+            self.save(must=True)
+        self.tracker.start(self.progress.tracked_as, self.settings)
         self.log = open_log(self.folder / "log.jsonl", self.progress.log_bytes, self.units)
         self.bar = tqdm(total=self.n_steps, initial=self.step, unit=" steps", disable=None if rank == 0 else True)
         self.first_timed_step = self.step + 2  # the first step compiles
@@ -281,6 +291,7 @@ class Run:
     def record(self, row):
         """Write a row to the log, and best.pt when its validation loss is the lowest so far."""
         self.keep_best(row)
+        self.tracker.log(row)
         write_row(self.log, row)
         self.progress.log_bytes = self.log.tell()
 
@@ -377,6 +388,7 @@ class Run:
         """Close the log, and say which weights out_dir holds; also: names of further files there."""
         self.log.close()
         self.bar.close()
+        self.tracker.call("finish")
         progress = self.progress
         if progress.best_val_loss == math.inf:
             best = "no best.pt, as nothing was validated"
@@ -392,6 +404,42 @@ class Run:
             files += f"; {also}"
         print(f"{self.folder}: {files}")
         leave_processes()
+
+
+class Tracker:
+    """A run on Weights & Biases ("wandb") or trackio, from the first process; "" is none.
+
+    What fails there is a warning, once, and training goes on without it. OSError when the package is not installed.
+    """
+
+    def __init__(self, name):
+        self.name = name
+        self.module = None
+        if name and rank_and_world()[0] == 0:
+            try:
+                self.module = importlib.import_module(name)
+            except ImportError:
+                raise OSError(f"{name} is not installed: pip install {name}, or leave --tracker= out") from None
+
+    def start(self, run_name, settings):
+        """Begin the tracked run of this name, or continue it."""
+        more = {"id": run_name} if self.name == "wandb" else {}  # trackio knows a run by its name
+        self.call("init", project="fgpt", name=run_name, config=settings, resume="allow", **more)
+
+    def log(self, row):
+        """Log a row of the log at its step."""
+        figures = {name: value for name, value in row.items() if name != "step"}
+        self.call("log", figures, step=row["step"])
+
+    def call(self, function, *arguments, **more):
+        """One of the tracker's functions init, log, finish."""
+        if self.module is None:
+            return
+        try:
+            getattr(self.module, function)(*arguments, **more)
+        except Exception as error:  # whatever a service raises
+            print_line(f"warning: {self.name} failed ({type(error).__name__}: {error}); training goes on without it")
+            self.module = None
 
 
 def is_kept(name):

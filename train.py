@@ -27,6 +27,7 @@ import torch
 from data import Windows, find_shards, read_meta
 from model import FAMILIES, GPT, OPTIMIZERS, GPTConfig, make_optimizers
 from run import (
+    TRACKERS,
     Run,
     autocast_for,
     due,
@@ -86,6 +87,7 @@ sample_prompt = "The "  # the text that they continue
 log_interval = 10  # steps between printed lines
 checkpoint_interval = 500  # steps between writes of ckpt.pt
 keep_every = 0  # steps between weights that are kept, as step_00001000.pt; 0: none
+tracker = ""  # wandb or trackio: show the run there too
 max_minutes = 0.0  # save and stop after this time; 0: no limit
 # machine
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
@@ -207,6 +209,7 @@ def check(settings):
         ),
         (family in FAMILIES, f"family must be one of {', '.join(FAMILIES)}, not {family!r}"),
         (optimizer in OPTIMIZERS, f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}"),
+        (tracker in TRACKERS, f"tracker must be wandb or trackio, not {tracker!r}"),
         (schedule in ("trapezoid", "cosine"), f"schedule must be trapezoid or cosine, not {schedule!r}"),
         (beta2 < 1, "beta2 must be below 1"),
         (decay_fraction <= 1, "decay_fraction must be at most 1"),
