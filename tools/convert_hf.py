@@ -75,6 +75,12 @@ QWEN3 = {  # our modules to theirs, which have separate queries, keys and values
     "mlp.c_proj": ["mlp.down_proj"],
     "ln_f": ["norm"],
 }
+# Where the answer is in a conversation's text: transformers' server would take the one of Qwen3 otherwise.
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": SPECIALS[2],
+    "fields": {"content": {"close": SPECIALS[0], "content": "text"}},
+}
 # Renders what Tokenizer.render does. transformers reads control tokens in messages as such, unless it is told to
 # sanitize them; a template cannot see whether it was, so it refuses them unless told that too.
 CHAT_TEMPLATE = """
@@ -219,6 +225,7 @@ def tokenizer_to_hf(tokenizer, config):
     )  # fmt: skip
     if len(added) == len(SPECIALS):
         settings["chat_template"] = CHAT_TEMPLATE
+        settings["response_template"] = RESPONSE_TEMPLATE
     return tokenizer_json, settings
 
 
