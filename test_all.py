@@ -80,7 +80,7 @@ from model import FAMILIES, GPT, GPTConfig, make_optimizers  # noqa: E402
 from muon import Muon  # noqa: E402
 from run import load_checkpoint, load_model, save_checkpoint  # noqa: E402
 from space import app as space_app  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from tokenizer import Tokenizer, tokenizer_of  # noqa: E402
 from tools import bench, contamination, convert_hf, plot, race, summary, toyworld  # noqa: E402
 
 STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "dpo.py", "sample.py"]
@@ -207,12 +207,12 @@ def prepare(**settings):
 
 def documents(folder, split, tokenizer="bytes"):
     """The texts of a folder's shards, cut at the end token."""
-    encoder, texts = Tokenizer(tokenizer), []
+    tokenizer, texts = Tokenizer(tokenizer), []
     for path in data_py.find_shards(folder, split):
         tokens = data_py.open_shard(path)
-        before, *pieces = np.split(tokens, np.flatnonzero(tokens == encoder.eot))
+        before, *pieces = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))
         assert len(before) == 0
-        texts += [encoder.decode(piece[1:].tolist()) for piece in pieces]
+        texts += [tokenizer.decode(piece[1:].tolist()) for piece in pieces]
     return texts
 
 
@@ -222,7 +222,7 @@ def is_in_lfs(path):
 
 @contextmanager
 def hub(files, monkeypatch):
-    """A Hub at 127.0.0.1 whose repositories all hold these files: path -> content. It wants the token "secret".
+    """A Hub at 127.0.0.1 whose repositories all hold these files: path -> content. It needs the token "secret".
 
     Listings have one entry a page; files in LFS are redirected to another host name, which refuses a token. Yields
     versions: commit -> files, main is the last one. faults: path -> what goes wrong in its next requests, one after
@@ -323,7 +323,7 @@ def hub_files(folder, n=3, rows=50):
 
 
 def wait_for(condition):
-    """Looks again and again, as another process tells nobody when it has written a file."""
+    """Poll: nothing tells us when another process has written a file."""
     give_up = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < give_up, "it did not happen"
@@ -393,9 +393,12 @@ def trained(story):
 
 
 def same_run(one, other):
-    """Whether two runs logged the same and ended with bit-identical weights."""
-    weights = [[load_checkpoint(Path(out, name))["model"] for name in ("ckpt.pt", "best.pt")] for out in (one, other)]
-    equal = [torch.equal(a[key], b[key]) for a, b in zip(*weights, strict=True) for key in a]
+    """Whether two runs logged the same and ended with bit-identical weights and optimizer states."""
+    ends = []
+    for out in (one, other):
+        last, best = (load_checkpoint(Path(out, name)) for name in ("ckpt.pt", "best.pt"))
+        ends.append(torch.utils._pytree.tree_leaves([last["model"], last["optimizers"], best["model"]]))
+    equal = [torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(*ends, strict=True)]
     return log_rows(one) == log_rows(other) and all(equal)
 
 
@@ -595,7 +598,7 @@ BAD_INPUT = [
     ("train.py", {"c.py": "\nraise OSError('two\\nlines')"}, "c.py", "c.py, line 2: OSError: two lines"),
     ("prepare_fineweb.py", {}, "--val_fraction=2.0 --workers=-1",
      "workers must be at least 0, not -1; val_fraction must be below 1, not 2.0"),
-    ("prepare_fineweb.py", {}, "--tokenizer=words", "tokenizer must be 'gpt2' or 'bytes', not 'words'"),
+    ("prepare_fineweb.py", {}, "--tokenizer=words", "tokenizer must be gpt2, bytes, or a folder .*, not 'words'"),
     ("train.py", {}, "--data_dir=nowhere", "nowhere.* create them with prepare_fineweb.py"),
     # train.py: sizes of the network
     ("train.py", {}, "--n_head=3", "n_embd 32 is not divisible by n_head 3: change one, or set head_dim"),
@@ -706,7 +709,7 @@ BAD_INPUT = [
     ("train.py", {}, "--tokenizer=gpt2", "data was made with the bytes tokenizer, not gpt2: leave --tokenizer= out"),
     ("train.py", {}, "--device=warp", "device 'warp' cannot be used here: try --device=cpu"),
     ("train.py", {}, "--schedule=linear --beta2=1.0 --init_from=best --decay_fraction=1.5 --final_lr_fraction=2.0",
-     "init_from must be scratch or resume, not 'best'; schedule must be trapezoid or cosine, not 'linear'; "
+     "init_from must be scratch, resume or a file .*, not 'best'; schedule must be trapezoid or cosine, not 'linear'; "
      "beta2 must be below 1; decay_fraction must be at most 1; final_lr_fraction must be at most 1"),
     # train.py, on an out_dir that holds a run
     ("train.py", {}, "--out_dir=base", "base is in use: --init_from=resume continues, --overwrite=True starts over"),
@@ -722,11 +725,11 @@ BAD_INPUT = [
     ("train.py", {}, "--out_dir=base --init_from=resume --family=modern --learning_rate=0.01 --max_steps=70 --seed=1",
      r"would change the run \(seed was 1337, is now 1\): use the old ones, or --force=True"),
     ("train.py", {}, "--out_dir=base --init_from=resume --force=True --n_layer=3",
-     r"\(family was 'modern', is now 'gpt2'; n_layer was 2, is now 3; .*\): use the old ones$"),
+     r"\(n_layer was 2, is now 3; .*\): use the old ones$"),
     # prepare_instruct.py
     ("prepare_instruct.py", {}, "--val_fraction=1.0", "val_fraction must be between 0 and 1, not 1.0"),
     ("prepare_instruct.py", {}, "--max_tokens=0", "max_tokens must be at least 1"),
-    ("prepare_instruct.py", {}, "--tokenizer=gpt5", "tokenizer must be 'gpt2' or 'bytes', not 'gpt5'"),
+    ("prepare_instruct.py", {}, "--tokenizer=gpt5", "tokenizer must be gpt2, bytes, or a folder .*, not 'gpt5'"),
     ("prepare_instruct.py", {}, "--source=no.json", "no.json: no such file .--source= needs raschka, .*, or files"),
     ("prepare_instruct.py", {}, "--source=text.txt", "text.txt: conversations are read from .json, .jsonl, .parquet"),
     ("prepare_instruct.py", {"a.json": '[{"instruction": "a"'}, "--source=a.json",
@@ -767,7 +770,7 @@ BAD_INPUT = [
     ("sample.py", {}, "--num_samples=0 --top_k=-3 --top_p=0.0",
      "num_samples must be at least 1, not 0; top_k must be at least 0, not -3; top_p must be above 0 and at most 1$"),
     ("sample.py", {}, "--prompt_file=text.txt", "prompt and prompt_file exclude each other"),
-    ("sample.py", {}, "--prompt= --num_samples=2", "num_samples needs a prompt"),
+    ("sample.py", {}, "--prompt= --num_samples=2 --chat=True", "num_samples needs a prompt in a chat"),
     ("sample.py", {}, "--prompt= --prompt_file=none.txt", "No such file or directory: 'none.txt'"),
     ("sample.py", {"a.txt": " \n"}, "--prompt= --prompt_file=a.txt", "--prompt_file=a.txt is empty"),
     ("sample.py", {"a.txt": b"\xff\0"}, "--prompt= --prompt_file=a.txt", "--prompt_file=a.txt is not a text"),
@@ -982,6 +985,34 @@ def test_a_bug_in_a_stage_or_in_what_it_imports_keeps_its_traceback(tmp_path, mo
     assert code == 1 and f'{file}", line' in errors and "ValueError: too many values to unpack" in errors
 
 
+NANOGPT = {  # what nanoGPT calls it: what train.py answers
+    "max_iters": "use max_steps", "warmup_iters": "use warmup_steps", "lr": "use learning_rate",
+    "min_lr": "use final_lr_fraction", "lr_decay_iters": "use decay_fraction", "decay_lr": "use schedule",
+    "eval_iters": "use eval_tokens", "dataset": "use data_dir", "gradient_accumulation_steps": "use tokens_per_step",
+    "total_batch_size": "use tokens_per_step", "wandb_log": "use tracker", "dropout": "there is no dropout",
+    "bias": "the family decides", "vocab_size": "the tokenizer decides", "always_save_checkpoint": "ckpt.pt is always",
+    "n_layers": "did you mean n_layer", "compile_mode": "--help lists",
+}  # fmt: skip
+
+
+def test_names_of_nanogpt_are_answered_with_ours_and_all_of_a_config_file_at_once(tmp_path):
+    config = tmp_path / "nanogpt.py"
+    config.write_text("".join(f"{name} = 1\n" for name in NANOGPT) + "n_head = 'six'\n")
+    code, _, said = command_line("train.py", config)
+    assert code == 2 and len(said.splitlines()) == 1 and "n_head must be int" in said
+    for name, answer in NANOGPT.items():
+        assert f"unknown setting {name}: {answer}" in said
+
+
+def test_a_tilde_is_the_home_folder_in_a_setting_a_list_of_files_and_a_config_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.py").write_text("out_dir = '~/out'")
+    settings = dict(source="", out_dir="", prompt="")
+    for argument in ("--source=a.txt,~/b.txt", "~/c.py", "--prompt=a ~/ b"):
+        configurator.apply_argument(argument, settings, dict(source="", out_dir="", prompt=""))
+    assert settings == dict(source=f"a.txt,{tmp_path}/b.txt", out_dir=f"{tmp_path}/out", prompt="a ~/ b")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # tokenizer.py: text to ids and back
 
@@ -1036,6 +1067,50 @@ def test_a_missing_vocabulary_is_reported_with_what_to_do(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     said = run(ROOT / "prepare_fineweb.py", "--source=a.txt", cwd=tmp_path, code=1, env=nowhere)
     assert "TIKTOKEN_CACHE_DIR" in said and "--tokenizer=bytes" in said
+
+
+@pytest.fixture(scope="session")
+def own_vocabulary(tmp_path_factory):
+    """A vocabulary of 300 ids that tools.train_tokenizer made of a small text, and that text."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "a.txt").write_text("Ещё один день. 東京の空は青い。 " * 50 + TEXT, encoding="utf-8")
+    command = ("-m", "tools.train_tokenizer", f"--source={folder}/a.txt", "--vocab_size=300", f"--out={folder}/tok")
+    code, said, errors = command_line(*command)
+    assert code == 0 and "300 ids" in said, errors
+    return folder
+
+
+@given(st.text(max_size=40))
+def test_a_vocabulary_of_ones_own_encodes_any_text_and_gives_it_back(own_vocabulary, text):
+    tokenizer = Tokenizer(str(own_vocabulary / "tok"))
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and max(ids, default=0) < tokenizer.eot == tokenizer.n_vocab - 3 == 297
+
+
+def test_a_vocabulary_of_ones_own_travels_from_shards_to_checkpoints_chats_spaces_and_exports(own_vocabulary, tmp_path):
+    from transformers import AutoTokenizer
+
+    ours = Tokenizer(str(own_vocabulary / "tok"))
+    shutil.copytree(own_vocabulary / "tok", tmp_path / "tok")
+    files = dict(source=own_vocabulary / "a.txt", val_source=own_vocabulary / "a.txt")
+    (tmp_path / "b.txt").write_text("Ещё один день. " * 40, encoding="utf-8")
+    prepare(**files | dict(source=tmp_path / "b.txt"), out_dir=tmp_path / "data", tokenizer=tmp_path / "tok")
+    assert documents(tmp_path / "data", "train", str(tmp_path / "tok")) == ["Ещё один день. " * 40]
+    shutil.rmtree(tmp_path / "tok")  # nothing needs it any more
+    pretrain(tmp_path, tmp_path / "run", max_steps=2, family="modern")
+    call(sample, checkpoint=f"{tmp_path}/run/best.pt", prompt="Ещё", max_new_tokens=2, device="cpu")
+    chats_file = write_instructions(tmp_path / "in")
+    call(prepare_instruct, source=chats_file, tokenizer=f"{tmp_path}/data", out_dir=f"{tmp_path}/rows", max_tokens=33)
+    tune(tmp_path / "run", f"{tmp_path}/rows", tmp_path / "chat", epochs=1)
+    call(space_app, checkpoint=f"{tmp_path}/chat/best.pt", assemble=f"{tmp_path}/space")
+    convert("export", f"--checkpoint={tmp_path}/chat/best.pt", f"--out={tmp_path}/hf")
+    import_(tmp_path / "hf", tmp_path / "again.pt")
+    for checkpoint in ("chat/ckpt.pt", "space/best.pt", "again.pt"):
+        stored = load_checkpoint(tmp_path / checkpoint)
+        assert tokenizer_of(stored).vocabulary == ours.vocabulary and stored["tokenizer"] == ours.name
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in (TEXT.partition("<|")[0], (own_vocabulary / "a.txt").read_text(encoding="utf-8").partition("<|")[0]):
+        assert theirs(text)["input_ids"] == ours.encode(text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1328,6 +1403,24 @@ def test_muon_gets_the_matrices_of_the_blocks_and_decay_spares_norms_and_biases(
             assert group["n_split"] == (3 if "c_attn" in name else 1)
         else:
             assert (group["lr"], group["betas"]) == (0.1, (0.9, 0.7))
+
+
+def test_muon_takes_a_closure_and_convolution_kernels_and_refuses_what_is_no_matrix():
+    kernel = torch.nn.Parameter(torch.randn(4, 3, 2, 2))
+    matrix = torch.nn.Parameter(kernel.detach().reshape(4, 12).clone())
+    optimizers = [Muon([kernel]), Muon([matrix])]
+    for parameter, opt in zip((kernel, matrix), optimizers, strict=True):
+
+        def closure(parameter=parameter):
+            loss = parameter.square().sum()
+            loss.backward()
+            return loss
+
+        assert opt.step(closure) == parameter.grad.square().sum() / 4
+    assert torch.equal(kernel.reshape(4, 12), matrix)
+    for shape in ((8,), (4, 3, 2)):
+        with pytest.raises(ValueError, match=re.escape(f"shape {shape} to AdamW")):
+            Muon([torch.nn.Parameter(torch.zeros(shape))])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2051,7 +2144,7 @@ def test_an_epoch_has_each_window_of_each_shard_once_and_any_slice_of_the_order_
         batch = windows.batch(epoch * len(windows), len(windows))
         assert batch.shape[1] == block_size + 1 and (np.diff(batch) == 1).all()
         shards = np.searchsorted(np.cumsum(sizes), batch, side="right")
-        assert (shards[:, 0] == shards[:, -1]).all()  # no window goes on in the next shard
+        assert (shards[:, 0] == shards[:, -1]).all()  # no window crosses shards
         assert np.bincount(shards[:, 0], minlength=len(sizes)).tolist() == counts
         assert len(np.unique(batch[:, 1:])) == batch[:, 1:].size  # no token is predicted twice an epoch
         parts = [windows.batch(first, n), windows.batch(first + n, m)]
@@ -2180,7 +2273,7 @@ def test_clipping_acts_on_the_total_norm_and_the_log_shows_the_norm_before_it():
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_step_with_a_loss_or_gradient_that_is_not_finite_is_as_if_it_had_not_been(what):
+def test_a_step_with_a_loss_or_gradient_that_is_not_finite_is_without_a_trace(what):
     model, other = tiny(), tiny()
     if what == "loss":
         hook = model.register_forward_hook(lambda module, inputs, loss: loss + math.inf)
@@ -2196,7 +2289,7 @@ def test_a_step_with_a_loss_or_gradient_that_is_not_finite_is_as_if_it_had_not_b
 
 
 @families
-def test_training_on_one_batch_learns_it_by_heart(family):
+def test_training_overfits_one_batch(family):
     torch.manual_seed(0)
     sizes = dict(block_size=16, vocab_size=320, n_vocab=259, n_layer=2, n_head=2, n_embd=64)
     model = GPT(GPTConfig(**FAMILIES[family], **sizes))
@@ -2230,6 +2323,53 @@ def test_validation_loss_is_the_mean_over_the_first_windows_in_nats_and_bits(tmp
     for batch_size in (10, 3):
         got = train.validation_loss(tiny(), windows, 10, batch_size, np.arange(259), plain)
         assert got == pytest.approx({"val_loss": nats / 160, "val_bpb": nats / n_bytes / math.log(2)}, rel=1e-5)
+
+
+class NoFloat64(torch.utils._python_dispatch.TorchDispatchMode):
+    """Apple's GPUs: what is computed from the model's weights counts as on the device, and has no float64 there."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.on_device = [*model.parameters(), *model.buffers()]  # kept, so that no address is used again
+        self.addresses = {tensor.untyped_storage().data_ptr() for tensor in self.on_device}
+
+    def tensors(self, tree):
+        return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs = {tensor.untyped_storage().data_ptr() for tensor in self.tensors((args, kwargs))}
+        if inputs & self.addresses:
+            for tensor in self.tensors(result):
+                assert tensor.dtype != torch.float64, f"{func} in float64 on the device"
+                self.on_device.append(tensor)
+                self.addresses.add(tensor.untyped_storage().data_ptr())
+        return result
+
+
+def test_no_stage_computes_in_float64_on_the_device(story, chat_rows, pair_rows, monkeypatch):
+    model, tokenizer = tiny("modern"), Tokenizer("bytes")
+    # what is copied to the host is not on the device any more; on a CPU, where both are one, copies do nothing
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.tensor(tensor.tolist(), dtype=tensor.dtype))
+    windows = data_py.Windows(data_py.find_shards(story / "data", "val"), 32, 259, seed=0)
+    chats_ = finetune.Conversations(chat_rows, "val")
+    pairs = dpo.Pairs(finetune.Conversations(pair_rows, "val"))
+    margins_of = functools.partial(dpo.reward_margins, beta=0.1, length_normalized=False)
+    with NoFloat64(model):
+        train.validation_loss(model, windows, 4, 2, tokenizer.token_bytes(), plain)
+        next_token_step(model, make_optimizers(model), random_batch(), 4)
+        finetune.answer_loss(model, chats_, 4, plain)
+        pairs.reference = dpo.reference_log_probs(model, pairs, 4, plain)
+        dpo.preference_metrics(model, pairs, margins_of, 0.0, 4, plain)
+        hellaswag.evaluate(model, tokenizer, hellaswag_items()[:2])
+        list(model.generate([[1, 2, 3]], 3, top_p=0.9))
+
+
+def test_run_and_hub_work_where_fcntl_and_resource_are_missing_as_on_windows(tmp_path):
+    code = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None\nimport torch, hub, run\n"
+    code += f"import pathlib\nhub.open_alone(pathlib.Path('{tmp_path}/a')).close()\n"
+    code += "print(run.peak_memory(torch.device('cpu')))"
+    assert run("-c", code) == "None\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2448,6 +2588,99 @@ def test_run_py_alone_keeps_the_loop_of_another_program_alive(tmp_path):
     assert torch.equal(*weights)
 
 
+def test_a_run_starts_from_given_weights_on_other_text_and_is_exported_again(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=8, n_layer=2, n_head=2)).save_pretrained(tmp_path / "hf")
+    import_(tmp_path / "hf", tmp_path / "gpt2.pt")
+    for name, seed in (("a.txt", 0), ("b.txt", 1)):
+        picks = np.random.default_rng(seed).integers(0, len(SENTENCES), 500)
+        (tmp_path / name).write_text(" ".join(SENTENCES[i] for i in picks))
+    files = dict(source=tmp_path / "a.txt", val_source=tmp_path / "b.txt", out_dir=tmp_path / "data")
+    prepare(**files, tokenizer="gpt2")
+    small = "--tokens_per_step=256 --batch_size=4 --max_steps=8 --learning_rate=0.01 --eval_tokens=512 --device=cpu"
+    command = ["train.py", "config/finetune_text.py", f"--data_dir={tmp_path}/data", *small.split()]
+    out = tmp_path / "run"
+    assert command_line(*command, f"--init_from={tmp_path}/gpt2.pt", f"--out_dir={out}")[0] == 0
+    losses = [row["val_loss"] for row in log_rows(out) if "val_loss" in row]
+    assert losses[-1] < losses[0] - 0.5
+    assert command_line(*command, "--init_from=resume", f"--out_dir={out}", "--max_steps=9")[0] == 0
+    model, _ = load_model(out / "ckpt.pt")
+    assert (model.config.block_size, model.config.n_layer, log_rows(out)[-1]["step"]) == (64, 2, 9)
+    shorter = [f"--init_from={tmp_path}/gpt2.pt", f"--out_dir={out}2", "--block_size=16", "--max_steps=1"]
+    assert command_line(*command, *shorter, "--learning_rate=0.0")[0] == 0
+    model, _ = load_model(tmp_path / "run2/ckpt.pt")
+    start, _ = load_model(tmp_path / "gpt2.pt")
+    idx = torch.arange(16)[None]
+    assert model.config.block_size == 16 and torch.equal(model(idx), start(idx))
+    other, _ = export(load_model(out / "best.pt")[0], tmp_path / "again", tokenizer="gpt2", stage="pretrain")
+    assert type(other).__name__ == "GPT2LMHeadModel"
+
+
+def test_weights_kept_on_the_way_are_listed_never_deleted_and_no_run_in_use(story, tmp_path, capsys):
+    out = tmp_path / "run"
+    pretrain(story, out, max_steps=4, keep_every=2)
+    assert "kept: step_00000002.pt, step_00000004.pt" in capsys.readouterr().out
+    kept = load_checkpoint(out / "step_00000004.pt")
+    assert kept["step"] == 4 and "val_loss" in kept["metrics"] and "optimizers" not in kept
+    assert torch.equal(kept["model"]["wte.weight"], load_checkpoint(out / "best.pt")["model"]["wte.weight"])
+    before = (out / "step_00000002.pt").read_bytes()
+    pretrain(story, out, max_steps=1, overwrite=True)
+    for name in ("ckpt.pt", "best.pt", "log.jsonl"):
+        (out / name).unlink()
+    pretrain(story, out, max_steps=1)
+    assert (out / "step_00000002.pt").read_bytes() == before
+
+
+def test_on_other_data_best_pt_is_found_anew(story, tmp_path):
+    pretrain(story, tmp_path / "run", max_steps=8)
+    files = dict(source=f"{story}/held_out.txt", val_source=story / "text.txt", out_dir=tmp_path / "data")
+    (tmp_path / "noise.txt").write_bytes(np.random.default_rng(0).integers(32, 127, 3000).astype(np.uint8).tobytes())
+    prepare(**files | dict(val_source=tmp_path / "noise.txt"))
+    pretrain(tmp_path, tmp_path / "run", max_steps=9, init_from="resume", force=True)
+    assert load_checkpoint(tmp_path / "run/best.pt")["step"] == 9  # though its loss is higher than the old data's
+
+
+TRACKED = """
+import runpy, sys
+for sys.argv in {commands!r}:
+    runpy.run_path("train.py", run_name="__main__")
+from trackio.sqlite_storage import SQLiteStorage
+(name,) = SQLiteStorage.get_runs("fgpt")
+rows = SQLiteStorage.get_logs("fgpt", name)
+print(SQLiteStorage.get_run_config("fgpt", name)["n_embd"], [row["step"] for row in rows], "loss" in rows[-1])
+"""
+
+
+def test_a_run_is_shown_on_trackio_and_continued_there(story, tmp_path):
+    pytest.importorskip("trackio")
+    settings = SMALL | dict(data_dir=story / "data", out_dir=tmp_path / "run", tracker="trackio")
+    words = ["train.py", *(f"--{name}={value}" for name, value in settings.items())]
+    commands = [[*words, "--max_steps=2"], [*words, "--max_steps=4", "--init_from=resume"]]
+    said = run("-c", TRACKED.format(commands=commands), env=os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")})
+    assert said.splitlines()[-1] == "32 [0, 1, 2, 3, 4] True"
+
+
+def test_a_tracker_that_fails_is_a_warning_and_changes_nothing(story, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def log(figures, step):
+        calls.append(step)
+        raise ConnectionError("the service is down")
+
+    service = SimpleNamespace(init=lambda **settings: calls.append(settings["name"]), log=log, finish=calls.append)
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    pretrain(story, tmp_path / "without", max_steps=3)
+    pretrain(story, tmp_path / "with", max_steps=3, tracker="wandb")
+    assert capsys.readouterr().out.count("warning: wandb failed (ConnectionError: the service is down)") == 1
+    assert len(calls) == 2 and same_run(tmp_path / "without", tmp_path / "with")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(OSError, match="wandb is not installed: pip install wandb"):
+        pretrain(story, tmp_path / "missing", tracker="wandb")
+    assert not (tmp_path / "missing").exists()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # a stage that dies and is resumed
 
@@ -2593,6 +2826,8 @@ def signal_to_stop(stage, folder):
         os.kill(process.pid, number)
         process.join()
         assert process.exitcode == (130 if stage.server else 0)
+        if not stage.server:  # it saved its last step before it ended
+            assert load_checkpoint(out / "ckpt.pt")["step"] == log_rows(out)[-1]["step"]
         yield out, number.name
 
 
@@ -2731,7 +2966,7 @@ def test_a_run_whose_log_is_lost_is_resumed_with_a_new_one(story, tmp_path):
 def test_a_run_is_resumed_only_with_the_settings_that_its_weights_depend_on(tmp_path):
     free = "out_dir data_dir init_from overwrite force max_steps max_tokens eval_interval eval_tokens max_minutes "
     free += "hellaswag_interval hellaswag_source hellaswag_limit sample_interval sample_prompt log_interval "
-    free += "checkpoint_interval"
+    free += "checkpoint_interval keep_every tracker"
     settings = train.DEFAULTS | dict(out_dir=str(tmp_path))
     begun = run_py.Run("pretrain", settings, 1, {}, {}, train.MAY_CHANGE, train.FIXED)
     begun.about = {"data": [], "processes": 1}
@@ -3094,11 +3329,11 @@ def test_an_epoch_of_finetuning_sees_every_conversation_once_and_learns_the_answ
     batches = [finetune.epoch_order(train_rows, rows, 1, epoch) for epoch in range(5)]
     widths = [[train_rows.lengths[numbers].max() for numbers in epoch] for epoch in batches]
     assert any(width != sorted(width) for width in widths)  # not from short to long
-    coder = Tokenizer("bytes")
+    tokenizer = Tokenizer("bytes")
     for number, (_, supervised) in enumerate(conversations(Path(chat_rows), "bytes")["train"]):
         idx, targets = train_rows.batch(np.array([number, 0]))
         length = int(train_rows.lengths[number]) - 1
-        assert coder.decode(targets[0][targets[0] != -100].tolist()) == supervised
+        assert tokenizer.decode(targets[0][targets[0] != -100].tolist()) == supervised
         assert (targets[0, length:] == -100).all()
         learned = targets[0, : length - 1] != -100
         assert (idx[0, 1:length][learned] == targets[0, : length - 1][learned]).all()  # the targets are the next tokens
@@ -3182,32 +3417,34 @@ def test_words_in_common_are_scored_by_f1():
 def test_answers_to_first_and_second_questions_are_scored_apart(tmp_path, monkeypatch):
     source, folder = write_instructions(tmp_path / "in"), tmp_path / "rows"
     call(prepare_instruct, source=source, tokenizer="bytes", out_dir=str(folder), val_fraction=0.3, max_tokens=99)
-    rows, coder = finetune.Conversations(folder, "val"), Tokenizer("bytes")
+    rows, tokenizer = finetune.Conversations(folder, "val"), Tokenizer("bytes")
     turns = [rows.turns(i) for i in range(len(rows))]
     answers = {}
     for turns_of_one, (text, supervised) in zip(turns, conversations(folder, "bytes")["val"], strict=True):
-        assert "".join(coder.decode(right) + "<|endoftext|>" for _, right in turns_of_one) == supervised
+        assert "".join(tokenizer.decode(right) + "<|endoftext|>" for _, right in turns_of_one) == supervised
         for asked, right in turns_of_one:
-            assert text.startswith(coder.decode(asked + right) + "<|endoftext|>") and asked[-1] == coder.assistant
-            answers[tuple(asked)] = coder.decode(right)
+            assert (
+                text.startswith(tokenizer.decode(asked + right) + "<|endoftext|>") and asked[-1] == tokenizer.assistant
+            )
+            answers[tuple(asked)] = tokenizer.decode(right)
     seen = []
 
     def most_likely(model, prompts, *_):  # right for second turns, for first ones half of the words
         seen.append(prompts)
-        is_second = [prompt.count(coder.user) == 2 for prompt in prompts]
+        is_second = [prompt.count(tokenizer.user) == 2 for prompt in prompts]
         texts = [answers[tuple(prompt)].upper() if second else "answer"
                  for prompt, second in zip(prompts, is_second, strict=True)]  # fmt: skip
-        return [coder.encode(text) for text in texts]
+        return [tokenizer.encode(text) for text in texts]
 
     monkeypatch.setattr(finetune, "most_likely", most_likely)
-    scores = finetune.answer_scores(None, coder, rows, 1000, 5, plain)
+    scores = finetune.answer_scores(None, tokenizer, rows, 1000, 5, plain)
     assert sum(len(one) for one in turns) == len(seen[0]) > len(turns)
     assert scores["val_exact_match"] == 0 and scores["val_exact_match_2"] == scores["val_f1_2"] == 1
     assert 0 < scores["val_f1"] <= 2 / 3 and len(scores) == 4
-    finetune.answer_scores(None, coder, rows, 3, 5, plain)
+    finetune.answer_scores(None, tokenizer, rows, 3, 5, plain)
     first = [asked for one in turns[:3] for asked, _ in one]
     assert seen[1] == seen[0][: len(seen[1])] != first and len(seen[1]) <= 6  # a sample, always the same
-    assert finetune.answer_scores(None, coder, rows, 0, 5, plain) == {}
+    assert finetune.answer_scores(None, tokenizer, rows, 0, 5, plain) == {}
 
 
 def test_a_long_prompt_does_not_shorten_what_continues_the_others():
@@ -3506,6 +3743,18 @@ def test_at_a_keyboard_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path, monkey
     assert lines == [f"you: {stopped}", "you: ", "[Ctrl-D exits]", f"you: {answer}", "you: "]
 
 
+def test_without_a_prompt_several_samples_are_documents_from_nothing(trained, capsys):
+    call(sample, checkpoint=f"{trained}/best.pt", num_samples=3, max_new_tokens=5, device="cpu")
+    assert capsys.readouterr().out.count("--- ") == 3
+
+
+def test_a_pipe_that_closes_early_ends_a_script_quietly(trained):
+    command = f"{sys.executable} sample.py --checkpoint={trained}/best.pt --num_samples=50 "
+    command += "--max_new_tokens=20 --device=cpu | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "--- 1 of 50\n" and not done.stderr
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # space/app.py: what the page does, without a browser
 
@@ -3530,44 +3779,44 @@ def turn(question, answer=None):
 
 
 def test_an_answer_follows_the_turns_that_fit_and_grows_by_whole_characters(told):
-    model, coder, asked = tiny(block_size=160), Tokenizer("bytes"), []
+    model, tokenizer, asked = tiny(block_size=160), Tokenizer("bytes"), []
 
     def generate(prompts, *_, stop):
-        asked.append(coder.decode(prompts[0]))
-        yield from torch.tensor([[i] for i in [*coder.encode("Hé 👩"), stop]])
+        asked.append(tokenizer.decode(prompts[0]))
+        yield from torch.tensor([[i] for i in [*tokenizer.encode("Hé 👩"), stop]])
 
     model.generate = generate
     history = turn("stopped in the queue") + turn("1" * 20, "z" * 30) + turn("2" * 20, "z" * 30)
-    updates = list(space_app.chat(model, coder, "3" * 20, history, 99, 0.8, 50))
+    updates = list(space_app.chat(model, tokenizer, "3" * 20, history, 99, 0.8, 50))
     assert list(dict.fromkeys(updates)) == ["", "H", "Hé", "Hé ", "Hé 👩"]
     assert told == ["The context is full: oldest turns forgotten: 1."]
-    assert list(space_app.complete(model, coder, "A dog ", 99, 0.8, 50))[-1] == "A dog Hé 👩"
+    assert list(space_app.complete(model, tokenizer, "A dog ", 99, 0.8, 50))[-1] == "A dog Hé 👩"
     kept = f"<|user|>{'2' * 20}<|assistant|>{'z' * 30}<|endoftext|>"
     assert asked == [f"{kept}<|user|>{'3' * 20}<|assistant|>", "<|endoftext|>A dog "]
 
 
 def test_the_sliders_reach_the_model_and_a_notice_says_why_it_ended(told):
-    model, coder = tiny(), Tokenizer("bytes")
+    model, tokenizer = tiny(), Tokenizer("bytes")
     for length, notice in ((5, "Cut after 5 tokens, the length that you set."), (99, "The context is full.")):
         (ids,) = generate_all(model, [[1, 2, 3]], length, temperature=0)
         for temperature, top_k in ((0, 50), (2.0, 1)):
-            *_, text = space_app.grow(model, coder, [1, 2, 3], length, temperature, top_k)
-            assert text == coder.decode(ids) and told.pop() == notice
+            *_, text = space_app.grow(model, tokenizer, [1, 2, 3], length, temperature, top_k)
+            assert text == tokenizer.decode(ids) and told.pop() == notice
     model.generate = lambda *_, stop: iter([torch.tensor([stop])])
-    assert not any(space_app.grow(model, coder, [1, 2, 3], 5, 0, 0)) and told == ["The model ended at once."]
+    assert not any(space_app.grow(model, tokenizer, [1, 2, 3], 5, 0, 0)) and told == ["The model ended at once."]
     model = tiny()
     model.wte.weight.data.fill_(math.nan)
-    assert list(space_app.complete(model, coder, "Hi", 4, 0, 0)) == ["Hi"]
+    assert list(space_app.complete(model, tokenizer, "Hi", 4, 0, 0)) == ["Hi"]
     assert "The model's logits are not numbers" in told[1]
 
 
 def test_two_answers_never_compute_at_the_same_time(told):
-    model, coder, held = tiny(), Tokenizer("bytes"), []
+    model, tokenizer, held = tiny(), Tokenizer("bytes"), []
     logits = model.logits  # the end of each computation
     model.logits = lambda hidden: held.append(space_app.COMPUTING.locked()) or logits(hidden)
-    for _ in space_app.grow(model, coder, [1], 3, 0, 0):
+    for _ in space_app.grow(model, tokenizer, [1], 3, 0, 0):
         assert not space_app.COMPUTING.locked()  # another answer may take a step
-    space_app.bars(model, coder, "")
+    space_app.bars(model, tokenizer, "")
     assert held == [True] * 4
 
 
@@ -3597,13 +3846,13 @@ def test_what_people_and_models_write_is_no_markup_and_no_special_token():
 
 @torch.inference_mode()
 def test_bars_are_the_ten_likeliest_next_tokens_before_temperature_and_top_k():
-    model, coder = tiny(), Tokenizer("bytes")
-    label, additions = space_app.bars(model, coder, "A dog")
-    shares, tokens = model(torch.tensor([[coder.eot, *b"A dog"]]))[0, -1, :259].softmax(dim=-1).topk(10)
+    model, tokenizer = tiny(), Tokenizer("bytes")
+    label, additions = space_app.bars(model, tokenizer, "A dog")
+    shares, tokens = model(torch.tensor([[tokenizer.eot, *b"A dog"]]))[0, -1, :259].softmax(dim=-1).topk(10)
     for share, token, bar, addition in zip(shares, tokens, label.value["confidences"], additions, strict=True):
-        name, added = space_app.readable(coder, int(token))
+        name, added = space_app.readable(tokenizer, int(token))
         assert (bar["label"], addition) == (f"{share:.1%} {name}", added)
-    label, additions = space_app.bars(model, coder, "x" * 32)
+    label, additions = space_app.bars(model, tokenizer, "x" * 32)
     assert label.value["label"] == "That is 33 tokens; the context holds 32: shorten the text." and not additions
 
 
@@ -3615,9 +3864,9 @@ def test_a_tokens_name_shows_what_cannot_be_seen_and_it_adds_only_what_a_text_bo
         ("bytes", "\7", "\\x07", ""),
     ]
     for tokenizer, text, name, added in table:
-        coder = Tokenizer(tokenizer)
-        assert space_app.readable(coder, coder.encode(text)[0]) == (name, added)
-    assert space_app.readable(coder, coder.eot) == ("<|endoftext|>", "")
+        tokenizer = Tokenizer(tokenizer)
+        assert space_app.readable(tokenizer, tokenizer.encode(text)[0]) == (name, added)
+    assert space_app.readable(tokenizer, tokenizer.eot) == ("<|endoftext|>", "")
 
 
 @pytest.mark.parametrize("stage, metrics, said", [
@@ -3708,21 +3957,21 @@ class Site:
 
     def __init__(self, browser, stage, text, tokenizer="bytes"):
         self.browser = browser
-        self.coder = Tokenizer(tokenizer)
-        self.ids = [*self.coder.encode(text), self.coder.eot]
+        self.tokenizer = Tokenizer(tokenizer)
+        self.ids = [*self.tokenizer.encode(text), self.tokenizer.eot]
         self.gate = threading.Semaphore(0)
         self.let = self.gate.release
         self.ended = threading.Event()
         self.prompts = []  # what it was asked
-        self.model = tiny(block_size=160, n_vocab=self.coder.n_vocab, vocab_size=self.coder.n_vocab)
+        self.model = tiny(block_size=160, n_vocab=self.tokenizer.n_vocab, vocab_size=self.tokenizer.n_vocab)
         self.model.generate = self.write
         stored = dict(stage=stage, tokens=12_345)
-        self.server, self.address = space_app.launch(self.model, self.coder, stored, 1, "", free_port())
+        self.server, self.address = space_app.launch(self.model, self.tokenizer, stored, 1, "", free_port())
 
     def write(self, prompts, *_, stop):
         """Stands for GPT.generate."""
         self.ended.clear()
-        self.prompts.append(self.coder.decode(prompts[0]))
+        self.prompts.append(self.tokenizer.decode(prompts[0]))
         try:
             for token in self.ids:
                 assert self.gate.acquire(timeout=120)
@@ -3776,7 +4025,7 @@ def button(page, name):
 
 
 def expect_bars(page, site, text):
-    label, _ = space_app.bars(site.model, site.coder, text)
+    label, _ = space_app.bars(site.model, site.tokenizer, text)
     expect(page.locator(".bars .text")).to_have_text([bar["label"] for bar in label.value["confidences"]])
 
 
@@ -3844,8 +4093,8 @@ def test_visitors_take_turns_and_one_too_many_is_told_to_come_back(serve):
 def test_a_click_on_a_bar_appends_its_token_and_the_model_writes_until_stop_an_edit_or_a_click(serve):
     site = serve("pretrain", " c" * 100, "gpt2")
     odd = [" <!--", "\n", "\t", '"', "&&"]  # as HTML, they would not be seen
-    favour = torch.zeros(site.coder.n_vocab)
-    favour[[site.coder.encode(text)[0] for text in odd]] = torch.arange(40.0, 30.0, -2)
+    favour = torch.zeros(site.tokenizer.n_vocab)
+    favour[[site.tokenizer.encode(text)[0] for text in odd]] = torch.arange(40.0, 30.0, -2)
     logits = site.model.logits
     site.model.logits = lambda hidden: logits(hidden) + favour
     page = site.visit()
@@ -3893,7 +4142,7 @@ def test_an_assembled_space_works_with_its_own_files_alone_and_reports_to_nobody
     save_checkpoint(tmp_path / "ckpt.pt", tiny(n_vocab=50259, vocab_size=50304), **stored)
     folder = tmp_path / "parts" / "space"
     call(space_app, checkpoint=tmp_path / "ckpt.pt", assemble=folder)
-    with socket.create_server(("127.0.0.1", 0)) as outside:  # whoever wants to reach another machine is sent here
+    with socket.create_server(("127.0.0.1", 0)) as outside:  # a proxy that sees every request to another machine
         proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
         environment = dict(
             PATH=os.environ["PATH"], TMPDIR=str(tmp_path), GRADIO_SERVER_NAME="0.0.0.0",  # as on the Hub

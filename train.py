@@ -9,9 +9,9 @@ Writes into out_dir: log.jsonl (a line of units, then a line per step), ckpt.pt
 validation loss). Stopped by Ctrl-C, SIGTERM or --max_minutes, it saves first.
 If the run is killed at any moment, the same command with --init_from=resume
 continues from ckpt.pt as if nothing had happened. --init_from=FILE starts a new
-run from the weights of a checkpoint; its sizes come from there. Under torchrun each process
-computes its share of every batch, and the first one writes; on several nodes
-out_dir must be on a shared disk.
+run from the weights of a checkpoint, which also decide its sizes. Under
+torchrun each process computes its share of every batch, and the first one
+writes; on several nodes out_dir must be on a shared disk.
 """
 
 import math
