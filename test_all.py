@@ -2415,8 +2415,11 @@ def test_a_training_run_logs_every_step_with_units_and_the_validation_loss_falls
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     assert len(losses) == 4 and losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 2
     assert rows[0]["val_bpb"] == pytest.approx(losses[0] / math.log(2), rel=0.02)
-    best = load_checkpoint(trained / "best.pt")
+    model, best = load_model(trained / "best.pt")
     assert best["step"] == 60 and best["metrics"]["val_loss"] == losses[-1] and best["tokenizer"] == "bytes"
+    windows = data_py.Windows(data_py.find_shards(trained.parent / "data", "val"), 32, 259, seed=0)
+    measured = train.validation_loss(model, windows, 512 // 32, 16, Tokenizer("bytes").token_bytes(), plain)
+    assert measured["val_loss"] == pytest.approx(losses[-1], rel=1e-5)
 
 
 def test_best_pt_holds_the_weights_of_the_lowest_validation_loss_also_over_a_resumption(story, tmp_path, monkeypatch):
@@ -2823,11 +2826,15 @@ def signal_to_stop(stage, folder):
             stage.server.stalled.clear()
         else:
             wait_for(lambda: (out / "log.jsonl").exists() and len(log_rows(out)) > 1)  # noqa: B023
+            os.kill(process.pid, signal.SIGSTOP)  # so that we know how far it is
+            done = log_rows(out)[-1]["step"]
         os.kill(process.pid, number)
+        os.kill(process.pid, signal.SIGCONT)
         process.join()
         assert process.exitcode == (130 if stage.server else 0)
-        if not stage.server:  # it saved its last step before it ended
-            assert load_checkpoint(out / "ckpt.pt")["step"] == log_rows(out)[-1]["step"]
+        if not stage.server:  # it ended with the step under way, and saved it
+            last = log_rows(out)[-1]["step"]
+            assert load_checkpoint(out / "ckpt.pt")["step"] == last <= done + 1
         yield out, number.name
 
 
