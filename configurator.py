@@ -209,7 +209,7 @@ def one_line_errors(kind, error, trace):
     out_of_memory = kind.__name__ == "OutOfMemoryError"  # torch's, which is not imported here
     if kind is KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
-    elif kind is BrokenPipeError:  # whoever read the output, such as head, has enough
+    elif kind is BrokenPipeError:  # the reader of the output, such as head, has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest of it is flushed when Python exits
     elif os.environ.get("FGPT_TRACEBACK"):
         sys.__excepthook__(kind, error, trace)

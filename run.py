@@ -225,7 +225,7 @@ class Run:
             for group, settings in zip(opt.param_groups, current, strict=True):
                 group.update(settings)  # the same as stored, unless --force changed them
         self.progress = Progress(**self.stored["state"] | {"saved_step": self.stored["step"]})
-        if self.stored["data"] != self.about["data"]:  # losses on other data do not compare: best.pt is found anew
+        if self.stored["data"] != self.about["data"]:  # losses on other data do not compare: best.pt starts over
             self.progress.best_val_loss = math.inf
         print(f"resuming after step {self.step}")
         self.stored = None  # free the checkpoint's memory

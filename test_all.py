@@ -714,6 +714,9 @@ BAD_INPUT = [
     # train.py, on an out_dir that holds a run
     ("train.py", {}, "--out_dir=base", "base is in use: --init_from=resume continues, --overwrite=True starts over"),
     ("train.py", {"new/notes.txt": "mine"}, "", "new is in use"),
+    ("train.py", {"bad.pt": "not a checkpoint"}, "--init_from=bad.pt", "bad.pt is damaged or not a checkpoint"),
+    ("train.py", {}, "--init_from=base/best.pt --n_layer=3", "best.pt has n_layer 2, not 3: leave --n_layer= out"),
+    ("prepare_fineweb.py", {"tok/vocabulary.tiktoken": "IQ== 0"}, "--tokenizer=tok", "make it with python -m tools"),
     ("train.py", {}, "--out_dir=base --overwrite=True --n_head=3", "n_embd 32 is not divisible by n_head 3"),
     ("train.py", {}, "--init_from=resume", "new/ckpt.pt: no such checkpoint"),
     ("train.py", {"new/best.pt": b"best"}, "--init_from=resume", "new/ckpt.pt: no such checkpoint"),
@@ -2378,15 +2381,15 @@ def test_run_and_hub_work_where_fcntl_and_resource_are_missing_as_on_windows(tmp
 
 @contextmanager
 def small_run(folder, **changes):
-    """A Run by a loop that is not train.py's, begun in this folder; the handlers of signals come back afterwards."""
+    """A Run by a loop that is not train.py's, a_run in this folder; the handlers of signals come back afterwards."""
     settings = dict(out_dir=str(folder), init_from="scratch", overwrite=False, force=False, log_interval=1)
     settings |= dict(checkpoint_interval=1000, max_minutes=0.0) | changes
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        begun = run_py.Run("test", settings, 1000, {"loss": "nats"}, {"loss": "loss"})
-        begun.restore(tiny(), [], "bytes", [])
-        yield begun
-        begun.finish()
+        a_run = run_py.Run("test", settings, 1000, {"loss": "nats"}, {"loss": "loss"})
+        a_run.restore(tiny(), [], "bytes", [])
+        yield a_run
+        a_run.finish()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -2394,14 +2397,14 @@ def small_run(folder, **changes):
 
 def test_targets_that_count_are_counted_as_trained_and_skipped_steps_as_long_as_they_follow_one_another(tmp_path):
     skipped = []
-    with small_run(tmp_path) as begun:
+    with small_run(tmp_path) as a_run:
         for applied in (False, False, True, False):
             loss = 1.0 if applied else math.inf
-            row = begun.count(train.StepResult(loss, 2.0, applied), 8 * 16 - 13 - 16, 8 * 16, 0.5)
-            skipped.append(begun.progress.skipped_in_a_row)
+            row = a_run.count(train.StepResult(loss, 2.0, applied), 8 * 16 - 13 - 16, 8 * 16, 0.5)
+            skipped.append(a_run.progress.skipped_in_a_row)
             assert row["tokens_per_second"] == 256 and ("skipped" in row, "loss" in row) == (not applied, applied)
-        assert skipped == [1, 2, 0, 1] and (begun.step, begun.progress.seconds) == (4, 2.0)
-        assert begun.progress.tokens == row["tokens"] == 4 * (8 * 16 - 13 - 16)
+        assert skipped == [1, 2, 0, 1] and (a_run.step, a_run.progress.seconds) == (4, 2.0)
+        assert a_run.progress.tokens == row["tokens"] == 4 * (8 * 16 - 13 - 16)
 
 
 def test_a_training_run_logs_every_step_with_units_and_the_validation_loss_falls(trained):
@@ -2453,10 +2456,10 @@ def test_the_length_of_a_run_is_given_in_steps_or_tokens_and_its_time_in_minutes
 def test_max_minutes_are_minutes(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(run_py, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    with small_run(tmp_path, max_minutes=0.5) as begun:
+    with small_run(tmp_path, max_minutes=0.5) as a_run:
         told = []
         for now[0] in (1001.0, 1029.0, 1031.0):
-            told.append(begun.is_told_to_stop())
+            told.append(a_run.is_told_to_stop())
     assert told == [False, False, True]
 
 
@@ -2636,7 +2639,7 @@ def test_weights_kept_on_the_way_are_listed_never_deleted_and_no_run_in_use(stor
     assert (out / "step_00000002.pt").read_bytes() == before
 
 
-def test_on_other_data_best_pt_is_found_anew(story, tmp_path):
+def test_on_other_data_best_pt_is_found_again(story, tmp_path):
     pretrain(story, tmp_path / "run", max_steps=8)
     files = dict(source=f"{story}/held_out.txt", val_source=story / "text.txt", out_dir=tmp_path / "data")
     (tmp_path / "noise.txt").write_bytes(np.random.default_rng(0).integers(32, 127, 3000).astype(np.uint8).tobytes())
@@ -2687,7 +2690,7 @@ def test_a_tracker_that_fails_is_a_warning_and_changes_nothing(story, tmp_path, 
 # ----------------------------------------------------------------------------------------------------------------------
 # a stage that dies and is resumed
 
-FORK = torch.multiprocessing.get_context("fork")  # processes that need not import torch anew
+FORK = torch.multiprocessing.get_context("fork")  # processes that need not import torch again
 RESUMABLE = ["train gpt2 adamw", "train modern muon", "finetune", "dpo", "prepare_fineweb"]
 
 
@@ -2884,11 +2887,11 @@ def test_a_run_that_dies_and_is_resumed_equals_one_that_did_not(stage, death, tm
 
 def get_a_signal_twice(folder, number):
     settings = dict(out_dir=str(folder), init_from="scratch", overwrite=False, max_minutes=0.0)
-    begun = run_py.Run("test", settings, 1, {}, {})
-    begun.catch_signals(begun.note_signal)
-    print(begun.is_told_to_stop(), flush=True)
+    a_run = run_py.Run("test", settings, 1, {}, {})
+    a_run.catch_signals(a_run.note_signal)
+    print(a_run.is_told_to_stop(), flush=True)
     os.kill(os.getpid(), number)
-    print(begun.is_told_to_stop(), flush=True)
+    print(a_run.is_told_to_stop(), flush=True)
     os.kill(os.getpid(), number)
     print("still there", flush=True)
 
@@ -2975,13 +2978,13 @@ def test_a_run_is_resumed_only_with_the_settings_that_its_weights_depend_on(tmp_
     free += "hellaswag_interval hellaswag_source hellaswag_limit sample_interval sample_prompt log_interval "
     free += "checkpoint_interval keep_every tracker"
     settings = train.DEFAULTS | dict(out_dir=str(tmp_path))
-    begun = run_py.Run("pretrain", settings, 1, {}, {}, train.MAY_CHANGE, train.FIXED)
-    begun.about = {"data": [], "processes": 1}
+    a_run = run_py.Run("pretrain", settings, 1, {}, {}, train.MAY_CHANGE, train.FIXED)
+    a_run.about = {"data": [], "processes": 1}
     refused = set()
     for name in settings:
-        begun.stored = {"settings": settings | {name: "another"}, "data": [], "optimizers": []}
+        a_run.stored = {"settings": settings | {name: "another"}, "data": [], "optimizers": []}
         try:
-            begun.check_same_run()
+            a_run.check_same_run()
         except OSError as error:
             refused.add(name)
             assert f"({name} was 'another', is now {settings[name]!r}): use the old ones" in str(error)
@@ -3576,7 +3579,7 @@ def test_dpo_on_the_toyworld_learns_to_be_brief_and_forgets_no_answers(world, tm
     assert chat < base / 3 and after < 1.1 * chat, (base, chat, after)
 
 
-def test_the_log_probs_of_the_reference_are_computed_once_but_anew_for_another_base(trained, pair_rows, tmp_path):
+def test_the_log_probs_of_the_reference_are_computed_once_but_again_for_another_base(trained, pair_rows, tmp_path):
     out, other = tmp_path / "run", tmp_path / "other.pt"
     prefer(trained, pair_rows, out, max_minutes=1e-9)
     with pytest.MonkeyPatch.context() as patch:

@@ -33,7 +33,7 @@ from run import (
     due,
     is_out_of_memory,
     join_processes,
-    load_checkpoint,
+    load_model,
     pick_device,
     pick_dtype,
     prefetch,
@@ -138,9 +138,10 @@ def main():
     run = Run(
         "pretrain", settings, n_steps, UNITS, LABELS, may_change=MAY_CHANGE, fixed=FIXED, upgrade=upgrade_settings
     )
-    start = load_start(init_from)
-    if start:
-        take_sizes(settings, start)
+    start = None  # the model that a new run takes its weights from
+    if init_from not in ("scratch", "resume"):
+        start, about_start = load_model(init_from)
+        take_sizes(settings, start.config, about_start["tokenizer"])
     elif run.stored:
         take_stored(settings, run.stored_settings)
     block_size = settings["block_size"]
@@ -154,7 +155,7 @@ def main():
     autocast = autocast_for(device, settings["dtype"])
     model = make_model(settings, tokenizer).to(device)
     if start:
-        load_weights(model, start)
+        load_weights(model, start, init_from)
     model.checkpoint_activations = activation_checkpointing
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
     if batch_size == 0:
@@ -219,28 +220,18 @@ def check(settings):
     check_settings(settings, AT_LEAST_1, rules)
 
 
-def load_start(path):
-    """The checkpoint that a new run takes its weights from; None if it starts from scratch or is resumed."""
-    if path in ("scratch", "resume"):
-        return None
-    start = load_checkpoint(path)
-    start.pop("optimizers", None)  # their memory
-    return start
-
-
-def take_sizes(settings, start):
+def take_sizes(settings, config, tokenizer):
     """Change the settings that a run's first weights decide, in place; only block_size may be smaller than theirs.
 
     BadInput for a setting that was asked for and is another one.
     """
     path = settings["init_from"]
-    config = GPTConfig(**start["config"])
     family = "modern" if config.rotary else "gpt2"
     of_family = GPTConfig(**FAMILIES[family])
     flags = FAMILIES["modern"].keys() - {"zero_init"}  # which is about new weights
     if any(getattr(config, flag) != getattr(of_family, flag) for flag in flags):
         raise BadInput(f"{path}: the model is of no family that train.py makes ({', '.join(FAMILIES)})")
-    decided = {name: getattr(config, name) for name in SIZES} | {"family": family, "tokenizer": start["tokenizer"]}
+    decided = {name: getattr(config, name) for name in SIZES} | {"family": family, "tokenizer": tokenizer}
     for name, value in decided.items():
         asked = settings[name]
         if name == "block_size" and asked < value:
@@ -257,12 +248,15 @@ def take_stored(settings, stored):
             settings[name] = stored.get(name, settings[name])
 
 
-def load_weights(model, start):
-    """Copy a checkpoint's weights into the model: of learned positions as many as it has."""
-    weights = start["model"]
+def load_weights(model, start, path):
+    """Copy the weights of a start model into the model: of learned positions as many as it has."""
+    weights = start.state_dict()
     if "wpe.weight" in weights:
         weights["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise BadInput(f"{path}: its weights do not fit ({' '.join(str(error).split()):.200})") from None
 
 
 def rows_per_step(tokens_per_step, block_size, batch_size):

@@ -5,7 +5,7 @@
 # The batch and the rate are those of nanoGPT's config/finetune_shakespeare.py.
 out_dir = "out/finetune_text"
 
-optimizer = "adamw"  # which trained GPT-2 too
+optimizer = "adamw"  # nanoGPT's optimizer
 tokens_per_step = 32768
 batch_size = 4
 max_steps = 100
