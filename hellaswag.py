@@ -165,8 +165,10 @@ def evaluate(model, tokenizer, items, autocast=nullcontext, style="completion", 
     Under torchrun every process must call it, with the same arguments, and gets the same numbers.
     """
     block_size = model.config.block_size
-    groups = []  # the rows of each item
-    divisors = []  # of each row, for acc_norm
+    groups = []  # the rows of each item; equal endings have one together, so that rounding does not choose
+    row_of_ending = []  # the number of each ending's row
+    n_rows = 0
+    divisors = []  # of each ending, for acc_norm
     cut = 0
     for item in items:
         context, endings = texts_of(item, style)
@@ -174,12 +176,18 @@ def evaluate(model, tokenizer, items, autocast=nullcontext, style="completion", 
         cut += any(len(ids) > block_size + 1 for ids, _ in rows)
         # Nothing predicts the first of the block_size + 1 tokens that are left.
         rows = [(ids[-block_size - 1 :], min(n_scored, block_size)) for ids, n_scored in rows]
-        groups.append(rows)
+        different = []
+        for row in rows:
+            if row not in different:
+                different.append(row)
+            row_of_ending.append(n_rows + different.index(row))
+        groups.append(different)
+        n_rows += len(different)
         if style == "harness":
             divisors += [max(len(ending), 1) for ending in endings]  # the clean-up may leave nothing of an ending
         else:
             divisors += [n_scored for _, n_scored in rows]
-    sums = log_likelihoods(model, groups, autocast)
+    sums = log_likelihoods(model, groups, autocast)[row_of_ending]
     if np.isnan(sums).any():
         raise FloatingPointError("the model's log-likelihoods are not numbers: its training has diverged")
     labels = np.array([item["label"] for item in items])

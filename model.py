@@ -109,15 +109,15 @@ class GPT(nn.Module):
                 p.zero_()
 
     def forward(self, idx, targets=None):
-        """Without targets: logits (B, T, vocab_size). With targets (B, T): the SUM over them of -log p, in nats.
+        """Without targets: logits (B, T, n_vocab). With targets (B, T): the SUM over them of -log p, in nats.
 
         Targets of -100 do not count. The caller divides by the number of targets in the whole global batch, so that
         accumulation over unequal micro-batches stays exact.
         """
         x = self.hidden(idx)
         if targets is None:
-            return F.linear(x, self.wte.weight)
-        return cross_entropy_sum(x.flatten(0, 1), self.wte.weight, targets.flatten())
+            return self.logits(x)
+        return cross_entropy_sum(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.n_vocab)
 
     def hidden(self, idx, cache=None):
         """(B, T) ids -> (B, T, C) after the final norm. With a cache (AttentionCache), idx continues what it holds.
@@ -150,7 +150,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """(..., C) -> (..., n_vocab): scores of the ids that exist, and of no padding row."""
-        return F.linear(hidden, self.wte.weight[: self.config.n_vocab])
+        return F.linear(hidden, self.wte.weight)[..., : self.config.n_vocab]
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -340,21 +340,23 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # OpenAI's gelu_new
 
 
-def cross_entropy_sum(x, weight, targets):
-    """Sum of -log softmax(x @ weight.T)[target] over targets that are not -100. x (N, C), weight (V, C), targets (N,).
+def cross_entropy_sum(x, weight, targets, n_vocab):
+    """Sum of -log softmax(x @ weight[:n_vocab].T)[target] over targets that are not -100.
 
+    x (N, C), weight (V, C), targets (N,). The padding rows are multiplied too, as GPUs are slow at odd widths.
     Above LOGITS_AT_ONCE logits, one chunk of rows at a time, whose logits are computed again for the backward pass:
     16 x 1024 rows of 50,304 fp32 logits and their gradient would be 6.6 GB.
     """
     rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
     if len(x) <= rows:
-        return chunk_loss(x, weight, targets)
+        return chunk_loss(x, weight, targets, n_vocab)
     chunks = zip(x.split(rows), targets.split(rows), strict=True)
-    return sum(checkpoint(chunk_loss, x_, weight, targets_, use_reentrant=False) for x_, targets_ in chunks)
+    return sum(checkpoint(chunk_loss, x_, weight, targets_, n_vocab, use_reentrant=False) for x_, targets_ in chunks)
 
 
-def chunk_loss(x, weight, targets):
-    return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=IGNORE, reduction="sum")
+def chunk_loss(x, weight, targets, n_vocab):
+    logits = F.linear(x, weight)[:, :n_vocab].float()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

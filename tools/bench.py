@@ -342,7 +342,7 @@ def one_item_at_a_time(model, items, autocast):
     for rows in items:
         ids = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True).to(device)
         with autocast():
-            logits = model(ids[:, :-1])[..., : model.config.n_vocab]
+            logits = model(ids[:, :-1])
         losses = F.cross_entropy(logits.float().mT, ids[:, 1:], reduction="none").cpu()  # (4, T)
         for loss, (ids, n_scored) in zip(losses, rows, strict=True):
             end = len(ids) - 1
