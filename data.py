@@ -7,6 +7,8 @@ A shard is a file in the format of llm.c: a header of 256 little-endian int32 (m
 tokens, zeros), then the tokens as uint16. Every document begins with the end token.
 """
 
+import glob
+import gzip
 import hashlib
 import json
 import os
@@ -20,6 +22,7 @@ SPLITS = ("train", "val")
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
+LONGEST_LINE = 100_000_000  # bytes of a line of JSON
 HASH_KEY = b"fgpt validation"  # never change it: documents would change sides
 # prepare_fineweb.py writes a record about each source file; these must be the same for all files of a folder
 RULES = ("tokenizer", "split", "text_field", "split_blank_lines")
@@ -87,42 +90,57 @@ def is_validation(text, val_fraction):
 # JSON and records, and what a folder of shards says about itself
 
 
-def read_json(path):
-    """The content of a JSON file. OSError that names the file, and the place, when it is damaged."""
+def parse_json(text, where):
+    """The value of a JSON text, str or bytes. OSError that begins with `where` when it is none."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OSError(f"{path}: not JSON ({error}): fix the file or create it again") from None
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number that is too long; nested too deep
+        raise OSError(f"{where}: not JSON ({error}): fix it, or create or download it again") from None
+
+
+def read_json(path):
+    """The content of a JSON file. OSError that names the file when it is damaged."""
+    return parse_json(Path(path).read_bytes(), path)
 
 
 def read_records(path):
-    """Yields (where, record) for each record of a .jsonl, .parquet or .json file; `where` names the file and the place.
+    """Yields (where, record, share) for each record of a .json, .jsonl (also .gz) or .parquet file.
 
-    Blank lines of a .jsonl are skipped. OSError when the file is damaged, or a .json is not a list.
+    where names the file and the place. share: of the file, how much has been read. A .json holds one list of records,
+    or one record a line as .jsonl does; blank lines are skipped. OSError when the file is damaged.
     """
     path = Path(path)
-    if path.suffix == ".jsonl":
-        yield from read_jsonl(path)
-    elif path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         yield from read_parquet(path)
-    else:
-        records = read_json(path)
-        if not isinstance(records, list):
-            raise OSError(f"{path}: must be a list of records, not {type(records).__name__}")
-        for number, record in enumerate(records, 1):
-            yield f"{path}, record {number}", record
+        return
+    with open(path, "rb") as raw:
+        file = gzip.open(raw) if path.suffix.lower() == ".gz" else raw
+        try:
+            if ".jsonl" in path.name.lower() or has_record_lines(file):
+                for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+                    if line.strip():
+                        where = f"{path}, line {number}"
+                        yield where, parse_json(line, where), raw.tell() / os.path.getsize(path)
+            else:
+                records = parse_json(file.read(), path)
+                if not isinstance(records, list):
+                    raise OSError(f"{path}: must be a list of records, or one record a line")
+                for number, record in enumerate(records, 1):
+                    yield f"{path}, record {number}", record, number / len(records)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise OSError(f"{path}: damaged gzip file ({error}): download it again") from None
 
 
-def read_jsonl(path):
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
-                raise OSError(f"{path}, line {number} is not JSON (is the file truncated?): {error}") from None
-            yield f"{path}, line {number}", record
+def has_record_lines(file):
+    """Whether the first line of a file that is open for reading is a whole record. The file is rewound."""
+    line = file.readline(LONGEST_LINE)
+    is_only_line = not file.readline(LONGEST_LINE).strip()
+    file.seek(0)
+    try:
+        first = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) or not is_only_line  # a list alone in a file is that of its records
 
 
 def read_parquet(path):
@@ -134,7 +152,20 @@ def read_parquet(path):
     except (pa.ArrowException, OSError) as error:
         raise OSError(f"{path} is not a complete parquet file ({error}): delete it and download it again") from None
     for number, record in enumerate(records, 1):
-        yield f"{path}, row {number}", record
+        yield f"{path}, row {number}", record, number / len(records)
+
+
+def split_items(text):
+    """The items of a list separated by commas; a text that is an existing path is one item, whatever its name."""
+    if os.path.exists(text):
+        return [text]
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def match_paths(item):
+    """Sorted paths of the files that a path or a glob names; a path that exists is taken as it is."""
+    found = [item] if os.path.exists(item) else glob.glob(item, recursive=True)
+    return [Path(path) for path in sorted(found) if Path(path).is_file()]
 
 
 def write_json(path, value):

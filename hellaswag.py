@@ -109,7 +109,7 @@ def load_items(source="", limit=0):
     path = Path(source) if source else download_validation()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such HellaSwag file (--source= takes a .jsonl, .parquet or .json file)")
-    items = [check_item(record, where) for where, record in read_records(path)]
+    items = [check_item(record, where) for where, record, _ in read_records(path)]
     if not items:
         raise BadInput(f"{path} has no items")
     if not source and len(items) != HUB_ITEMS:

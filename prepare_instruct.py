@@ -5,9 +5,9 @@
 
 The stage between train.py and finetune.py or dpo.py.
 
-A source is a name (below), or a .json, .jsonl or .parquet file or glob; several
-are separated by commas, and name:5000 uses 5,000 records, the first of a fixed
-shuffle:
+A source is a name (below), or a .json, .jsonl (also .gz) or .parquet file or
+glob; several are separated by commas, and name:5000 uses 5,000 records, the
+first of a fixed shuffle:
 
     raschka   GitHub: 1,300 instructions, rasbt/LLMs-from-scratch, chapter 7
     alpaca    Hub: yahma/alpaca-cleaned, those whose prompt and answer have at
@@ -15,14 +15,24 @@ shuffle:
     smoltalk  Hub: HuggingFaceTB/smol-smoltalk, 460,000 conversations of several
               turns
 
-Records are in Alpaca form (instruction, input, output), chat form (messages
-with role and content) or preference form (chosen and rejected: two answers to
-instruction and input, or to prompt, or two lists of messages). A conversation
-is rendered as `<|user|>question<|assistant|>answer<|endoftext|>`; the mask is 1
-on each answer and its end token, the only ones that are trained on; for a
-preference, on the last answer. A hash of the first question splits train from
-validation, so a question is only on one side, and also in preferences: dpo.py
-is not validated on what finetuning has learned.
+A record is one of these; other names for the same things, as other programs
+write them, are in FIELDS and ROLES below:
+
+    question with answer  instruction, input (optional) and output
+    conversation          messages, each with role and content; system, history
+    preference            chosen and rejected: two answers to a question as
+                          above or to prompt, or two conversations
+
+A message with "train": false or "weight": 0 is read, but not trained on. A
+record with "label": false, tool calls, roles out of turn or an empty side is
+dropped. The table at the end counts what was dropped, cut, and the fields that
+were ignored.
+
+A conversation becomes `<|user|>question<|assistant|>answer<|endoftext|>`; the
+mask is 1 on each answer and its end token, the only ones that are trained
+on; for a preference, on the last answer. A hash of the first question splits
+train from validation, so a question is only on one side, and also in
+preferences: dpo.py is not validated on what finetuning has learned.
 
 Writes into out_dir, replacing what an earlier run wrote: {train,val}_tokens.npy
 (uint16), {train,val}_mask.npy (uint8), {train,val}_offsets.npy (int64, one more
@@ -31,20 +41,22 @@ preferences, row 2i is the chosen and 2i + 1 the rejected one. Downloads are
 kept in data/instruct_sources.
 """
 
-import glob
 import hashlib
 import heapq
 import itertools
+import math
+import os
 import random
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import BadInput, check_settings, configure, settings_of
 
 import numpy as np
 
-from data import SPLITS, is_validation, read_json, read_records, write_json
+from data import SPLITS, is_validation, match_paths, read_json, read_records, split_items, write_json
 from hub import download, list_hub
 from tokenizer import BadConversation, Tokenizer
 
@@ -75,7 +87,29 @@ SOURCES = {  # name: function that lists its files as dicts for hub.download
     "smoltalk": lambda: list_hub("HuggingFaceTB/smol-smoltalk", "data", wanted=lambda path: "/train-" in path),
 }
 LONGEST_TEXT = {"alpaca": 1000}  # name: most characters that a prompt or answer may have
-FORMATS = (".json", ".jsonl", ".parquet")
+FORMATS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+# The names that datasets have for the fields of a record or a message. Of several that a record has, the first counts.
+FIELDS = {
+    "messages": ("messages", "conversations", "conversation"),
+    "question": ("instruction", "prompt", "question"),
+    "input": ("input", "context"),
+    "answer": ("output", "response", "completion", "answer"),
+    "chosen": ("chosen", "preferred_output"),
+    "rejected": ("rejected", "non_preferred_output"),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "role": ("role", "from"),
+    "content": ("content", "value"),
+    "tool calls": ("tool_calls", "function_call"),
+    "train": ("train",),
+    "weight": ("weight",),
+}
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
+}  # fmt: skip
+TOOL_ROLES = ("tool", "function", "function_call", "observation")
 
 
 def main():
@@ -85,27 +119,27 @@ def main():
     tokenizer = Tokenizer(settings["tokenizer"])
     folder = Path(out_dir)
     sources = open_sources(source)
-    kept, counts = collect(sources, tokenizer, max_tokens, val_fraction)
+    kept, counts, ignored = collect(sources, tokenizer, max_tokens, val_fraction)
+    print("\n".join(f"{counts[what]:9,} {what}" for what in sorted(counts, reverse=True)))
+    if ignored:
+        print("ignored fields: " + ", ".join(f"{name} ({n:,})" for name, n in ignored.most_common()))
+    if not counts["kept"]:
+        raise BadInput(f"{source}: no record that can be used: the table above says why, --help what a record is")
     for split in SPLITS:
         if not kept[split]:
             raise BadInput(f"{source}: none of the {counts['kept']} records kept is for {split}: add more records")
     for rows in kept["train"][:show]:
         print("\n".join(mark_supervised(ids, mask, tokenizer) for ids, mask in rows), end="\n\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)  # written last: a folder that has one is complete
     meta = {
         "tokenizer": tokenizer.name,
         "sources": sorted(sources),
         "val_fraction": val_fraction,
         "preferences": len(kept["train"][0]) == 2,
         "counts": counts,
+        "ignored_fields": ignored,
     }
-    for split in SPLITS:
-        meta[split] = write_rows(folder, split, kept[split])
-    write_json(folder / "meta.json", meta)
-    print("\n".join(f"{counts[what]:9,} {what}" for what in sorted(counts, reverse=True)))
-    for split in SPLITS:
-        print(f"{split}: " + ", ".join(f"{n:,} {what}" for what, n in meta[split].items()))
+    for split, totals in write_folder(folder, kept, meta).items():
+        print(f"{split}: " + ", ".join(f"{n:,} {what}" for what, n in totals.items()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -115,10 +149,12 @@ def main():
 def open_sources(source):
     """{name: its records as (where, record)} of a --source; all files are found or downloaded before any is read."""
     opened = {}
-    for item in filter(None, map(str.strip, source.split(","))):
-        name, limit = re.fullmatch(r"(.*?)(?::(\d+))?", item).groups()
+    for item in split_items(source):
+        name, limit = item, None
+        if not os.path.exists(item):
+            name, limit = re.fullmatch(r"(.*?)(?::(\d+))?", item).groups()
         paths = download_source(name) if name in SOURCES else list_files(name)
-        opened[name] = (record for path in paths for record in read_records(path))
+        opened[name] = (record for path in paths for _, record, _ in read_records(path))
         if limit:
             opened[name] = take(opened[name], int(limit))
     return opened
@@ -136,12 +172,11 @@ def download_source(name):
 
 def list_files(item):
     """Paths of a file or glob. FileNotFoundError when there is none, BadInput for one of another format."""
-    found = glob.glob(item, recursive=True) or [item]  # the name of a file may look like a pattern
-    paths = [Path(path) for path in sorted(found) if Path(path).is_file()]
+    paths = match_paths(item)
     if not paths:
         raise FileNotFoundError(f"{item}: no such file (--source= needs {', '.join(SOURCES)}, or files)")
     for path in paths:
-        if path.suffix not in FORMATS:
+        if not path.name.lower().endswith(FORMATS):
             raise BadInput(f"{path}: conversations are read from {', '.join(FORMATS)} files")
     return paths
 
@@ -156,124 +191,250 @@ def take(records, limit):
 # records to rows
 
 
+class Unusable(Exception):
+    """A record cannot be used; the text says why, for the table at the end."""
+
+
+@dataclass
+class Conversations:
+    """A record: one conversation, or the chosen and the rejected one of a preference."""
+
+    form: str  # what the record is
+    used: list  # names of the fields that were used
+    sides: list  # conversations: lists of {role, content, train}
+    ignored: list  # names of the fields that were not used
+
+
+class Fields:
+    """The fields of a record or a message that are not empty. Those that nobody takes are ignored, and counted."""
+
+    def __init__(self, record):
+        self.left = {name: value for name, value in record.items() if not is_empty(value)}
+        self.ignored = set()  # names of fields of messages inside this record
+
+    def take(self, field):
+        """The value of a field, under any of its names; None where there is none."""
+        for name in FIELDS[field]:
+            if name in self.left:
+                return self.left.pop(name)
+        return None
+
+
+def is_empty(value):
+    is_nan = value != value
+    return is_nan or value in (None, "", [], {})
+
+
 def collect(sources, tokenizer, max_tokens, val_fraction):
-    """({split: list of records}, counts of what was read, kept, cut and dropped).
+    """({split: list of records}, counts of what was read, kept, cut and dropped, counts of ignored fields).
 
     A record is a list of rows, each its (ids, mask) arrays: one row, or two for a preference. sources: {name: records}.
     """
     kept = {split: [] for split in SPLITS}
     counts = Counter()
+    ignored = Counter()
     seen = set()
     for name, records in sources.items():
-        for where, record in records:
+        forms = Counter()
+        used = {}  # as an ordered set
+        for record in records:
             counts[f"read from {name}"] += 1
             try:
-                sides = to_conversations(record)
-                rows, note = render_record(sides, tokenizer, max_tokens)
-            except (BadInput, BadConversation) as error:
-                raise BadInput(f"{where}: {error}") from None
-            longest = max((len(message["content"]) for messages in sides for message in messages), default=0)
-            if name in LONGEST_TEXT and longest > LONGEST_TEXT[name]:
-                rows = []
-                note = f"dropped, longer than {LONGEST_TEXT[name]:,} characters"
-            digest = hashlib.blake2b(b"".join(ids.tobytes() for ids, _ in rows), digest_size=16).digest()
-            if rows and digest in seen:
-                rows = []
-                note = "dropped, a duplicate"
-            if note:
-                counts[note] += 1
-            if rows:
-                seen.add(digest)
-                counts["kept"] += 1
-                question = next(message["content"] for message in sides[0] if message["role"] == "user")
-                kept["val" if is_validation(question, val_fraction) else "train"].append(rows)
+                found = to_conversations(record)
+                forms[found.form] += 1
+                used.update(dict.fromkeys(found.used))
+                ignored.update(found.ignored)
+                check_length(found.sides, LONGEST_TEXT.get(name, math.inf))
+                rows, was_cut = render_record(found.sides, tokenizer, max_tokens)
+                digest = hashlib.blake2b(b"".join(ids.tobytes() for ids, _ in rows), digest_size=16).digest()
+                if digest in seen:
+                    raise Unusable("a duplicate")
+            except Unusable as reason:
+                counts[f"dropped, {reason}"] += 1
+                continue
+            seen.add(digest)
+            counts["kept"] += 1
+            if was_cut:
+                counts["kept without their last turns, which do not fit"] += 1
+            question = next(message["content"] for message in found.sides[0] if message["role"] == "user")
+            kept["val" if is_validation(question, val_fraction) else "train"].append(rows)
+        if forms:
+            read_as = " and ".join(f"{n:,} {form}" for form, n in forms.items())
+            print(f"{name}: read as {read_as}, from the fields {', '.join(used)}")
     if len({len(rows) for split in SPLITS for rows in kept[split]}) == 2:
         raise BadInput("the sources hold preferences and conversations: prepare them separately, each with --out_dir=")
-    return kept, counts
+    return kept, counts, ignored
 
 
 def to_conversations(record):
-    """A record as lists of {role, content}: one, or for a preference two, with the chosen and the rejected answer.
-
-    BadInput for another form.
-    """
-    fields = record if isinstance(record, dict) else {}
-    question = fields.get("instruction", fields.get("prompt"))
-    answers = []
-    if "chosen" in fields and "rejected" in fields:
-        answers = [fields["chosen"], fields["rejected"]]
-    elif isinstance(fields.get("messages"), list):
-        answers = [fields["messages"]]
-    elif "output" in fields:
-        answers = [fields["output"]]
-    if answers and all(isinstance(answer, list) for answer in answers):
-        conversations = answers
-    elif answers and question is not None:
-        content = [part for part in (question, fields.get("input")) if part]
-        if all(isinstance(part, str) for part in content):  # others are refused below
-            content = "\n\n".join(content)
-        asked = {"role": "user", "content": content}
-        conversations = [[asked, {"role": "assistant", "content": answer}] for answer in answers]
+    """The Conversations of a record. Unusable when it is none."""
+    if isinstance(record, list):
+        record = {"messages": record}
+    if not isinstance(record, dict):
+        raise Unusable("no object with fields")
+    fields = Fields(record)
+    if fields.left.get("label") is False:  # of KTO: an answer that is not wanted
+        raise Unusable("label false")
+    if fields.left.get("label") is True:
+        del fields.left["label"]
+    has = {field for field, names in FIELDS.items() if record.keys() & names}
+    before = read_history(fields)
+    if {"chosen", "rejected"} <= has:
+        form = "preferences"
+        answers = [to_messages(fields.take(side), "assistant", fields.ignored) for side in ("chosen", "rejected")]
+        if answers[0][0]["role"] == answers[1][0]["role"] == "assistant":
+            before += read_question(fields)
+    elif "messages" in has:
+        form = "conversations"
+        messages = fields.take("messages")
+        if not isinstance(messages, list | None):
+            raise Unusable(f"messages that are {type(messages).__name__}, not a list")
+        answers = [to_messages(messages, "user", fields.ignored)]
+    elif "answer" in has and has & {"question", "input"}:
+        form = "questions with answers"
+        before += read_question(fields)
+        answers = [to_messages(fields.take("answer"), "assistant", fields.ignored)]
     else:
-        found = ", ".join(fields) or type(record).__name__
-        raise BadInput(f"neither instruction and output nor messages nor chosen and rejected, but {found}")
-    return [[clean(message) for message in messages] for messages in conversations]
+        names = ", ".join(record)
+        raise Unusable(f"neither question and answer nor messages nor chosen and rejected: {names:.60}")
+    used = [name for name in record if not is_empty(record[name]) and name not in fields.left]
+    ignored = [*fields.left, *(f"{name} of a message" for name in fields.ignored)]
+    sides = [before + answer for answer in answers]
+    return Conversations(form, used, sides, ignored)
 
 
-def clean(message):
-    """The message as valid UTF-8 without spaces around it; an empty text for none."""
-    role = message.get("role") if isinstance(message, dict) else None
-    if not isinstance(role, str) or not isinstance(message.get("content"), str | None):
-        raise BadInput(f"a message needs a role and a text as content, not {message!r:.80}")
-    text = (message["content"] or "").strip()
-    return {"role": role, "content": text.encode("utf-8", errors="replace").decode()}
+def read_history(fields):
+    """Messages of the fields system, a text, and history, a list of [question, answer]."""
+    system = fields.take("system")
+    messages = to_messages(system, "system", fields.ignored) if system else []
+    for turn in fields.take("history") or []:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise Unusable("a history that is not a list of questions and answers")
+        messages += to_messages(turn[0], "user", fields.ignored) + to_messages(turn[1], "assistant", fields.ignored)
+    return messages
+
+
+def read_question(fields):
+    """Messages of what is asked: messages, or a question with its input."""
+    question = fields.take("messages") or fields.take("question")
+    if isinstance(question, list):
+        return to_messages(question, "user", fields.ignored)
+    parts = [part for part in (question, fields.take("input")) if part is not None]
+    if all(isinstance(part, str) for part in parts):
+        parts = ["\n\n".join(parts)]
+    return [message for part in parts for message in to_messages(part, "user", fields.ignored)]
+
+
+def to_messages(value, role, ignored):
+    """A text by `role`, a message, or a list of messages, as a list of {role, content, train}; none of it is empty.
+
+    ignored: set to which the names of a message's other fields are added.
+    """
+    if isinstance(value, str) and value.startswith("\n\nHuman:"):  # Anthropic's HH-RLHF
+        names_and_texts = re.split(r"\n\n(Human|Assistant):", value)[1:]
+        turns = zip(names_and_texts[::2], names_and_texts[1::2], strict=True)
+        value = [{"role": name, "content": text} for name, text in turns]
+    if isinstance(value, dict) and "messages" in value:
+        value = value["messages"]
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        value = [{"role": role, "content": value}]
+    if not value:
+        raise Unusable("an empty message")
+    return [to_message(message, ignored) for message in value]
+
+
+def to_message(message, ignored):
+    """{role, content, train} of a message: content is UTF-8 without spaces around it, train whether to learn it."""
+    if not isinstance(message, dict):
+        raise Unusable("a message without role and content")
+    fields = Fields(message)
+    role = str(fields.take("role") or "nobody").lower()
+    if fields.take("tool calls") or role in TOOL_ROLES:
+        raise Unusable("tool calls")
+    if role not in ROLES:
+        raise Unusable(f"a message by {role:.40}, not by user, assistant or system")
+    content = fields.take("content")
+    if isinstance(content, list):
+        content = join_parts(content)
+    if not isinstance(content, str | None):
+        raise Unusable(f"content that is {type(content).__name__}, not text")
+    text = (content or "").strip()
+    if not text:
+        raise Unusable("an empty message")
+    train = fields.take("train")
+    weight = fields.take("weight")
+    if weight not in (None, 0, 1):
+        raise Unusable("a weight that is neither 0 nor 1")
+    ignored.update(fields.left)
+    text = text.encode("utf-8", errors="replace").decode()
+    return {"role": ROLES[role], "content": text, "train": train is not False and weight != 0}
+
+
+def join_parts(parts):
+    """The text of a content in parts, as in OpenAI's format. Unusable when one of them is not text."""
+    if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        raise Unusable("content that is not text")
+    return "".join(str(part.get("text", "")) for part in parts)
+
+
+def check_length(sides, longest):
+    """Unusable when a message has more characters than `longest`."""
+    if any(len(message["content"]) > longest for messages in sides for message in messages):
+        raise Unusable(f"longer than {longest:,} characters")
 
 
 def render_record(sides, tokenizer, max_tokens):
-    """(rows, note): (ids, mask) arrays of a conversation or a pair; what was cut, why there are none, or "".
+    """(rows, whether turns were cut): (ids, mask) arrays of a conversation, or of the two of a preference.
 
-    BadConversation for roles in a wrong order.
+    Unusable for one that teaches nothing or does not fit.
     """
-    if not all(messages and all(message["content"] for message in messages) for messages in sides):
-        return [], "dropped, an empty side"
-    if len(sides) == 2:
-        rows, note = render_pair(*sides, tokenizer, max_tokens)
-    else:
-        rows, note = render_within(*sides, tokenizer, max_tokens)
-    return [(np.array(ids, np.uint16), np.array(mask, np.uint8)) for ids, mask in rows], note
+    try:
+        if len(sides) == 2:
+            rows = render_pair(*sides, tokenizer, max_tokens)
+            was_cut = False
+        else:
+            row, was_cut = render_within(*sides, tokenizer, max_tokens)
+            rows = [row]
+    except BadConversation:
+        raise Unusable("roles that do not take turns") from None
+    if not all(any(mask) for _, mask in rows):
+        raise Unusable("no answer to train on")
+    return [(np.array(ids, np.uint16), np.array(mask, np.uint8)) for ids, mask in rows], was_cut
 
 
 def render_within(messages, tokenizer, max_tokens):
-    """(rows, note) of the whole turns of a conversation that fit into max_tokens."""
-    note = ""
+    """((ids, mask), whether turns were cut) of the whole turns of a conversation that fit into max_tokens."""
+    was_cut = False
     while messages:
         ids, mask = tokenizer.render(messages)
         if messages[-1]["role"] != "assistant":  # a question without an answer teaches nothing
             messages = messages[:-1]
         elif len(ids) <= max_tokens:
-            return [(ids, mask)], note
+            return (ids, mask), was_cut
         else:
             messages = messages[:-2]
-            note = "kept without their last turns, which do not fit"
-    return [], "dropped, no whole turn that fits"
+            was_cut = True
+    raise Unusable("no whole turn that fits")
 
 
 def render_pair(chosen, rejected, tokenizer, max_tokens):
-    """(rows, note) of the chosen and the rejected conversation."""
+    """[(ids, mask)] of the chosen and the rejected conversation; the mask is 1 on the last answer."""
     if chosen[:-1] != rejected[:-1]:
-        return [], "dropped, two answers to different questions"
+        raise Unusable("two answers to different questions")
     if chosen == rejected:
-        return [], "dropped, two equal answers"
+        raise Unusable("two equal answers")
     rows = []
     for messages in (chosen, rejected):
         if messages[-1]["role"] != "assistant":
-            raise BadInput("a chosen or rejected conversation must end with an answer")
+            raise Unusable("a side that does not end with an answer")
         ids, mask = tokenizer.render(messages)
         n_asked = len(tokenizer.render(messages[:-1])[0])  # earlier answers are part of what was asked
         rows.append((ids, [0] * n_asked + mask[n_asked:]))
     if any(len(ids) > max_tokens for ids, _ in rows):
-        return [], "dropped, a pair that does not fit"
-    return rows, ""
+        raise Unusable("a pair that does not fit")
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,6 +448,18 @@ def mark_supervised(ids, mask, tokenizer):
         piece = tokenizer.decode([i for i, _ in pairs])
         text += f"⟦{piece}⟧" if trained else piece
     return text
+
+
+def write_folder(folder, kept, meta):
+    """Write the arrays and meta.json; returns the totals of each split. OSError that says what to do on a full disk."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "meta.json").unlink(missing_ok=True)  # written last: a folder that has one is complete
+        totals = {split: write_rows(folder, split, kept[split]) for split in SPLITS}
+        write_json(folder / "meta.json", {**meta, **totals})
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written ({error}): free some space, or choose another --out_dir") from None
+    return totals
 
 
 def write_rows(folder, split, records):

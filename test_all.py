@@ -671,9 +671,9 @@ BAD_INPUT = [
     ("hellaswag.py", {}, "--chat=True", "base/best.pt is not finetuned: --chat=True is for models that answer"),
     ("hellaswag.py", {}, "--source=no.jsonl", r"no.jsonl: no such HellaSwag file \(--source= takes a .jsonl, "),
     ("hellaswag.py", {"items.jsonl": "\n\n"}, "", "items.jsonl has no items"),
-    ("hellaswag.py", {"items.jsonl": lambda old: old[:-9]}, "", r"items.jsonl, line 6 is not JSON \(is the file trunc"),
-    ("hellaswag.py", {"items.jsonl": b'\n{"ctx": "\xff"}'}, "", "items.jsonl, line 2 is not JSON"),
-    ("hellaswag.py", {"items.csv": "ctx,endings\n"}, "--source=items.csv", "items.csv: not JSON .*: fix the file"),
+    ("hellaswag.py", {"items.jsonl": lambda old: old[:-9]}, "", r"items.jsonl, line 6: not JSON \(.*: fix it, or"),
+    ("hellaswag.py", {"items.jsonl": b'\n{"ctx": "\xff"}'}, "", "items.jsonl, line 2: not JSON"),
+    ("hellaswag.py", {"items.csv": "ctx,endings\n"}, "--source=items.csv", "items.csv: not JSON .*: fix it"),
     ("hellaswag.py", {"items.parquet": b"\n<!DOCTYPE html>\n<html>Sign in</html>"}, "--source=items.parquet",
      "items.parquet is not a complete parquet file .*: delete it and download it again"),
     ("hellaswag.py", {"items.jsonl": lambda old: old + b'["no", "item"]'}, "",
@@ -734,23 +734,18 @@ BAD_INPUT = [
     ("prepare_instruct.py", {}, "--max_tokens=0", "max_tokens must be at least 1"),
     ("prepare_instruct.py", {}, "--tokenizer=gpt5", "tokenizer must be gpt2, bytes, or a folder .*, not 'gpt5'"),
     ("prepare_instruct.py", {}, "--source=no.json", "no.json: no such file .--source= needs raschka, .*, or files"),
-    ("prepare_instruct.py", {}, "--source=text.txt", "text.txt: conversations are read from .json, .jsonl, .parquet"),
+    ("prepare_instruct.py", {}, "--source=text.txt", "text.txt: conversations are read from .json, .jsonl, .json.gz,"),
     ("prepare_instruct.py", {"a.json": '[{"instruction": "a"'}, "--source=a.json",
-     r"a.json: not JSON \(.*line 1.*\): fix the file or create it again"),
-    ("prepare_instruct.py", {"a.json": "{}"}, "--source=a.json", "a.json: must be a list of records, not dict"),
-    ("prepare_instruct.py", {"a.json": "[]"}, "--source=a.json", "a.json: none .* kept is for train: add more records"),
+     r"a.json: not JSON \(.*line 1.*\): fix it, or create or download it again"),
+    ("prepare_instruct.py", {"a.json": '{"data":\n[]}'}, "--source=a.json", "a.json: must be a list of records,"),
+    ("prepare_instruct.py", {"a.json": "[" * 99999}, "--source=a.json", r"a.json: not JSON \(maximum recursion depth"),
+    ("prepare_instruct.py", {"a.json": "[1" + "0" * 5000 + "]"}, "--source=a.json", r"a.json: not JSON \(Exceeds"),
+    ("prepare_instruct.py", {"a.jsonl": b'\n{"prompt": "\xff"}'}, "--source=a.jsonl", "a.jsonl, line 2: not JSON"),
+    ("prepare_instruct.py", {"a.jsonl.gz": b"{}"}, "--source=a.jsonl.gz", "a.jsonl.gz: damaged gzip file"),
     ("prepare_instruct.py", {"a.json": '[{"question": "a"}]'}, "--source=a.json",
-     "a.json, record 1: neither instruction and output nor messages nor chosen and rejected, but question"),
-    ("prepare_instruct.py", {"a.json": '[{"chosen": "a", "rejected": "b"}]'}, "--source=a.json",
-     "a.json, record 1: neither .*, but chosen, rejected"),
-    ("prepare_instruct.py", {"a.jsonl": '\n{"instruction": "a", "output": 3}'}, "--source=a.jsonl",
-     "a.jsonl, line 2: a message needs a role and a text as content, not .*3"),
-    ("prepare_instruct.py", {"a.json": '[{"instruction": 3, "output": "a"}]'}, "--source=a.json",
-     "a.json, record 1: a message needs a role and a text as content, not .*3"),
-    ("prepare_instruct.py", {"a.json": '[{"messages": [{"role": "assistant", "content": "a"}]}]'}, "--source=a.json",
-     "a.json, record 1: a conversation is user, assistant, user, ... .one system first., not assistant"),
-    ("prepare_instruct.py", {"a.jsonl": json.dumps({k: [dict(role="bot", content=k)] for k in ("chosen", "rejected")})},
-     "--source=a.jsonl", "a.jsonl, line 1: a chosen or rejected conversation must end with an answer"),
+     "a.json: no record that can be used: the table above says why"),
+    ("prepare_instruct.py", {"a.json": '{"prompt": "a", "completion": "b"}'}, "--source=a.json",
+     "a.json: none of the 1 records kept is for (train|val): add more records"),
     ("prepare_instruct.py", {"a.json": '[{"prompt": "a", "chosen": "b", "rejected": "c"}]'},
      "--source=chats.jsonl,a.json", "preferences and conversations: prepare them separately, each with --out_dir="),
     # finetune.py
@@ -2117,7 +2112,7 @@ def test_hellaswag_command_prints_both_numbers_and_appends_a_line_next_to_the_ch
         assert code == 0 and f"HellaSwag, {style} style" in out and f"{acc}, {norm} (4 items, float32)" in out
         assert f"{result['cut']} of 4 items are longer than block_size 64" in out and result["cut"] > 0
         expected.append({**result, "style": style, "chat": chat, "step": 7, "source": str(source)})
-    records = [record for _, record in data_py.read_records(tmp_path / "hellaswag.jsonl")]
+    records = [record for _, record, _ in data_py.read_records(tmp_path / "hellaswag.jsonl")]
     for record, values in zip(records, expected, strict=True):
         assert record.items() >= values.items()
 
@@ -3244,9 +3239,121 @@ def test_what_is_dropped_or_cut_is_counted(tmp_path):
     too_long = sum(len(Tokenizer("bytes").render(record["messages"])[0]) > 40 for record in chats())
     assert counts == {
         f"read from {tmp_path}/in/alpaca.json": 7, f"read from {tmp_path}/in/*.jsonl": 40,
-        "kept": 42, "kept without their last turns, which do not fit": too_long, "dropped, an empty side": 3,
+        "kept": 42, "kept without their last turns, which do not fit": too_long, "dropped, an empty message": 3,
         "dropped, a duplicate": 1, "dropped, no whole turn that fits": 1,
     }  # fmt: skip
+
+
+def sharegpt(*texts):
+    return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+
+
+def hh(*texts):
+    return "".join(f"\n\n{('Human', 'Assistant')[number % 2]}: {text}" for number, text in enumerate(texts))
+
+
+QA = "<|user|>q<|assistant|>⟦a<|endoftext|>⟧"
+PAIR = f"{QA} {QA.replace('⟦a', '⟦b')}"
+FORMS = [  # (record, what it becomes, with what is trained on in brackets)
+    ({"instruction": "q", "output": "a", "text": "all of it"}, QA),  # Alpaca
+    ({"instruction": "q", "input": None, "output": "a"}, QA),
+    ({"instruction": "q", "input": math.nan, "output": "a"}, QA),
+    ({"instruction": "", "input": "q", "output": "a"}, QA),
+    ({"instruction": "q", "context": "", "response": "a", "category": "qa"}, QA),  # Dolly
+    ({"instruction": "q", "input": "x", "output": "a"}, QA.replace("q", "q\n\nx")),
+    ({"prompt": "q", "completion": "a"}, QA),
+    ({"prompt": turns("q"), "completion": [turns("-", "a")[1]]}, QA),  # TRL
+    ({"question": "q", "answer": "a", "id": 7}, QA),
+    ({"system": "s", "instruction": "q", "output": "a", "history": [["p", "b"]]},  # LLaMA-Factory
+     "<|user|>s\n\np<|assistant|>⟦b<|endoftext|>⟧" + QA),
+    ({"system_prompt": "s", "question": "q", "response": "a"}, QA.replace("q", "s\n\nq")),  # OpenOrca
+    ({"messages": turns("q", "a"), "source": "x"}, QA),
+    (turns("q", "a"), QA),  # nanochat
+    ({"conversations": sharegpt("q", "a")}, QA),
+    ({"conversation": [dict(role="Prompter", content="q"), dict(role="model", content="a", name="Al")]}, QA),
+    ({"messages": [dict(role="developer", content="s"), *turns("q", "a")]}, QA.replace("q", "s\n\nq")),
+    ({"system": "s", "messages": turns("q", "a")}, QA.replace("q", "s\n\nq")),
+    ({"messages": [dict(role="user", content=[dict(type="text", text="q")]), *turns("", "a")[1:]]}, QA),  # OpenAI
+    ({"messages": [*turns("q"), dict(role="assistant", content="b", weight=0), *turns("q", "a")]},
+     "<|user|>q<|assistant|>b<|endoftext|>" + QA),
+    ({"messages": [*turns("q"), dict(role="assistant", content="b", train=False), *turns("q", "a")]},
+     "<|user|>q<|assistant|>b<|endoftext|>" + QA),
+    ({"prompt": "q", "completion": "a", "label": True}, QA),  # KTO
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, PAIR),
+    ({"prompt": turns("q"), "chosen": turns("", "a")[1:], "rejected": turns("", "b")[1:]}, PAIR),  # TRL, explicit
+    ({"prompt": "q", "chosen": turns("q", "a"), "rejected": turns("q", "b"), "score": 5.0}, PAIR),  # UltraFeedback
+    ({"conversations": sharegpt("q"), "chosen": sharegpt("", "a")[1], "rejected": sharegpt("", "b")[1]}, PAIR),
+    ({"system": "", "question": "q", "chosen": "a", "rejected": "b"}, PAIR),  # Orca
+    ({"chosen": hh("q", "a"), "rejected": hh("q", "b")}, PAIR),
+    ({"input": {"messages": turns("q"), "tools": []}, "preferred_output": turns("", "a")[1:],
+      "non_preferred_output": turns("", "b")[1:]}, PAIR),  # OpenAI
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record, expected", FORMS)
+def test_records_are_read_in_the_forms_that_other_programs_write(record, expected):
+    tokenizer = Tokenizer("bytes")
+    rows, _ = prepare_instruct.render_record(prepare_instruct.to_conversations(record).sides, tokenizer, 99)
+    assert " ".join(prepare_instruct.mark_supervised(ids, mask, tokenizer) for ids, mask in rows) == expected
+
+
+def test_records_that_cannot_be_used_are_dropped_and_counted_by_reason_and_ignored_fields_too(tmp_path, capsys):
+    tool_call = dict(role="assistant", content=None, tool_calls=[{"name": "add"}])
+    weighted = [[turns("q")[0], dict(role="assistant", content="a", weight=weight)] for weight in (0, 2)]
+    odd = {
+        "a duplicate": {"prompt": "Question 1?", "completion": "1"},
+        "an empty message": {"question": " ", "answer": "a"},
+        "content that is int, not text": {"instruction": "Two?", "output": 2},
+        "content that is not text": {"messages": turns([dict(type="image_url", image_url="x")], "a")},
+        "label false": {"prompt": "q", "completion": "b", "label": False},
+        "messages that are str, not a list": {"messages": json.dumps(turns("q", "a"))},
+        "a message by narrator, not by user, assistant or system": {"messages": [dict(role="narrator", content="q")]},
+        "a message by nobody, not by user, assistant or system": {"messages": [dict(content="q")]},
+        "a message without role and content": {"messages": ["q", "a"]},
+        "neither question and answer nor messages nor chosen and rejected: text, id": {"text": "a", "id": 1},
+        "no answer to train on": {"messages": weighted[0]},
+        "no object with fields": 7,
+        "no whole turn that fits": {"messages": turns("q")},
+        "roles that do not take turns": {"messages": turns("q")[:1] * 2 + turns("", "a")[1:]},
+        "tool calls": {"messages": [*turns("q"), tool_call, dict(role="tool", content="4"), *turns("", "a")[1:]]},
+        "a weight that is neither 0 nor 1": {"messages": weighted[1]},
+        "a history that is not a list of questions and answers": {"prompt": "q", "output": "a", "history": ["p"]},
+    }
+    good = [{"prompt": f"Question {i}?", "completion": f"{i}", "id": i, "meta": {"a": 1}} for i in range(30)]
+    named = {"messages": [dict(role="user", content="Who?", name="Al"), *turns("", "I")[1:]]}
+    (tmp_path / "in.json").write_text(json.dumps([*good, *odd.values(), named]))
+    meta = instruct(tmp_path / "o", source=tmp_path / "in.json")
+    dropped = {f"dropped, {reason}": 1 for reason in odd}
+    assert meta["counts"] == {f"read from {tmp_path}/in.json": 48, "kept": 31} | dropped
+    assert meta["ignored_fields"] == {"id": 30, "meta": 30, "name of a message": 1}
+    said = capsys.readouterr().out
+    assert "in.json: read as 31 questions with answers and 4 conversations, from the fields prompt, completion" in said
+    assert "ignored fields: id (30), meta (30), name of a message (1)" in said
+
+
+def test_pairs_that_cannot_be_used_are_dropped_and_counted_by_reason(tmp_path):
+    odd = {
+        "an empty message": {"prompt": "q", "chosen": "a", "rejected": ""},
+        "a side that does not end with an answer": {"chosen": turns("q"), "rejected": turns("r")},
+        "two answers to different questions": {"chosen": turns("q", "a", "And?", "b"), "rejected": turns("q", "a")},
+        "two equal answers": {"prompt": "q", "chosen": "a", "rejected": "a"},
+    }
+    good = [{"prompt": f"Question {i}?", "chosen": f"{i}", "rejected": "no"} for i in range(30)]
+    write_jsonl(tmp_path / "in.jsonl", [*good, *odd.values()])
+    counts = instruct(tmp_path / "o", source=tmp_path / "in.jsonl")["counts"]
+    assert counts == {f"read from {tmp_path}/in.jsonl": 34, "kept": 30} | {f"dropped, {reason}": 1 for reason in odd}
+
+
+@pytest.mark.parametrize(
+    "name", "in.jsonl in.JSONL in.json in.json.gz in.jsonl.gz list.json".split() + ["a[1], b.json"]
+)
+def test_records_are_the_same_in_every_kind_of_file_with_a_byte_order_mark_and_under_any_name(tmp_path, name):
+    lines = "\n".join(json.dumps(record) for record in chats())
+    if name == "list.json":
+        lines = json.dumps(list(chats()))
+    content = b"\xef\xbb\xbf" + lines.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert instruct(tmp_path / "o", source=tmp_path / name)["counts"]["kept"] == 40
 
 
 def test_a_conversation_keeps_its_system_message_and_the_whole_turns_that_fit():
@@ -3254,9 +3361,11 @@ def test_a_conversation_keeps_its_system_message_and_the_whole_turns_that_fit():
     talk = [dict(role="system", content="Be brief."), *turns("One?", "1.", "Two?", "2.", "Not answered?")]
     first = "<|user|>Be brief.\n\nOne?<|assistant|>1.<|endoftext|>"  # 20 tokens
     whole = first + "<|user|>Two?<|assistant|>2.<|endoftext|>"  # 29
-    for room, expected in ((29, [whole]), (28, [first]), (20, [first]), (19, [])):
-        rows, _ = prepare_instruct.render_within(talk, tokenizer, room)
-        assert [tokenizer.decode(ids) for ids, _ in rows] == expected
+    for room, expected in ((29, whole), (28, first), (20, first)):
+        (ids, _), was_cut = prepare_instruct.render_within(talk, tokenizer, room)
+        assert (tokenizer.decode(ids), was_cut) == (expected, room < 29)
+    with pytest.raises(prepare_instruct.Unusable, match="no whole turn that fits"):
+        prepare_instruct.render_within(talk, tokenizer, 19)
 
 
 def test_a_folder_that_was_written_half_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
@@ -4400,7 +4509,7 @@ def made(world):
     """What the files of the world hold, and the facts behind it."""
     known, heldout = toyworld.hold_out(toyworld.world_facts(), random.Random(f"{toyworld.seed} hold out"))
     files = {name: data_py.read_json(world / f"{name}.json") for name in ("instruct", "preferences", "questions")}
-    files["hellaswag"] = [item for _, item in data_py.read_records(world / "hellaswag_val.jsonl")]
+    files["hellaswag"] = [item for _, item, _ in data_py.read_records(world / "hellaswag_val.jsonl")]
     docs = pq.read_table(world / "docs.parquet")["text"].to_pylist()
     return SimpleNamespace(known=known, heldout=heldout, docs="\n".join(docs), **files)
 

@@ -83,8 +83,9 @@ class Tokenizer:
         """A conversation as (ids, mask): `<|user|>question<|assistant|>answer<|endoftext|>`, repeated for more turns.
 
         messages: dicts with `role` and `content`. User and assistant take turns, the user starts; one system message
-        may come first and is prepended to the first question. mask is 1 exactly on each answer and its end token.
-        To ask for an answer, end with the user's turn and append `assistant`. BadConversation for another order.
+        may come first and is prepended to the first question. mask is 1 exactly on each answer and its end token, but
+        0 on an answer with `train` False. To ask for an answer, end with the user's turn and append `assistant`.
+        BadConversation for another order.
         """
         turns = list(messages)
         if turns and turns[0]["role"] == "system":
@@ -103,7 +104,7 @@ class Tokenizer:
                 mask += [0] * (1 + len(text))
             else:
                 ids += [self.assistant, *text, self.eot]
-                mask += [0] + [1] * (len(text) + 1)
+                mask += [0] + [int(message.get("train", True))] * (len(text) + 1)
         return ids, mask
 
 
