@@ -118,7 +118,7 @@ def apply_file(path, settings, defaults):
         raise BadInput(f"{path}: no such config file (settings are --name=value, config files end in .py)")
     names = {**settings, "__file__": path}
     try:
-        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
+        exec(compile(Path(path).read_text(encoding="utf-8-sig"), path, "exec"), names)
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = lines[-1] if lines else getattr(error, "lineno", "?")

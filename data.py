@@ -26,6 +26,7 @@ LONGEST_LINE = 100_000_000  # bytes of a line of JSON
 HASH_KEY = b"fgpt validation"  # never change it: documents would change sides
 # prepare_fineweb.py writes a record about each source file; these must be the same for all files of a folder
 RULES = ("tokenizer", "split", "text_field", "split_blank_lines")
+NOT_USED = ("documents_without_text", "end_tokens_as_text")  # counts of each record
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -71,6 +72,11 @@ def split_of(name):
     return found[0] if found else None
 
 
+def looks_like_bytes(tokens):
+    """Whether (n,) ids have no more than the 259 of `bytes`, so that no other tokenizer has likely made them."""
+    return len(tokens) > 1000 and int(tokens[:1_000_000].max()) < 259
+
+
 def find_shards(folder, split):
     """Sorted paths of a folder's shards of a split. FileNotFoundError when there are none."""
     paths = sorted(path for path in Path(folder).glob("*.bin") if split_of(path.name) == split)
@@ -113,29 +119,32 @@ def read_records(path):
     if path.suffix.lower() == ".parquet":
         yield from read_parquet(path)
         return
-    with open(path, "rb") as raw:
-        file = gzip.open(raw) if path.suffix.lower() == ".gz" else raw
-        try:
-            if ".jsonl" in path.name.lower() or has_record_lines(file):
+    size = os.path.getsize(path)
+    try:
+        by_line = ".jsonl" in path.name.lower() or has_record_lines(path)
+        with open(path, "rb") as raw:
+            file = gzip.open(raw) if path.suffix.lower() == ".gz" else raw
+            if by_line:
                 for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
                     if line.strip():
                         where = f"{path}, line {number}"
-                        yield where, parse_json(line, where), raw.tell() / os.path.getsize(path)
+                        yield where, parse_json(line, where), raw.tell() / size
             else:
                 records = parse_json(file.read(), path)
                 if not isinstance(records, list):
                     raise OSError(f"{path}: must be a list of records, or one record a line")
                 for number, record in enumerate(records, 1):
                     yield f"{path}, record {number}", record, number / len(records)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise OSError(f"{path}: damaged gzip file ({error}): download it again") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise OSError(f"{path}: damaged gzip file ({error}): download it again") from None
 
 
-def has_record_lines(file):
-    """Whether the first line of a file that is open for reading is a whole record. The file is rewound."""
-    line = file.readline(LONGEST_LINE)
-    is_only_line = not file.readline(LONGEST_LINE).strip()
-    file.seek(0)
+def has_record_lines(path):
+    """Whether the first line of a .json or .json.gz is a whole record."""
+    open_file = gzip.open if Path(path).suffix.lower() == ".gz" else open
+    with open_file(path, "rb") as file:
+        line = file.readline(LONGEST_LINE)
+        is_only_line = not file.readline(LONGEST_LINE).strip()
     try:
         first = json.loads(line)
     except (ValueError, RecursionError):
@@ -190,6 +199,8 @@ def read_sidecars(folder):
         record = read_json(path)
         if not isinstance(record, dict) or not record.keys() >= {*RULES, *SPLITS}:
             raise OSError(f"{path}: not a record by prepare_fineweb.py: move it to another folder")
+        if "files" not in record:  # of format_version 1: one file a record
+            record["files"] = [{"name": record["source"], "size": record["size"], "checksum": record["checksum"]}]
         records.append(record)
     return records
 
@@ -213,7 +224,9 @@ def read_meta(folder):
         meta[name] = records[0][name]
     for split in SPLITS:
         meta[split] = {key: sum(record[split][key] for record in records) for key in records[0][split]}
-    meta["sources"] = sorted(record["source"] for record in records)
+    meta["sources"] = sorted(file["name"] for record in records for file in record["files"])
+    for name in NOT_USED:
+        meta[name] = sum(record.get(name, 0) for record in records)
     return meta
 
 
@@ -241,6 +254,10 @@ class Windows:
 
     def __len__(self):
         return int(self.ends[-1])
+
+    def share_outside(self):
+        """Share of the tokens, 0 to 1, that are in no window of an epoch, such as those of short shards."""
+        return 1 - len(self) * self.block_size / int(self.lengths.sum())
 
     def batch(self, first, count):
         """Windows number first to first + count - 1 of the endless order: (count, block_size + 1) int64.

@@ -5,30 +5,33 @@
         --tokenizer=bytes --out_dir=data/mine
 
 A source is a Hub dataset (owner/name), or a local file, folder or glob; several
-are separated by commas. Formats: .parquet, .jsonl and .jsonl.gz (one document a
-row, in `text_field`) and .txt (one document a file); or published token shards,
-.bin with train or val in the name, which are checked and copied. Where a source
-has both, the text is used.
+are separated by commas. Formats: .parquet, .jsonl and .json (one document a
+row, in `text_field`; also .gz) and .txt; or published token shards, .bin with
+train or val in the name, which are checked and copied. Where a source has both,
+the text is used. Folders are searched with the folders in them, also behind
+links, but not hidden ones; what else is there is ignored, with a line that says
+so. A .txt is one document, unless lines that are <|endoftext|>, or else, with
+--split_blank_lines, blank lines separate several. Text is kept as it is, with
+the line ends of Windows too, but for a byte order mark.
 
-Writes into out_dir, for each source file (NAME is its name and the first 8
-digits of its checksum):
+Writes into out_dir (NAME is a source file's name and the first 8 digits of its
+checksum; small local files are put together, as 300_files_CHECKSUM):
     train_NAME.bin, val_NAME.bin   shards: a header of 256 int32, then uint16
                                    tokens; none without documents
-    source_NAME.json               what went into them; written last, so a file
-                                   that has one is finished
+    source_NAME.json               what went into them; written last, so that
+                                   what has one is finished
     meta.json                      tokenizer, split and totals, derived from all
                                    source_*.json
 If it is stopped at any point, even by kill -9, the same command resumes: with
-the first source file that is not finished, and in the middle of a download. The
-next file downloads (into out_dir/downloads) while one is tokenized. Files are
+the first shard that is not finished, and in the middle of a download. The next
+file downloads (into out_dir/downloads) while one is tokenized. Files are
 identified by their checksum: copies of a file are used once. HF_ENDPOINT and
 HF_TOKEN name another Hub and a token for it.
 """
 
+import codecs
 import errno
-import glob
-import gzip
-import json
+import hashlib
 import os
 import re
 import shutil
@@ -36,13 +39,11 @@ import signal
 import sys
 import threading
 import time
-import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 from configurator import BadInput, check_settings, configure, settings_of
@@ -51,9 +52,9 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-from data import SPLITS
+from data import SPLITS, match_paths, read_records, split_items
 from hub import checksum, download, is_repo, list_hub, open_alone, place, size_of
-from tokenizer import VOCABULARY, Tokenizer
+from tokenizer import SPECIALS, VOCABULARY, Tokenizer
 
 source = "HuggingFaceFW/fineweb-edu"  # Hub dataset, or local file, folder or glob; several separated by commas
 subset = ""  # folder in a Hub dataset, like sample/100BT (empty: sample/10BT of FineWeb-Edu, everything of others)
@@ -63,19 +64,31 @@ tokenizer = "gpt2"  # gpt2, bytes, or a folder of tools.train_tokenizer
 val_fraction = 0.005  # share of documents held out for validation, chosen by a hash of their text
 val_source = ""  # files for validation (like source); then all of source is for training, without a hash
 text_field = "text"  # parquet column or JSON field with the text of a document
-split_blank_lines = False  # split a .txt into documents at its blank lines
+split_blank_lines = False  # split a .txt into documents at its blank lines, if it has no <|endoftext|> lines
 max_tokens = 0  # stop after the file that reaches this many training tokens (with --part: of that part); 0: all files
 part = ""  # do a share of the files, like 3/8: the third of eight machines
 keep_downloads = False  # keep the downloaded files in out_dir/downloads
 workers = 0  # threads that tokenize (0: all cores)
 
-FORMATS = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".bin")
+FORMATS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".txt", ".bin")
+REMEDIES = {  # what to do with files that are ignored
+    ".zst": "decompress .zst with zstd -d",
+    ".xz": "decompress .xz with xz -d",
+    ".gz": "decompress .gz with gunzip",
+    ".zip": "unpack .zip",
+    ".csv": "convert .csv with pandas, to_json(orient='records', lines=True)",
+    ".md": "rename .md to .txt",
+    ".bin": "token shards need train or val in their names, and to be passed without text",
+    ".json": "a .json needs one record a line, or to be named itself",
+}
 DEFAULT_SUBSETS = {"HuggingFaceFW/fineweb-edu": "sample/10BT"}
 BATCH_CHARS = 250_000  # characters that a thread tokenizes at a time; for each, three times as many are in memory
 MAX_DOCUMENT = 50_000_000  # characters: needs 1.5 GiB of memory
 # Bytes of shard per byte of source: a guess for FineWeb-Edu's parquet with GPT-2's tokenizer. Every format needs more
 # than half of it, and a disk is refused only if it lacks that.
 GROWTH = 0.7
+SMALL_FILE = 1_000_000  # bytes: local files below this share shards, as the end of each shard is in no window
+SMALL_FILES = 16_000_000  # bytes of small files that share a shard; what a kill may cost
 SHARD_STEP = 4_000_000  # tokens of a published shard that are checked at a time
 
 
@@ -87,16 +100,21 @@ def main():
         tokenizer = Tokenizer(settings["tokenizer"])
         sidecars = data.read_sidecars(folder)
         list_dataset = partial(list_at_commit, subset=subset, revision=revision, sidecars=sidecars)
-        sources = list_sources(source, val_source, val_fraction, list_dataset)
+        ignored = Counter()
+        sources = list_sources(source, val_source, val_fraction, list_dataset, ignored)
+        if ignored:
+            print(describe_ignored(ignored))
         by_file = val_source or all(map(is_shard, sources))
         rules = {name: settings.get(name) for name in data.RULES}
         rules["tokenizer"] = tokenizer.name
         rules["split"] = "by file" if by_file else f"hash < {val_fraction}"
-        mine = take_part(sources, part)
+        groups = group_files(sources)
+        mine = take_part(groups, part)
         if not mine:
-            print(f"part {part} has nothing to do: there are only {len(sources)} files")
+            print(f"part {part} has nothing to do: there are only {len(groups)} shards to make")
             return
         finished = check_folder(folder, sidecars, rules, sources)
+        check_texts([file for group in mine for file in group.files if file["checksum"] not in finished])
         folder.mkdir(parents=True, exist_ok=True)
         if tokenizer.vocabulary:
             data.write_text(folder / VOCABULARY, tokenizer.vocabulary)
@@ -104,6 +122,7 @@ def main():
         meta = data.read_meta(folder)
         if not meta:
             raise BadInput(f"{source}: no documents there, nothing to train on")
+        meta["ignored_files"] = ignored
         data.write_json(folder / "meta.json", meta)
         print(summary(meta))
 
@@ -136,22 +155,50 @@ def stop(number, frame):
 # the source files
 
 
-def list_sources(source, val_source, val_fraction, list_dataset):
+@dataclass
+class Group:
+    """Source files whose documents share a shard of each split: one file, or many small ones."""
+
+    files: list  # dicts, see list_sources
+
+    @property
+    def stem(self):
+        if len(self.files) == 1:
+            return self.files[0]["stem"]
+        digest = hashlib.sha256("".join(file["checksum"] for file in self.files).encode()).hexdigest()
+        return f"{len(self.files)}_files_{digest[:8]}"
+
+    @property
+    def size(self):
+        """Bytes."""
+        return sum(file["size"] for file in self.files)
+
+    @property
+    def val_fraction(self):
+        """The same for all files of a group."""
+        return self.files[0]["val_fraction"]
+
+
+def list_sources(source, val_source, val_fraction, list_dataset, ignored):
     """The source files, validation files first: dicts of name, stem, save_as, size, checksum, val_fraction and path or
     url.
 
-    list_dataset: function of a Hub dataset's name that returns what `list_hub` does. BadInput or OSError for files that
-    cannot be read, and when there is nothing to train on.
+    list_dataset: function of a Hub dataset's name that returns what `list_hub` does. ignored: Counter to which the
+    endings of files that are not read are added. BadInput or OSError for files that cannot be read, and when there is
+    nothing to train on.
     """
     files = {}
-    for file in find_all(val_source, list_dataset):
+    for file in find_all(val_source, list_dataset, ignored):
         files.setdefault(file["checksum"], {**file, "val_fraction": 1.0})
-    for file in find_all(source, list_dataset):
+    for file in find_all(source, list_dataset, ignored):
         if is_shard(file):
             fraction = float(data.split_of(Path(file["name"]).name) == "val")
         else:
             fraction = 0.0 if val_source else val_fraction
-        files.setdefault(file["checksum"], {**file, "val_fraction": fraction})
+        if file["checksum"] in files:
+            ignored["copies"] += 1
+        else:
+            files[file["checksum"]] = {**file, "val_fraction": fraction}
     if all(file["val_fraction"] == 1 for file in files.values()):
         raise BadInput(f"source={source!r} has no file to train on (files of val_source do not count)")
     for file in files.values():
@@ -161,67 +208,123 @@ def list_sources(source, val_source, val_fraction, list_dataset):
     return sorted(files.values(), key=lambda file: file["val_fraction"] != 1)
 
 
-def find_all(items, list_dataset):
+def find_all(items, list_dataset, ignored):
     """Files of several items separated by commas, see `find_files`; token shards only where an item has no text."""
     found = []
-    for item in filter(None, map(str.strip, items.split(","))):
-        files = find_files(item, list_dataset)
+    for item in split_items(items):
+        files = find_files(item, list_dataset, ignored)
         texts = [file for file in files if not is_shard(file)]
         if 0 < len(texts) < len(files):
-            print(f"{item}: {len(files) - len(texts)} token shards (.bin) next to text ignored: pass them separately")
+            ignored[".bin"] += len(files) - len(texts)
         found += texts or files
     return found
 
 
-def find_files(item, list_dataset):
+def find_files(item, list_dataset, ignored):
     """Files of one local path, glob or Hub dataset: dicts of name, size, checksum, and path or url.
 
     FileNotFoundError where there are none, BadInput for one that cannot be read.
     """
-    if Path(item).is_dir():
-        paths = [path for path in Path(item).rglob("[!.]*") if is_source(path.name)]
+    if os.path.isdir(item):
+        paths = []
+        for path in walk(item):
+            if is_source(path.name) and (path.suffix.lower() != ".json" or data.has_record_lines(path)):
+                paths.append(path)
+            else:
+                ignored[path.suffix.lower() or "without ending"] += 1
     else:
-        paths = map(Path, glob.glob(item, recursive=True) or [item])  # the name of a file may look like a pattern
-    paths = [path for path in paths if path.is_file()]
-    if not paths and is_repo(item) and not Path(item).exists() and not item.endswith(FORMATS):
+        paths = match_paths(item)
+    if not paths and is_repo(item) and not os.path.exists(item) and not is_source(item):
         return list_dataset(item)
     if not paths:
-        raise FileNotFoundError(f"{item}: no {', '.join(FORMATS)} file there (a dataset of the Hub is owner/name)")
+        more = f" ({describe_ignored(ignored)})" if ignored else ""
+        raise FileNotFoundError(
+            f"{item}: no {', '.join(FORMATS)} file there (a dataset of the Hub is owner/name){more}"
+        )
     return [local_file(path) for path in tqdm(sorted(paths), "checksums", delay=2, leave=False, disable=None)]
+
+
+def walk(folder):
+    """Paths of the files below a folder, also behind links, without hidden ones; no folder is entered twice."""
+    entered = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(here) in entered:
+            folders.clear()
+            continue
+        entered.add(os.path.realpath(here))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            path = Path(here, name)
+            if not name.startswith(".") and path.is_file():
+                yield path
 
 
 def local_file(path):
     if not is_source(path.name):
-        raise BadInput(f"{path}: the name of a source must end in {', '.join(FORMATS)} (.bin with train or val in it)")
+        remedy = REMEDIES.get(path.suffix.lower(), f"it must end in {', '.join(FORMATS)}")
+        raise BadInput(f"{path}: not a source that can be read: {remedy}")
     return {"name": path.as_posix(), "path": path, "size": size_of(path), "checksum": checksum(path)}
+
+
+def describe_ignored(ignored):
+    """A line about the files that are not read, {ending: how many}, with what to do about the common ones."""
+    endings = ", ".join(f"{n:,} {ending}" for ending, n in ignored.most_common())
+    remedies = [REMEDIES[ending] for ending in ignored if ending in REMEDIES]
+    return f"ignored: {ignored.total():,} files ({endings})" + "".join(f"; {remedy}" for remedy in remedies)
+
+
+def group_files(files):
+    """The Groups of the source files, in their order; small ones by checksum, so that names and folders do not count.
+
+    Only local files are put together, and files of the same val_fraction. No group of small files depends on those that
+    come after it.
+    """
+    groups = []
+    small = {}  # val_fraction: files
+    for file in files:
+        if file["size"] < SMALL_FILE and "path" in file and not is_shard(file):
+            small.setdefault(file["val_fraction"], []).append(file)
+        else:
+            groups.append(Group([file]))
+    for together in small.values():
+        group = Group([])
+        for file in sorted(together, key=lambda file: file["checksum"]):
+            if group.size + file["size"] > SMALL_FILES:
+                groups.append(group)
+                group = Group([])
+            group.files.append(file)
+        groups.append(group)
+    return sorted(groups, key=lambda group: group.val_fraction != 1)
 
 
 def list_at_commit(repo, subset, revision, sidecars):
     """`list_hub` at the commit that a folder was started with, unless another revision than main is asked for."""
-    commits = {record.get("revision") for record in sidecars if record["source"].startswith(f"{repo}/")} - {None}
+    ours = [record for record in sidecars if record["files"][0]["name"].startswith(f"{repo}/")]
+    commits = {record["revision"] for record in ours} - {None}
     if commits and revision == "main":
         revision = min(commits)
     subset = subset or DEFAULT_SUBSETS.get(repo, "")
-    return list_hub(repo, subset, revision, lambda path: is_source(path) and not path.endswith(".txt"))
+    return list_hub(repo, subset, revision, lambda path: is_source(path) and not path.endswith((".txt", ".json")))
 
 
 def is_shard(file):
-    return file["name"].endswith(".bin")
+    return file["name"].lower().endswith(".bin")
 
 
 def is_source(name):
     """Whether this is the name of a file to read: of a known format, and a .bin says train or val."""
+    name = Path(name).name.lower()
     if name.endswith(".bin"):
-        return data.split_of(Path(name).name) is not None
+        return data.split_of(name) is not None
     return name.endswith(FORMATS)
 
 
-def take_part(files, part):
-    """For part "i/n" the files i, i + n, i + 2n, ..., counted from 1; all files for "". BadInput for anything else."""
+def take_part(groups, part):
+    """For part "i/n" the groups i, i + n, i + 2n, ..., counted from 1; all for "". BadInput for anything else."""
     match = re.fullmatch(r"(\d+)/(\d+)", part or "1/1")
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise BadInput(f"part must be like 3/8 (the third of eight machines), not {part!r}")
-    return files[int(match[1]) - 1 :: int(match[2])]
+    return groups[int(match[1]) - 1 :: int(match[2])]
 
 
 def check_folder(folder, sidecars, rules, sources):
@@ -233,15 +336,16 @@ def check_folder(folder, sidecars, rules, sources):
                     f"{folder} was prepared with {name} {record[name]!r}, not {rules[name]!r}: choose another "
                     "--out_dir, or delete its source_*.json and *.bin to start over"
                 )
-    by_name = {record["source"]: record for record in sidecars}
-    by_checksum = {record["checksum"]: record for record in sidecars}
+    by_name = {file["name"]: record for record in sidecars for file in record["files"]}
+    by_checksum = {file["checksum"]: record for record in sidecars for file in record["files"]}
     present = {file["checksum"] for file in sources}
     for file in sources:
         problem = None
         record = by_checksum.get(file["checksum"])
         if record is None:
             record = by_name.get(file["name"])
-            if record and record["checksum"] not in present:
+            before = [old["checksum"] for old in record["files"] if old["name"] == file["name"]] if record else []
+            if before and before[0] not in present:
                 problem = "has changed"
         elif record["val_fraction"] != file["val_fraction"]:
             problem = "has moved between train and validation"
@@ -251,6 +355,46 @@ def check_folder(folder, sidecars, rules, sources):
                 f"source_{record['stem']}.json and its shards there"
             )
     return {key: record for key, record in by_checksum.items() if is_finished(folder, record)}
+
+
+def check_texts(files):
+    """BadInput that names all files that are not text at once, by what is wrong with them."""
+    wrong = {}  # what: names
+    for file in tqdm([file for file in files if "path" in file], "reading", delay=2, leave=False, disable=None):
+        problem = problem_of_text(file["path"])
+        if problem:
+            wrong.setdefault(problem, []).append(file["name"])
+    if wrong:
+        lists = []
+        for problem in sorted(wrong):
+            names = sorted(wrong[problem])
+            if len(names) > 20:
+                names = [*names[:20], f"and {len(names) - 20:,} more"]
+            lists.append(f"{problem}: {', '.join(names)}")
+        raise BadInput("; ".join(lists) + "; nothing was written")
+
+
+def problem_of_text(path):
+    """What is wrong with a source file, as far as one sees without its format; "" if nothing is."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with open(path, "rb") as file:
+        start = file.read(100)
+        if start.startswith(b"version https://git-lfs"):
+            return "only a pointer of Git LFS (run git lfs pull)"
+        if path.suffix.lower() != ".txt":
+            return ""
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return "UTF-16 (convert with iconv -f utf-16 -t utf-8)"
+        file.seek(0)
+        try:
+            while piece := file.read(1 << 20):
+                if b"\0" in piece:
+                    return "NUL bytes, so it is not text, or UTF-16 (convert it, or leave it out)"
+                decoder.decode(piece)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return "not UTF-8 (convert with iconv -f latin1 -t utf-8, or from what it is)"
+    return ""
 
 
 def is_finished(folder, record):
@@ -280,36 +424,54 @@ class Counts:
         self.bytes += piece.n_bytes
 
 
-def prepare(files, finished, folder, rules, tokenizer, n_threads, max_tokens, keep_downloads):
-    """Prepare every source file that is not finished, in order, up to the one that brings train to max_tokens (0: all).
+def prepare(groups, finished, folder, rules, tokenizer, n_threads, max_tokens, keep_downloads):
+    """Prepare every group that is not finished, in order, up to the one that brings train to max_tokens (0: all).
 
     finished: what check_folder returned.
     """
-    n_bytes = check_space(files, finished, folder, max_tokens, keep_downloads)
-    todo = [file for file in files if file["checksum"] not in finished]
+    n_bytes = check_space(groups, finished, folder, max_tokens, keep_downloads)
+    todo = [file for group in groups for file in unfinished(group, finished)]
     paths = fetch_ahead(todo, folder / "downloads")
     n_train = 0
     totals = Counts()
     layout = "{percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
     # smoothing: the time left follows the mean speed, not that of the last batch
     with tqdm(total=n_bytes, bar_format=layout, smoothing=0, disable=None) as bar:
-        for file in files:
+        for group in groups:
             if 0 < max_tokens <= n_train:
                 break
-            record = finished.get(file["checksum"])
-            if record is None:
-                path = next(paths)
-                advance = partial(show_progress, bar, totals, bar.n, file["size"])
-                record = tokenize_file(file, path, folder, rules, tokenizer, n_threads, advance)
+            n_train += finished_tokens(group, finished)
+            files = unfinished(group, finished)
+            if files:
+                new = Group(files)
+                advance = partial(show_progress, bar, totals, bar.n, new.size)
+                record = tokenize_group(new, paths, folder, rules, tokenizer, n_threads, advance)
                 if total(record, "tokens"):
-                    data.write_json(folder / f"source_{file['stem']}.json", record)
-                if "url" in file and not keep_downloads:
-                    path.unlink()
+                    data.write_json(folder / f"source_{new.stem}.json", record)
+                for file in files:
+                    if "url" in file and not keep_downloads:
+                        place(file, folder / "downloads")[0].unlink()
                 blank = f"{record['documents_without_text']:,} without text ignored"
-                tqdm.write(f"{file['name']}: {total(record, 'documents'):,} documents, {blank}")
-            n_train += record["train"]["tokens"]
+                tqdm.write(f"{describe(files)}: {total(record, 'documents'):,} documents, {blank}")
+                n_train += record["train"]["tokens"]
     if not keep_downloads:
-        remove_downloads(files, folder / "downloads")
+        remove_downloads([file for group in groups for file in group.files], folder / "downloads")
+
+
+def describe(files):
+    """The name of a group's file, or how many there are."""
+    return files[0]["name"] if len(files) == 1 else f"{len(files):,} small files"
+
+
+def unfinished(group, finished):
+    """The files of a group that are in no finished shard."""
+    return [file for file in group.files if file["checksum"] not in finished]
+
+
+def finished_tokens(group, finished):
+    """Training tokens of the finished shards that hold files of a group."""
+    records = [finished[file["checksum"]] for file in group.files if file["checksum"] in finished]
+    return sum({record["stem"]: record["train"]["tokens"] for record in records}.values())
 
 
 def total(record, what):
@@ -317,22 +479,21 @@ def total(record, what):
     return sum(record[split][what] for split in SPLITS)
 
 
-def check_space(files, finished, folder, max_tokens, keep_downloads):
+def check_space(groups, finished, folder, max_tokens, keep_downloads):
     """Bytes of the source files to be read. OSError when shards and downloads clearly do not fit on the disk."""
     n_bytes = 0
     n_train = 0
     missing = []  # bytes of each download
-    for file in files:
+    for group in groups:
         if 0 < max_tokens <= n_train:
             break
-        if file["checksum"] in finished:
-            n_train += finished[file["checksum"]]["train"]["tokens"]
-            continue
-        n_bytes += file["size"]
-        if file["val_fraction"] < 1:
-            n_train += file["size"] * GROWTH / 2
-        if "url" in file:
-            missing.append(file["size"] - max(map(size_of, place(file, folder / "downloads"))))
+        n_train += finished_tokens(group, finished)
+        for file in unfinished(group, finished):
+            n_bytes += file["size"]
+            if file["val_fraction"] < 1:
+                n_train += file["size"] * GROWTH / 2
+            if "url" in file:
+                missing.append(file["size"] - max(map(size_of, place(file, folder / "downloads"))))
     if not keep_downloads:
         missing = sorted(missing)[-2:]  # one is tokenized, the next one downloads
     free = shutil.disk_usage(folder).free
@@ -405,31 +566,31 @@ class Piece:
 class Batch:
     """Documents that are tokenized together."""
 
-    share: float  # of the source file: how much has been read after the last document
+    share: float  # how much of the group has been read after the last document
     texts: list
     n_chars: int = 0  # and one for each document, as there may be many without text
 
 
-def tokenize_file(file, path, folder, rules, tokenizer, n_threads, advance):
-    """Write one source file's shards, complete and fsynced, under their names; returns its sidecar.
+def tokenize_group(group, paths, folder, rules, tokenizer, n_threads, advance):
+    """Write one group's shards, complete and fsynced, under their names; returns its record.
 
-    advance: called with the share of the file that is done, and the latest pieces.
+    paths: yields the path of each of its files. advance: called with the share of the group that is done, and the
+    latest pieces.
     """
-    if is_shard(file):
-        batches = read_shard(path, tokenizer, "val" if file["val_fraction"] else "train")
+    seen = Counter()
+    if is_shard(group.files[0]):
+        batches = read_shard(next(paths), tokenizer, "val" if group.val_fraction else "train", seen)
     else:
-        documents = read_documents(path, rules["text_field"], rules["split_blank_lines"])
-        encode = partial(encode_batch, tokenizer=tokenizer, val_fraction=file["val_fraction"])
+        documents = read_group(group, paths, rules, seen)
+        encode = partial(encode_batch, tokenizer=tokenizer, val_fraction=group.val_fraction)
         batches = encode_documents(documents, encode, n_threads)
-    paths = {split: folder / f"{split}_{file['stem']}.bin.tmp" for split in SPLITS}
+    temporary = {split: folder / f"{split}_{group.stem}.bin.tmp" for split in SPLITS}
     counts = {split: Counts() for split in SPLITS}
     lengths = []
-    n_rows = 0
-    with open_alone(paths["train"]) as train, open_alone(paths["val"]) as val:
+    with open_alone(temporary["train"]) as train, open_alone(temporary["val"]) as val:
         shards = {"train": train, "val": val}
         try:
-            for share, n_rows_read, pieces in batches:
-                n_rows += n_rows_read
+            for share, pieces in batches:
                 for piece in pieces:
                     data.write_shard(shards[piece.split], piece.tokens)
                     counts[piece.split].add(piece)
@@ -440,39 +601,52 @@ def tokenize_file(file, path, folder, rules, tokenizer, n_threads, advance):
                 os.fsync(shard.fileno())
             for split in SPLITS:
                 if counts[split].tokens:
-                    os.replace(paths[split], paths[split].with_suffix(""))
+                    os.replace(temporary[split], temporary[split].with_suffix(""))
         finally:
-            for leftover in paths.values():
+            for leftover in temporary.values():
                 leftover.unlink(missing_ok=True)
     return {
-        "format_version": 1,
-        "source": file["name"],
-        **{key: file.get(key) for key in ("stem", "size", "checksum", "revision", "val_fraction")},
+        "format_version": 2,
+        "files": [{key: file[key] for key in ("name", "size", "checksum")} for file in group.files],
+        "stem": group.stem,
+        "revision": group.files[0].get("revision"),
+        "val_fraction": group.val_fraction,
         **rules,
         **{split: asdict(counts[split]) for split in SPLITS},
-        "documents_without_text": n_rows - len(lengths),
+        "documents_without_text": seen["documents"] - len(lengths),
+        "end_tokens_as_text": seen["end tokens"],
         "tokens_per_document": {"median": float(np.median(lengths or [0])), "max": max(lengths, default=0)},
     }
+
+
+def read_group(group, paths, rules, seen):
+    """Yields (share of the group that is read, text) of the documents of its files, and counts them in `seen`."""
+    n_bytes = 0
+    for file in group.files:
+        for share, text in read_documents(next(paths), rules["text_field"], rules["split_blank_lines"]):
+            seen["documents"] += 1
+            seen["end tokens"] += (text or "").count(SPECIALS[0])
+            yield (n_bytes + share * file["size"]) / group.size, text
+        n_bytes += file["size"]
 
 
 def read_documents(path, text_field, split_blank_lines):
     """Yields (share of the file that is read, text); the text is None or blank where a row has none.
 
-    BadInput that names the file, and the place.
+    BadInput or OSError that names the file, and the place.
     """
-    if path.name.endswith(".parquet"):
+    name = path.name.lower()
+    if name.endswith(".parquet"):
         documents = parquet_documents(path, text_field)
-    elif path.name.endswith(".txt"):
+    elif name.endswith(".txt"):
         documents = txt_documents(path, split_blank_lines)
     else:
-        documents = jsonl_documents(path, text_field)
-    try:
-        for share, text in documents:
-            if text and len(text) > MAX_DOCUMENT:
-                raise BadInput(f"{path}: a document has more than {MAX_DOCUMENT:,} characters: split it into several")
-            yield share, text
-    except UnicodeDecodeError:
-        raise BadInput(f"{path}: not UTF-8 text: convert it first") from None
+        documents = json_documents(path, text_field)
+    for share, text in documents:
+        if text and len(text) > MAX_DOCUMENT:
+            remedy = "split it with --split_blank_lines=True" if name.endswith(".txt") else "split it into several"
+            raise BadInput(f"{path}: a document has more than {MAX_DOCUMENT:,} characters: {remedy}")
+        yield share, text
 
 
 def parquet_documents(path, text_field):
@@ -499,29 +673,42 @@ def parquet_documents(path, text_field):
 
 def txt_documents(path, split_blank_lines):
     size = path.stat().st_size
-    with open(path, encoding="utf-8", newline="") as file:  # newline="": line ends stay as they are
-        if not split_blank_lines:
-            yield 1, file.read(MAX_DOCUMENT + 1)
-            return
-        for is_blank, lines in groupby(file, str.isspace):
-            if not is_blank:
-                yield file.buffer.tell() / size, "".join(lines).rstrip("\r\n")
+    is_separator = is_end_line
+    if split_blank_lines and not any(is_end_line(line) for line, _ in text_lines(path)):
+        is_separator = str.isspace
+    lines = []
+    n_chars = 0
+    is_whole = True
+    for line, n_read in text_lines(path):
+        if is_separator(line):
+            is_whole = False
+            if lines:
+                yield n_read / size, "".join(lines).strip("\r\n")
+            lines = []
+            n_chars = 0
+        elif n_chars <= MAX_DOCUMENT:  # what is longer is refused
+            lines.append(line)
+            n_chars += len(line)
+    if lines:
+        text = "".join(lines)
+        yield 1, text if is_whole else text.strip("\r\n")
 
 
-def jsonl_documents(path, text_field):
-    size = path.stat().st_size
-    number = 0
-    try:
-        with open(path, "rb") as raw:
-            file = gzip.open(raw) if path.name.endswith(".gz") else raw
-            while line := file.readline(2 * MAX_DOCUMENT):
-                number += 1
-                if line.strip():
-                    yield raw.tell() / size, text_of(json.loads(line), text_field, f"{path}, line {number}")
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path}, line {number}: not JSON ({error.msg}), or too long: fix or remove it") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise BadInput(f"{path}, after line {number}: damaged gzip ({error}): download it again") from None
+def text_lines(path):
+    """Yields (line, bytes of the file that are read so far); a line may end where it has MAX_DOCUMENT characters."""
+    with open(path, encoding="utf-8-sig", newline="") as file:  # newline="": line ends stay as they are
+        while line := file.readline(MAX_DOCUMENT):
+            yield line, file.buffer.tell()
+
+
+def is_end_line(line):
+    """Whether a line of a .txt separates documents, as in TinyStories' files."""
+    return line.strip() == SPECIALS[0]
+
+
+def json_documents(path, text_field):
+    for where, record, share in read_records(path):
+        yield share, text_of(record, text_field, where)
 
 
 def text_of(row, text_field, where):
@@ -529,6 +716,8 @@ def text_of(row, text_field, where):
         names = f"one of {', '.join(row)}" if row and isinstance(row, dict) else "a field that is there"
         raise BadInput(f"{where}: no field {text_field!r}: set --text_field to {names}")
     text = row[text_field]
+    if text != text:  # pandas writes NaN where there is none
+        return None
     if not isinstance(text, str | None):
         raise BadInput(f"{where}: {text_field!r} is {type(text).__name__}, not text")
     # JSON can spell half a surrogate pair, which has no UTF-8
@@ -536,7 +725,7 @@ def text_of(row, text_field, where):
 
 
 def encode_documents(documents, encode, n_threads):
-    """Yields (share of the file, rows, pieces that `encode` returns) in the order of the documents.
+    """Yields (share of the documents that is read, pieces that `encode` returns) in the order of the documents.
 
     What waits or is being tokenized is bounded, so that the memory is.
     """
@@ -547,9 +736,9 @@ def encode_documents(documents, encode, n_threads):
             pending.append((batch, pool.submit(encode, batch.texts)))
             while sum(batch.n_chars for batch, _ in pending) > 3 * n_threads * BATCH_CHARS:
                 oldest, future = pending.popleft()
-                yield oldest.share, len(oldest.texts), future.result()
+                yield oldest.share, future.result()
         for oldest, future in pending:
-            yield oldest.share, len(oldest.texts), future.result()
+            yield oldest.share, future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -582,12 +771,14 @@ def encode_batch(texts, tokenizer, val_fraction):
     return pieces
 
 
-def read_shard(path, tokenizer, split):
+def read_shard(path, tokenizer, split, seen):
     """Yields a published shard as encode_documents does: its tokens, and at last the lengths of its documents.
 
     OSError when it is damaged, BadInput when it has tokens that the tokenizer does not know.
     """
     tokens = data.open_shard(path)
+    if tokenizer.name != "bytes" and data.looks_like_bytes(tokens):
+        print(f"warning: {path} has no token above 258: was it made with --tokenizer=bytes?")
     token_bytes = tokenizer.token_bytes()
     starts = []
     for first in range(0, len(tokens), SHARD_STEP):
@@ -597,9 +788,10 @@ def read_shard(path, tokenizer, split):
                 f"{path}: has token {some.max()}, {tokenizer.name} only {tokenizer.n_vocab}: set --tokenizer"
             )
         starts += (first + np.flatnonzero(some == tokenizer.eot)).tolist()
-        yield (first + len(some)) / len(tokens), 0, [Piece(split, some, [], int(token_bytes[some].sum()))]
+        yield (first + len(some)) / len(tokens), [Piece(split, some, [], int(token_bytes[some].sum()))]
     lengths = np.diff([*starts, len(tokens)]).tolist()
-    yield 1, len(starts), [Piece(split, tokens[:0], lengths, 0)]
+    seen["documents"] = len(starts)
+    yield 1, [Piece(split, tokens[:0], lengths, 0)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -617,6 +809,13 @@ def summary(meta):
                 f"warning: {split} got no document: {change} --val_fraction, split a .txt into documents with "
                 "--split_blank_lines, or name files with --val_source; and choose another --out_dir"
             )
+    n_files = sum(meta["ignored_files"].values())
+    lines.append(f"not used: {meta['documents_without_text']:,} documents without text, {n_files:,} files")
+    if meta["end_tokens_as_text"]:
+        lines.append(
+            f"warning: the text contains {SPECIALS[0]} {meta['end_tokens_as_text']:,} times: it is kept as ordinary "
+            "text, as only a line of its own in a .txt separates documents"
+        )
     return "\n".join(lines)
 
 

@@ -101,7 +101,7 @@ def read_prompt():
     """The text of the prompt; "" when there is none. OSError for an unreadable file, BadInput for one without text."""
     if not prompt_file:
         return prompt
-    text = Path(prompt_file).read_text(encoding="utf-8", errors="replace")
+    text = Path(prompt_file).read_text(encoding="utf-8-sig", errors="replace")
     if not text.strip():
         raise BadInput(f"--prompt_file={prompt_file} is empty")
     if "\0" in text:

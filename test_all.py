@@ -584,6 +584,7 @@ GOOD = {  # a command that works in the folder `desk`; what a row adds makes it 
 
 
 # fmt: off
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 BAD_INPUT = [
     # stage, files, settings, what the line says
     # train.py: any stage's settings
@@ -611,8 +612,11 @@ BAD_INPUT = [
     ("sample.py", {}, "--checkpoint=base", "base: a folder, not a checkpoint; a run writes best.pt and ckpt.pt into"),
     # prepare_fineweb.py
     ("prepare_fineweb.py", {}, "--source=gone/*.txt", r"gone/\*.txt: no .parquet, .* there \(a dataset of the Hub is"),
-    ("prepare_fineweb.py", {"a.pdf": "x"}, "--source=a.pdf", "a.pdf: the name of a source must end in .parquet, "),
-    ("prepare_fineweb.py", {"x.bin": "x"}, "--source=x.bin", r"x.bin: .* \(.bin with train or val in it\)"),
+    ("prepare_fineweb.py", {"a.pdf": "x"}, "--source=a.pdf", "a.pdf: not a source that can be read: it must end"),
+    ("prepare_fineweb.py", {"x.bin": "x"}, "--source=x.bin", "x.bin: not a source .* need train or val in"),
+    ("prepare_fineweb.py", {"a.csv": "x"}, "--source=a.csv", "a.csv: not a source .* convert .csv with pandas"),
+    ("prepare_fineweb.py", {"in/a.csv": "x", "in/.b.txt": "x", "in/.c/d.txt": "x"}, "--source=in",
+        r"in: no .parquet, .* \(ignored: 1 files \(1 .csv\); convert .csv with pandas"),
     ("prepare_fineweb.py", {}, "--val_source=text.txt", "source='text.txt' has no file to train on"),
     ("prepare_fineweb.py", {}, "--tokenizer=gpt5", "tokenizer must be .*gpt5"),
     ("prepare_fineweb.py", {}, "--val_fraction=1.0", "val_fraction must be below 1, not 1.0"),
@@ -628,16 +632,19 @@ BAD_INPUT = [
     ("prepare_fineweb.py", {"a.jsonl": '\n{"text": null}\n{"text": " "}'}, "--source=a.jsonl --val_source=",
         "a.jsonl: no documents there"),
     ("prepare_fineweb.py", {"a.jsonl": '{"text": "x"}\n{oops\n'}, "--source=a.jsonl --val_source=",
-        "a.jsonl, line 2: not JSON .*: fix or remove it"),
+        "a.jsonl, line 2: not JSON .*: fix it, or create or download it again"),
     ("prepare_fineweb.py", {"a.jsonl": '{"text": "x"}\n\n{"body": "x"}\n'}, "--source=a.jsonl --val_source=",
         "a.jsonl, line 3: no field 'text': set --text_field to one of body"),
     ("prepare_fineweb.py", {"a.jsonl": "[]\n"}, "--source=a.jsonl --val_source=", "line 1: no field 'text': set"),
     ("prepare_fineweb.py", {"a.jsonl": '{"text": 3}\n'}, "--source=a.jsonl --val_source=", "line 1: 'text' is int"),
     ("prepare_fineweb.py", {"a.jsonl": b'{"text": "x"}\n{"text": "\xff"}\n'}, "--source=a.jsonl --val_source=",
-        "a.jsonl: not UTF-8 text: convert it first"),
-    ("prepare_fineweb.py", {"a.txt": b"na\xefve"}, "--source=a.txt --val_source=", "not UTF-8 text: convert it first"),
+        "a.jsonl, line 2: not JSON .'utf-8' codec"),
+    ("prepare_fineweb.py", {"in/a.txt": b"na\xefve", "in/b.txt": b"\xe9", "in/c.txt": "good", "in/d.txt": "a\0b",
+        "in/e.txt": "a".encode("utf-16"), "in/f.txt": "a".encode("utf-16-le"), "in/g.parquet": LFS_POINTER},
+        "--source=in --val_source=", r"NUL bytes, .*: in/d.txt, in/f.txt; UTF-16 \(.*\): in/e.txt; "
+        r"not UTF-8 \(.*\): in/a.txt, in/b.txt; only a pointer .*: in/g.parquet; nothing was written"),
     ("prepare_fineweb.py", {"a.jsonl.gz": gzip.compress(b'{"text": "x"}\n' * 99)[:-12]},
-        "--source=a.jsonl.gz --val_source=", "a.jsonl.gz, after line \\d+: damaged gzip .*: download it again"),
+        "--source=a.jsonl.gz --val_source=", "a.jsonl.gz: damaged gzip file .*: download it again"),
     ("prepare_fineweb.py", {"a.jsonl.gz": '{"text": "x"}\n'}, "--source=a.jsonl.gz --val_source=", "damaged gzip"),
     ("prepare_fineweb.py", {"a.parquet": write_parquet(io.BytesIO(), ["x"]).getvalue()[:-9]},
         "--source=a.parquet --val_source=", "a.parquet: damaged parquet file .*: download it again, or leave it out"),
@@ -1663,13 +1670,20 @@ def prepared(tmp_path_factory):
     (folder / "in").mkdir()
     for number in range(4):
         write_jsonl(folder / f"in/{number}.jsonl", make_texts(40, seed=number % 3))
-    prepare(source=folder / "in", out_dir=folder / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_fineweb, "SMALL_FILE", 0)
+        prepare(source=folder / "in", out_dir=folder / "whole")
     return folder
+
+
+@pytest.fixture
+def no_file_is_small(monkeypatch):
+    monkeypatch.setattr(prepare_fineweb, "SMALL_FILE", 0)
 
 
 write_gzip = functools.partial(write_jsonl, opener=gzip.open)
 WRITERS = {".parquet": write_parquet, ".jsonl": write_jsonl, ".jsonl.gz": write_gzip}
-ANY_TEXT = st.text(max_size=20) | st.sampled_from([TEXT, "\ufeffone\r\n\r\ntwo\rthree\n"])
+ANY_TEXT = st.text(max_size=20) | st.sampled_from([TEXT, "\ufeffone\r\n\r\ntwo\rthree\n", "<|endoftext|> one"])
 ANY_ROW = ANY_TEXT | st.sampled_from([None, "", " \n"])
 TRAIN_AND_VAL = ["train", "val"]  # on these sides with a val_fraction of 0.4
 
@@ -1687,14 +1701,98 @@ def test_any_texts_in_any_format_come_out_exactly_and_each_is_always_on_the_same
         WRITERS[ending](here / f"in/{number}{ending}", TRAIN_AND_VAL + some)
         texts += TRAIN_AND_VAL + some
     (here / "in/whole.txt").write_bytes(whole.encode())
-    texts = [text for text in [*texts, whole] if text and not text.isspace()]
+    texts = [text for text in [*texts, whole.removeprefix("\ufeff")] if text and not text.isspace()]
     train, val = both_sides(prepare(source=here / "in", out_dir=here / "out", workers=workers, val_fraction=0.4))
-    assert train == [text for text in texts if text not in val]
-    assert val == [text for text in texts if text in val]
+    assert sorted(train) == sorted(text for text in texts if text not in val)
+    assert sorted(val) == sorted(text for text in texts if text in val)
     some = TRAIN_AND_VAL + texts[:-5:-1]
     write_jsonl(here / "some.jsonl", some)
     _, val_of_some = both_sides(prepare(source=here / "some.jsonl", out_dir=here / "some", val_fraction=0.4))
     assert val_of_some == [text for text in some if text in val]
+
+
+def test_many_small_files_share_shards_whatever_their_order_and_kills_in_between(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_fineweb, "SMALL_FILES", 2000)
+    texts = make_texts(60)
+    for name, some in (("in", texts), ("other", texts[::-1])):
+        (tmp_path / name).mkdir()
+        for number, text in enumerate(some):
+            (tmp_path / name / f"{number}.txt").write_bytes(text.encode())
+    whole = prepare(source=tmp_path / "in", out_dir=tmp_path / "whole", val_fraction=0.3)
+    train, val = both_sides(whole)
+    assert sorted(train + val) == sorted(texts)
+    shards = {path.name: path.read_bytes() for path in whole.glob("*.bin")}
+    assert len(texts) / 10 < len(shards) < len(texts) / 4
+    died = tmp_path / "died"
+    for number in (1, 2):  # the records that are still written
+        with monkeypatch.context() as patch:
+            die_at(patch, data_py, "write_json", number, 0)
+            with pytest.raises(Died):
+                prepare(source=tmp_path / "in", out_dir=died, val_fraction=0.3)
+    for part in (2, 1):
+        prepare(source=tmp_path / "other", out_dir=tmp_path / "parts", val_fraction=0.3, part=f"{part}/2")
+    prepare(source=tmp_path / "in", out_dir=died, val_fraction=0.3)
+    for out in (died, tmp_path / "parts"):
+        assert {path.name: path.read_bytes() for path in out.glob("*.bin")} == shards
+    assert tree(died) == tree(whole)
+    (tmp_path / "in/new.txt").write_text("A new one.")
+    prepare(source=tmp_path / "in", out_dir=died, val_fraction=0.3)
+    train, val = both_sides(died)
+    assert sorted(train + val) == sorted([*texts, "A new one."])
+    capsys.readouterr()
+
+
+def test_a_folder_is_read_with_its_links_and_what_is_left_out_is_said(tmp_path, capsys):
+    texts = make_texts(9)
+    elsewhere, here = tmp_path / "elsewhere", tmp_path / "here"
+    for folder in (elsewhere, here / ".hidden", here / "inner"):
+        folder.mkdir(parents=True)
+    (here / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(here)
+    write_jsonl(elsewhere / "a.jsonl", texts[:2])
+    write_jsonl(here / "inner/B.JSONL", texts[2:4])
+    write_jsonl(here / "c.json.gz", texts[4:6], gzip.open)
+    write_jsonl(here / "d.json", texts[6:8])
+    (here / "E.TXT").write_bytes(texts[8].encode())
+    for name in (".f.txt", ".hidden/g.txt", "h.csv", "i.CSV", "j.zst", "LICENSE", "config.json"):
+        (here / name).write_text("{\n}" if name == "config.json" else "not read")
+    prepare(source=here, out_dir=tmp_path / "out", val_fraction=0.3)
+    train, val = both_sides(tmp_path / "out")
+    assert sorted(train + val) == sorted(texts)
+    said = "ignored: 5 files (2 .csv, 1 .zst, 1 without ending, 1 .json); convert .csv with pandas, "
+    out = capsys.readouterr().out
+    assert sorted(said) == sorted(out[: len(said)]) and "not used: 0 documents without text, 5 files" in out
+    assert data_py.read_json(tmp_path / "out/meta.json")["ignored_files"] == {
+        ".csv": 2, ".zst": 1, "without ending": 1, ".json": 1
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("split_blank_lines", [False, True])
+def test_lines_with_the_end_token_separate_the_documents_of_a_text_and_others_are_warned_of(
+    tmp_path, capsys, split_blank_lines
+):
+    stories = [f"Once there was a fox {i}.\r\nIt ran.\r\n\r\nThe end." for i in range(30)]
+    text = "\n<|endoftext|>\n".join(stories) + "\n<|endoftext|>\n\n<|endoftext|>\n"
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    train, val = both_sides(prepare(source=tmp_path, out_dir=tmp_path / "out", split_blank_lines=split_blank_lines))
+    assert sorted(train + val) == sorted(stories) and "warning" not in capsys.readouterr().out
+    write_jsonl(tmp_path / "b.jsonl", [f"One.<|endoftext|>Two {i}." for i in range(5)])
+    prepare(source=tmp_path, out_dir=tmp_path / "more", split_blank_lines=split_blank_lines)
+    assert "warning: the text contains <|endoftext|> 5 times" in capsys.readouterr().out
+
+
+def test_train_warns_of_tokens_in_no_window_and_of_bytes_taken_for_gpt2s(tmp_path, capsys):
+    shards = {"val_0": 200, "train_0": 2000} | {f"train_{number}": 30 for number in range(1, 20)}
+    for name, n_tokens in shards.items():
+        with open(tmp_path / f"{name}.bin", "wb") as file:
+            write_shard(file, np.full(n_tokens, 65))
+    settings = train.settings_of(vars(train)) | dict(data_dir=tmp_path, block_size=32)
+    train.load_data(settings)
+    said = capsys.readouterr().out
+    assert "warning: 22.8% of the training tokens are in no window of 32" in said
+    assert "train_0.bin has no token above 258: was it made with --tokenizer=bytes?" in said
+    train.load_data(settings | dict(tokenizer="bytes", block_size=29))
+    assert "22" not in capsys.readouterr().out
 
 
 def test_the_split_of_a_text_never_changes_and_a_larger_fraction_holds_out_more_texts():
@@ -1731,7 +1829,7 @@ def test_meta_counts_documents_tokens_and_bytes_and_names_a_source_as_it_was_giv
         assert meta[split] == {"documents": len(held), "tokens": len(held) + n_bytes, "bytes": n_bytes}
 
 
-def test_parts_prepared_by_several_machines_apart_or_in_one_folder_equal_one_run(prepared, tmp_path):
+def test_parts_prepared_by_several_machines_apart_or_in_one_folder_equal_one_run(prepared, no_file_is_small, tmp_path):
     for i in (2, 1, 3):
         prepare(source=prepared / "in", out_dir=tmp_path / "one", part=f"{i}/3")
         apart = prepare(source=prepared / "in", out_dir=tmp_path / f"apart{i}", part=f"{i}/3")
@@ -1741,7 +1839,7 @@ def test_parts_prepared_by_several_machines_apart_or_in_one_folder_equal_one_run
     assert data_py.read_meta(tmp_path / "merged") == data_py.read_meta(prepared / "whole")
 
 
-def test_a_second_run_tokenizes_only_what_is_new_or_damaged(prepared, tmp_path, capsys):
+def test_a_second_run_tokenizes_only_what_is_new_or_damaged(prepared, no_file_is_small, tmp_path, capsys):
     out = shutil.copytree(prepared / "whole", tmp_path / "out")
     write_jsonl(tmp_path / "new.jsonl", make_texts(50, seed=9))
     shard = next(out.glob("train_0_*.bin"))
@@ -1782,11 +1880,11 @@ def test_a_file_that_another_process_writes_is_left_to_it(prepared, tmp_path):
 def test_a_document_that_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_fineweb, "MAX_DOCUMENT", 1000)
     write_jsonl(tmp_path / "long.jsonl", ["word\n" * 201])
-    write_jsonl(tmp_path / "longer.jsonl", ["word\n" * 9999])  # a line that is not read to its end
     (tmp_path / "long.txt").write_text("word\n" * 201)
+    (tmp_path / "line.txt").write_text("word" * 10000)
     long = "a document has more than 1,000 characters: split it"
-    for name, said in (("long.jsonl", long), ("longer.jsonl", "not JSON .*, or too long: fix"), ("long.txt", long)):
-        with pytest.raises(BadInput, match=f"{name}.*{said}"):
+    for name, said in (("long.jsonl", "into several"), ("long.txt", "with --split_blank_lines"), ("line.txt", "with")):
+        with pytest.raises(BadInput, match=f"{name}: {long} {said}"):
             prepare(source=tmp_path / name, out_dir=tmp_path / "out")
 
 
@@ -1827,16 +1925,16 @@ def test_fineweb_edu_means_its_10b_sample_and_another_dataset_all_of_it(tmp_path
 
 
 def test_the_next_file_downloads_while_one_is_tokenized_and_no_more_than_two_are_kept(tmp_path, monkeypatch):
-    tokenize_file = prepare_fineweb.tokenize_file
+    read_documents = prepare_fineweb.read_documents
     kept = []
 
-    def watch(file, path, *rest):
-        is_last = file["stem"].startswith("small")
+    def watch(path, *rest):
+        is_last = path.name.startswith("small")
         wait_for(lambda: is_last or len(os.listdir(path.parent)) > 1)  # the next one begins to come
         kept.append(len(os.listdir(path.parent)))
-        return tokenize_file(file, path, *rest)
+        return read_documents(path, *rest)
 
-    monkeypatch.setattr(prepare_fineweb, "tokenize_file", watch)
+    monkeypatch.setattr(prepare_fineweb, "read_documents", watch)
     with hub(hub_files(tmp_path), monkeypatch):
         out = prepare(source="me/data", out_dir=tmp_path / "out")
         assert kept == [2, 2, 2, 1]
@@ -1853,7 +1951,7 @@ def test_downloads_that_are_kept_are_used_again(tmp_path, monkeypatch):
     assert len(fetched(server, "small.jsonl")) == 1
 
 
-def test_a_full_disk_keeps_what_is_finished_and_the_same_command_resumes(prepared, tmp_path):
+def test_a_full_disk_keeps_what_is_finished_and_the_same_command_resumes(prepared, no_file_is_small, tmp_path):
     run = dict(source=prepared / "in", out_dir=tmp_path)
     full = tmp_path / f"train_{data_py.read_sidecars(prepared / 'whole')[1]['stem']}.bin.tmp"
     full.symlink_to("/dev/full")  # the device that is always full
@@ -1929,11 +2027,11 @@ def test_max_tokens_stops_after_a_whole_file_and_validation_files_come_first(pub
     assert len(data_py.find_shards(out, "val")) == 1
 
 
-def test_token_shards_beside_text_are_ignored(published, prepared, tmp_path, capsys):
+def test_token_shards_beside_text_are_ignored(published, prepared, no_file_is_small, tmp_path, capsys):
     shutil.copytree(published, tmp_path / "in")
     shutil.copytree(prepared / "in", tmp_path / "in", dirs_exist_ok=True)
     out = prepare(source=tmp_path / "in", out_dir=tmp_path / "out")
-    assert "3 token shards (.bin) next to text ignored: pass them separately" in capsys.readouterr().out
+    assert "ignored: 4 files (3 .bin, 1 copies); token shards need" in capsys.readouterr().out
     assert data_py.read_meta(out)["train"] == data_py.read_meta(prepared / "whole")["train"]
 
 
@@ -3376,6 +3474,17 @@ def test_a_folder_that_was_written_half_is_not_taken_for_a_whole_one(tmp_path, m
         instruct(tmp_path / "o", source=source, val_fraction=0.5)
     with pytest.raises(FileNotFoundError, match="name the --out_dir of prepare_instruct.py"):
         finetune.load_conversations(tmp_path / "o", Tokenizer("bytes"), 1024)
+
+
+def test_a_full_disk_is_named_with_the_folder_and_what_to_do(tmp_path):
+    source = write_instructions(tmp_path / "in")
+    folder = tmp_path / "o"
+    folder.mkdir()
+    (folder / "val_tokens.npy").symlink_to("/dev/full")  # the device that is always full
+    with pytest.raises(OSError, match=f"^{folder}: cannot be written .*: free some space, or choose another --out_dir"):
+        instruct(folder, source=source)
+    (folder / "val_tokens.npy").unlink()
+    assert instruct(folder, source=source)["counts"]["kept"] > 0
 
 
 def test_show_prints_the_supervised_text_between_brackets():

@@ -24,7 +24,7 @@ from configurator import BadInput, check_settings, configure, settings_of
 
 import torch
 
-from data import Windows, find_shards, read_meta
+from data import Windows, find_shards, looks_like_bytes, read_meta
 from model import FAMILIES, GPT, OPTIMIZERS, GPTConfig, make_optimizers
 from run import (
     TRACKERS,
@@ -294,6 +294,14 @@ def load_data(settings):
                 f"of its kind, has {windows.lengths[longest]} tokens; use a smaller --block_size, more data, or a "
                 "larger --val_fraction"
             )
+    outside = train.share_outside()
+    if outside > 0.01:
+        print(
+            f"warning: {outside:.1%} of the training tokens are in no window of {train.block_size}, as the shards are "
+            "short: prepare the texts together, or use a smaller --block_size"
+        )
+    if tokenizer.name != "bytes" and looks_like_bytes(train.shards[0]):
+        print(f"warning: {train.paths[0]} has no token above 258: was it made with --tokenizer=bytes?")
     return tokenizer, train, val
 
 

@@ -25,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from functools import partial
@@ -284,7 +285,7 @@ def tokenize(source):
     if not source:
         raise BadInput("tokenize needs --source, files of text like texts/*.parquet")
     tokenizer = Tokenizer("gpt2")
-    paths = [file["path"] for file in prepare_fineweb.find_files(source, None)]
+    paths = [file["path"] for file in prepare_fineweb.find_files(source, None, Counter())]
     texts = [text for path in paths for _, text in prepare_fineweb.read_documents(path, "text", False) if text]
     n_tokens = sum(len(tokenizer.encode(text)) for text in texts)
 

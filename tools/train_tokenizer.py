@@ -9,13 +9,14 @@ out/vocabulary.tiktoken, and says how many bytes of the text a token stands for.
 Shards, checkpoints, Spaces and exports hold a copy of the vocabulary.
 """
 
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 from configurator import BadInput, check_settings, configure, settings_of
 
 from data import write_text
-from prepare_fineweb import find_all, is_shard, read_documents
+from prepare_fineweb import check_texts, describe_ignored, find_all, is_shard, read_documents
 from tokenizer import SPECIALS, VOCABULARY, Tokenizer, vocabulary_text
 from tools.convert_hf import unspell
 
@@ -36,7 +37,14 @@ def main():
     path = Path(out) / VOCABULARY
     if path.exists():
         raise FileExistsError(f"{path} exists: choose another --out")
-    files = [file["path"] for file in find_all(source, refuse_dataset) if not is_shard(file)]
+    ignored = Counter()
+    files = [file for file in find_all(source, refuse_dataset, ignored) if not is_shard(file)]
+    if ignored:
+        print(describe_ignored(ignored))
+    if not files:
+        raise BadInput(f"source={source!r} has only token shards: name the text that they were made from")
+    check_texts(files)
+    files = [file["path"] for file in files]
     text = train_vocabulary(documents_of(files), vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
