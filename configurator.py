@@ -31,22 +31,30 @@ KNOWN_ELSEWHERE = {  # settings of nanoGPT and others: ours that do the job; the
     "max_steps": ("epochs",),
     "warmup_iters": ("warmup_steps",),
     "lr": ("learning_rate",),
-    "min_lr": ("final_lr_fraction",),
-    "lr_decay_iters": ("decay_fraction",),
-    "decay_lr": ("schedule",),
-    "eval_iters": ("eval_tokens",),
+    "save_interval": ("checkpoint_interval",),
+    "num_epochs": ("epochs",),
+    "context_length": ("block_size",),
+    "model_type": ("family",),
+    "resume": ("init_from",),
     "dataset": ("data_dir", "source"),
     "start": ("prompt",),
     "total_batch_size": ("tokens_per_step", "rows_per_step", "pairs_per_step"),
     "gradient_accumulation_steps": ("tokens_per_step", "rows_per_step", "pairs_per_step"),
     "wandb_log": ("tracker",),
-    "wandb_project": ("tracker",),
-    "wandb_run_name": ("tracker",),
 }
-NOT_HERE = {  # settings of nanoGPT that have no counterpart: what there is instead
+NOT_HERE = {  # settings of nanoGPT that have no counterpart with the same meaning: what there is instead
     "dropout": "there is no dropout; best.pt keeps the weights of the lowest validation loss",
     "bias": "the family decides: gpt2 has biases, modern has none",
     "vocab_size": "the tokenizer decides",
+    "min_lr": "use final_lr_fraction, a share of learning_rate",
+    "lr_decay_iters": "the rate decays until the end; decay_fraction is the share of the run in which it does",
+    "decay_lr": "decay_fraction=0 keeps the rate constant",
+    "eval_iters": "use eval_tokens, a number of tokens",
+    "eval_only": "hellaswag.py scores a checkpoint",
+    "beta1": "it is 0.9 for AdamW",
+    "backend": "NCCL is used on GPUs, gloo on CPUs",
+    "wandb_project": "tracker uses the project fgpt",
+    "wandb_run_name": "tracker names the run after out_dir",
     "always_save_checkpoint": "ckpt.pt is always written, best.pt at the lowest validation loss",
 }
 
@@ -67,12 +75,15 @@ def configure(namespace):
         print(help_text(namespace, settings))
         raise SystemExit(0)
     defaults = dict(settings)
-    try:
-        for argument in sys.argv[1:]:
+    problems = []
+    for argument in sys.argv[1:]:
+        try:
             apply_argument(argument, settings, defaults)
-    except (BadInput, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        except (BadInput, OSError) as error:
+            problems.append(" ".join(str(error).split()))
+    if problems:
+        print(f"{Path(sys.argv[0]).name}: {'; '.join(problems)}", file=sys.stderr)
+        raise SystemExit(2)
     namespace.update(settings)
 
 
@@ -93,10 +104,10 @@ def apply_argument(argument, settings, defaults):
     name, has_value, text = argument[2:].partition("=")
     check_known(name, defaults)
     default = defaults[name]
-    if not has_value and not isinstance(default, bool):
-        raise BadInput(f"--{name} needs a value: --{name}={default!r}")
+    if not has_value and not isinstance(default, bool | None):
+        raise BadInput(f"--{name} needs a value, without a space: --{name}=...")
     if not has_value:
-        value = True
+        value = True  # a flag, such as --overwrite
     elif isinstance(default, str):
         value = text
     else:
@@ -160,7 +171,8 @@ def check_type(name, value, default):
         return float(value)
     if default is not None and type(value) is not type(default):
         raise BadInput(f"{name} must be {type(default).__name__} (default {default!r}), not {value!r}")
-    return expand_home(value) if isinstance(default, str) else value
+    is_path = isinstance(default, str) and name not in ("prompt", "sample_prompt")
+    return expand_home(value) if is_path else value
 
 
 def expand_home(text):
@@ -214,7 +226,7 @@ def one_line_errors(kind, error, trace):
     elif os.environ.get("FGPT_TRACEBACK"):
         sys.__excepthook__(kind, error, trace)
     elif out_of_memory:
-        remedy = "use a smaller batch or --activation_checkpointing=True (--force=True to resume)"
+        remedy = "use a smaller batch, or in train.py --activation_checkpointing=True (with --force=True to resume)"
         print(f"{script}: the GPU's memory is full: {remedy}", file=sys.stderr)
     elif issubclass(kind, BadInput | OSError | FloatingPointError):
         print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)

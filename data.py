@@ -26,6 +26,17 @@ LONGEST_LINE = 100_000_000  # bytes of a line of JSON
 HASH_KEY = b"fgpt validation"  # never change it: documents would change sides
 # prepare_fineweb.py writes a record about each source file; these must be the same for all files of a folder
 RULES = ("tokenizer", "split", "text_field", "split_blank_lines")
+COUNTS = {"documents": int, "tokens": int, "bytes": int}
+FILE = {"size": int, "checksum": str}
+RECORD = {  # the shape of a record
+    **dict.fromkeys(RULES, object),
+    "stem": str,
+    "files": [{"name": str, **FILE}],
+    "val_fraction": int | float,
+    "revision": str | None,
+    "train": COUNTS,
+    "val": COUNTS,
+}
 NOT_USED = ("documents_without_text", "end_tokens_as_text")  # counts of each record
 
 
@@ -104,9 +115,21 @@ def parse_json(text, where):
         raise OSError(f"{where}: not JSON ({error}): fix it, or create or download it again") from None
 
 
-def read_json(path):
-    """The content of a JSON file. OSError that names the file when it is damaged."""
-    return parse_json(Path(path).read_bytes(), path)
+def read_json(path, shape=object):
+    """The content of a JSON file. OSError that names the file when it is damaged, or has another shape."""
+    content = parse_json(Path(path).read_bytes(), path)
+    if not has_shape(content, shape):
+        raise OSError(f"{path}: not what was expected there: delete it or create it again")
+    return content
+
+
+def has_shape(value, shape):
+    """Whether a JSON value has a shape: a type, {name: shape} for an object with these fields, [shape] for a list."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(name in value and has_shape(value[name], shape[name]) for name in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
+    return isinstance(value, shape)
 
 
 def read_records(path):
@@ -197,10 +220,10 @@ def read_sidecars(folder):
     records = []
     for path in sorted(Path(folder).glob("source_*.json")):
         record = read_json(path)
-        if not isinstance(record, dict) or not record.keys() >= {*RULES, *SPLITS}:
+        if has_shape(record, FILE) and "files" not in record:  # of format_version 1: one file a record
+            record["files"] = [record | {"name": record["source"]}]
+        if not has_shape(record, RECORD):
             raise OSError(f"{path}: not a record by prepare_fineweb.py: move it to another folder")
-        if "files" not in record:  # of format_version 1: one file a record
-            record["files"] = [{"name": record["source"], "size": record["size"], "checksum": record["checksum"]}]
         records.append(record)
     return records
 
@@ -215,7 +238,7 @@ def read_meta(folder):
     records = read_sidecars(folder)
     path = Path(folder) / "meta.json"
     if not records:
-        return read_json(path) if path.exists() else {}
+        return read_json(path, {"tokenizer": str}) if path.exists() else {}
     meta = {"format_version": 1}
     for name in RULES:
         values = sorted({str(record[name]) for record in records})

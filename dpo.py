@@ -80,7 +80,7 @@ eval_interval = 25  # steps between validations, which choose best.pt
 log_interval = 10  # steps between printed lines
 checkpoint_interval = 200  # steps between writes of ckpt.pt
 keep_every = 0  # steps between weights that are kept, as step_00001000.pt; 0: none
-tracker = ""  # wandb or trackio: show the run there too
+tracker = ""  # wandb or trackio: show the run there too, in project fgpt
 max_minutes = 0.0  # save and stop after this time; 0: no limit
 answer_tokens = 64  # longest answer in samples.md, tokens
 # machine

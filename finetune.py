@@ -68,7 +68,7 @@ eval_interval = 50  # steps between validations, which choose best.pt
 log_interval = 10  # steps between printed lines
 checkpoint_interval = 200  # steps between writes of ckpt.pt
 keep_every = 0  # steps between weights that are kept, as step_00001000.pt; 0: none
-tracker = ""  # wandb or trackio: show the run there too
+tracker = ""  # wandb or trackio: show the run there too, in project fgpt
 max_minutes = 0.0  # save and stop after this time; 0: no limit
 answer_tokens = 64  # longest answer that is generated, tokens
 scored_answers = 64  # validation conversations whose answers are scored, a fixed sample; 0: none
@@ -190,13 +190,16 @@ def load_conversations(folder, tokenizer, block_size, preferences=False):
     """(train, val) Conversations. FileNotFoundError or BadInput when they do not suit this model and stage."""
     path = Path(folder) / "meta.json"
     kind = "preferences" if preferences else "conversations"
-    meta = read_json(path) if path.exists() else {}
+    meta = read_json(path, {"tokenizer": str, "train": dict}) if path.exists() else {}
     if "supervised" not in meta.get("train", {}):
         raise FileNotFoundError(f"{folder}: no {kind} there: name the --out_dir of prepare_instruct.py")
     if meta.get("preferences", False) != preferences:
         raise BadInput(f"{folder} does not hold {kind}: finetune.py learns conversations, dpo.py preferences")
     if meta["tokenizer"] != tokenizer.name:
-        raise BadInput(f"{folder} was made with the {meta['tokenizer']} tokenizer, the model has {tokenizer.name}")
+        raise BadInput(
+            f"{folder} was made with the {meta['tokenizer']} tokenizer, the model has {tokenizer.name}: run "
+            "prepare_instruct.py again with --tokenizer= the checkpoint"
+        )
     splits = [Conversations(folder, "train"), Conversations(folder, "val")]
     longest = max(int(split.lengths.max()) for split in splits)
     if longest > block_size + 1:

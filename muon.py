@@ -24,11 +24,15 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, beta2=beta2, weight_decay=weight_decay, n_split=1))
 
     def add_param_group(self, group):
-        """ValueError for a parameter that is not a matrix. The constructor calls this for each group."""
+        """ValueError for a parameter that is neither a matrix nor a kernel (4-D). The constructor calls this, too."""
         super().add_param_group(group)
         for p in self.param_groups[-1]["params"]:
             if p.ndim not in (2, 4):
-                raise ValueError(f"Muon is for matrices: give the parameter of shape {tuple(p.shape)} to AdamW")
+                self.param_groups.pop()
+                raise ValueError(
+                    f"Muon is for matrices (2-D) and convolution kernels (4-D): give the parameter of shape "
+                    f"{tuple(p.shape)} to AdamW"
+                )
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -62,7 +62,7 @@ from tokenizer import BadConversation, Tokenizer
 
 source = "raschka,alpaca"  # names, .json, .jsonl or .parquet files, globs; separated by commas; :5000 limits one
 out_dir = "data/instruct"  # where the arrays go
-tokenizer = "gpt2"  # that of the model to be finetuned: gpt2, bytes, or a folder of tools.train_tokenizer
+tokenizer = "gpt2"  # that of the model: gpt2, bytes, a folder of tools.train_tokenizer, or the checkpoint itself
 val_fraction = 0.1  # share of the first questions held out for validation
 max_tokens = 1024  # longest conversation; longer ones lose their last turns, or are dropped
 show = 0  # print this many records, with what is trained on in brackets
@@ -154,9 +154,10 @@ def open_sources(source):
         if not os.path.exists(item):
             name, limit = re.fullmatch(r"(.*?)(?::(\d+))?", item).groups()
         paths = download_source(name) if name in SOURCES else list_files(name)
-        opened[name] = (record for path in paths for _, record, _ in read_records(path))
+        records = (record for path in paths for _, record, _ in read_records(path))
         if limit:
-            opened[name] = take(opened[name], int(limit))
+            records = take(records, int(limit))
+        opened[name] = itertools.chain(opened.get(name, ()), records)
     return opened
 
 
@@ -167,7 +168,7 @@ def download_source(name):
         files = SOURCES[name]()
         listing.parent.mkdir(parents=True, exist_ok=True)
         write_json(listing, files)
-    return [download(file, listing.parent) for file in read_json(listing)]
+    return [download(file, listing.parent) for file in read_json(listing, [{"url": str}])]
 
 
 def list_files(item):

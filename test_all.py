@@ -584,6 +584,11 @@ GOOD = {  # a command that works in the folder `desk`; what a row adds makes it 
 
 
 # fmt: off
+SIDECAR = {  # of format_version 1: a record of one source file
+    "source": "a.txt", "stem": "a", "size": 1, "checksum": "00", "val_fraction": 0.0, "revision": None,
+    "tokenizer": "words", "split": "by file", "text_field": "text", "split_blank_lines": False,
+    "train": {"documents": 1, "tokens": 2, "bytes": 1}, "val": {"documents": 0, "tokens": 0, "bytes": 0},
+}
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 BAD_INPUT = [
     # stage, files, settings, what the line says
@@ -591,7 +596,7 @@ BAD_INPUT = [
     ("train.py", {}, "--xyz=3", "train.py: unknown setting xyz: --help lists the settings"),
     ("train.py", {}, "--n_head=2.5", r"train.py: n_head must be int \(default 24\), not 2.5"),
     ("train.py", {}, "'--n_head={[]: 1}'", "n_head must be int"),
-    ("train.py", {}, "--n_head", "--n_head needs a value: --n_head=24"),
+    ("train.py", {}, "--n_head", "--n_head needs a value, without a space: --n_head=..."),
     ("train.py", {}, "missing.py", "missing.py: no such config file .settings are --name=value, config files end in"),
     ("train.py", {}, "text.txt", "text.txt: no such config file .settings are --name=value, config files end in .py"),
     ("train.py", {"c.py": "n_haed = 3"}, "c.py", r"c.py: unknown setting n_haed: did you mean n_head\?"),
@@ -599,7 +604,7 @@ BAD_INPUT = [
     ("train.py", {"c.py": "\nraise OSError('two\\nlines')"}, "c.py", "c.py, line 2: OSError: two lines"),
     ("prepare_fineweb.py", {}, "--val_fraction=2.0 --workers=-1",
      "workers must be at least 0, not -1; val_fraction must be below 1, not 2.0"),
-    ("prepare_fineweb.py", {}, "--tokenizer=words", "tokenizer must be gpt2, bytes, or a folder .*, not 'words'"),
+    ("prepare_fineweb.py", {}, "--tokenizer=words", "tokenizer must be gpt2, bytes, a folder .*, not 'words'"),
     ("train.py", {}, "--data_dir=nowhere", "nowhere.* create them with prepare_fineweb.py"),
     # train.py: sizes of the network
     ("train.py", {}, "--n_head=3", "n_embd 32 is not divisible by n_head 3: change one, or set head_dim"),
@@ -667,8 +672,11 @@ BAD_INPUT = [
         "train_x.bin: its header says 9 tokens but it holds 8.5: .*delete it and prepare or download it again"),
     ("train.py", {"data/train_x.bin": struct.pack("<3i", 20240520, 1, 9) + bytes(1012 + 20)}, "",
         "train_x.bin: its header says 9 tokens but it holds 10: .*delete it and prepare or download it again"),
-    ("train.py", {"data/source_x.json": json.dumps(dict.fromkeys([*data_py.RULES, *data_py.SPLITS]))}, "",
-        "data: prepared in parts with tokenizer None and bytes: keep one of them"),
+    ("train.py", {"data/source_x.json": json.dumps(SIDECAR)}, "",
+        "data: prepared in parts with tokenizer bytes and words: keep one of them"),
+    ("train.py", {"data/source_x.json": json.dumps(SIDECAR | {"train": {"documents": "1"}})}, "",
+        "data/source_x.json: not a record by prepare_fineweb.py: move it to another folder"),
+    ("train.py", {"data/source_x.json": json.dumps(SIDECAR | {"size": None})}, "", "not a record by prepare_fin"),
     ("train.py", {}, "--data_dir=rows", "rows: no train shards .* there: create them with prepare_fineweb.py"),
     # hellaswag.py
     ("hellaswag.py", {}, "--checkpoint=no/best.pt", "no/best.pt: no such checkpoint"),
@@ -713,7 +721,7 @@ BAD_INPUT = [
     ("train.py", {}, "--tokens_per_step=192", "192 must be a multiple of block_size x batch_size = 128"),
     ("train.py", {}, "--family=gpt5", "family must be one of gpt2, modern, not 'gpt5'"),
     ("train.py", {}, "--optimizer=sgd", "optimizer must be one of muon, adamw, not 'sgd'"),
-    ("train.py", {}, "--tokenizer=gpt2", "data was made with the bytes tokenizer, not gpt2: leave --tokenizer= out"),
+    ("train.py", {}, "--tokenizer=gpt2", "data was made with the bytes tokenizer, not gpt2: prepare the text with"),
     ("train.py", {}, "--device=warp", "device 'warp' cannot be used here: try --device=cpu"),
     ("train.py", {}, "--schedule=linear --beta2=1.0 --init_from=best --decay_fraction=1.5 --final_lr_fraction=2.0",
      "init_from must be scratch, resume or a file .*, not 'best'; schedule must be trapezoid or cosine, not 'linear'; "
@@ -722,7 +730,7 @@ BAD_INPUT = [
     ("train.py", {}, "--out_dir=base", "base is in use: --init_from=resume continues, --overwrite=True starts over"),
     ("train.py", {"new/notes.txt": "mine"}, "", "new is in use"),
     ("train.py", {"bad.pt": "not a checkpoint"}, "--init_from=bad.pt", "bad.pt is damaged or not a checkpoint"),
-    ("train.py", {}, "--init_from=base/best.pt --n_layer=3", "best.pt has n_layer 2, not 3: leave --n_layer= out"),
+    ("train.py", {}, "--init_from=base/best.pt --n_layer=3", "best.pt has n_layer 2, not 3: leave out what"),
     ("prepare_fineweb.py", {"tok/vocabulary.tiktoken": "IQ== 0"}, "--tokenizer=tok", "make it with python -m tools"),
     ("train.py", {}, "--out_dir=base --overwrite=True --n_head=3", "n_embd 32 is not divisible by n_head 3"),
     ("train.py", {}, "--init_from=resume", "new/ckpt.pt: no such checkpoint"),
@@ -739,7 +747,7 @@ BAD_INPUT = [
     # prepare_instruct.py
     ("prepare_instruct.py", {}, "--val_fraction=1.0", "val_fraction must be between 0 and 1, not 1.0"),
     ("prepare_instruct.py", {}, "--max_tokens=0", "max_tokens must be at least 1"),
-    ("prepare_instruct.py", {}, "--tokenizer=gpt5", "tokenizer must be gpt2, bytes, or a folder .*, not 'gpt5'"),
+    ("prepare_instruct.py", {}, "--tokenizer=gpt5", "tokenizer must be gpt2, bytes, a folder .*, not 'gpt5'"),
     ("prepare_instruct.py", {}, "--source=no.json", "no.json: no such file .--source= needs raschka, .*, or files"),
     ("prepare_instruct.py", {}, "--source=text.txt", "text.txt: conversations are read from .json, .jsonl, .json.gz,"),
     ("prepare_instruct.py", {"a.json": '[{"instruction": "a"'}, "--source=a.json",
@@ -788,7 +796,7 @@ BAD_INPUT = [
     ("-m space.app", {"base/best.pt": lambda old: old.replace(b"bytes", b"other")},
      "--checkpoint=base/best.pt --assemble=new", "tokenizer must be"),
     # tools/convert_hf.py
-    ("-m tools.convert_hf", {"hf/config.json": '{"model_type": "gp'}, "", "hf/config.json: not JSON .*: fix the file"),
+    ("-m tools.convert_hf", {"hf/config.json": '{"model_type": "gp'}, "", "hf/config.json: not JSON .*: fix it"),
     ("-m tools.convert_hf", {"hf/config.json": edited(model_type="llama")}, "",
         "hf: model_type is 'llama'; fgpt has counterparts of gpt2 and qwen3"),
     ("-m tools.convert_hf", {"hf/config.json": '{"model_type": "gpt2", "activation_function": "relu"}'}, "",
@@ -992,10 +1000,11 @@ def test_a_bug_in_a_stage_or_in_what_it_imports_keeps_its_traceback(tmp_path, mo
 
 NANOGPT = {  # what nanoGPT calls it: what train.py answers
     "max_iters": "use max_steps", "warmup_iters": "use warmup_steps", "lr": "use learning_rate",
-    "min_lr": "use final_lr_fraction", "lr_decay_iters": "use decay_fraction", "decay_lr": "use schedule",
-    "eval_iters": "use eval_tokens", "dataset": "use data_dir", "gradient_accumulation_steps": "use tokens_per_step",
-    "total_batch_size": "use tokens_per_step", "wandb_log": "use tracker", "dropout": "there is no dropout",
-    "bias": "the family decides", "vocab_size": "the tokenizer decides", "always_save_checkpoint": "ckpt.pt is always",
+    "min_lr": "use final_lr_fraction, a share", "lr_decay_iters": "the rate decays until the end",
+    "decay_lr": "decay_fraction=0", "eval_iters": "use eval_tokens, a number", "dataset": "use data_dir",
+    "gradient_accumulation_steps": "use tokens_per_step", "total_batch_size": "use tokens_per_step",
+    "wandb_log": "use tracker", "dropout": "there is no dropout", "bias": "the family decides",
+    "vocab_size": "the tokenizer decides", "always_save_checkpoint": "ckpt.pt is always", "beta1": "it is 0.9",
     "n_layers": "did you mean n_layer", "compile_mode": "--help lists",
 }  # fmt: skip
 
@@ -1003,19 +1012,20 @@ NANOGPT = {  # what nanoGPT calls it: what train.py answers
 def test_names_of_nanogpt_are_answered_with_ours_and_all_of_a_config_file_at_once(tmp_path):
     config = tmp_path / "nanogpt.py"
     config.write_text("".join(f"{name} = 1\n" for name in NANOGPT) + "n_head = 'six'\n")
-    code, _, said = command_line("train.py", config)
-    assert code == 2 and len(said.splitlines()) == 1 and "n_head must be int" in said
-    for name, answer in NANOGPT.items():
-        assert f"unknown setting {name}: {answer}" in said
+    for arguments in ([config], [f"--{name}=1" for name in NANOGPT] + ["--n_head=six"]):
+        code, _, said = command_line("train.py", *arguments)
+        assert code == 2 and len(said.splitlines()) == 1 and "n_head must be int" in said
+        for name, answer in NANOGPT.items():
+            assert f"unknown setting {name}: {answer}" in said
 
 
 def test_a_tilde_is_the_home_folder_in_a_setting_a_list_of_files_and_a_config_file(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c.py").write_text("out_dir = '~/out'")
     settings = dict(source="", out_dir="", prompt="")
-    for argument in ("--source=a.txt,~/b.txt", "~/c.py", "--prompt=a ~/ b"):
+    for argument in ("--source=a.txt,~/b.txt", "~/c.py", "--prompt=~/ is home,~/ too"):
         configurator.apply_argument(argument, settings, dict(source="", out_dir="", prompt=""))
-    assert settings == dict(source=f"a.txt,{tmp_path}/b.txt", out_dir=f"{tmp_path}/out", prompt="a ~/ b")
+    assert settings == dict(source=f"a.txt,{tmp_path}/b.txt", out_dir=f"{tmp_path}/out", prompt="~/ is home,~/ too")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1105,7 +1115,8 @@ def test_a_vocabulary_of_ones_own_travels_from_shards_to_checkpoints_chats_space
     pretrain(tmp_path, tmp_path / "run", max_steps=2, family="modern")
     call(sample, checkpoint=f"{tmp_path}/run/best.pt", prompt="Ещё", max_new_tokens=2, device="cpu")
     chats_file = write_instructions(tmp_path / "in")
-    call(prepare_instruct, source=chats_file, tokenizer=f"{tmp_path}/data", out_dir=f"{tmp_path}/rows", max_tokens=33)
+    rows = dict(source=chats_file, out_dir=f"{tmp_path}/rows", max_tokens=33)
+    call(prepare_instruct, tokenizer=f"{tmp_path}/run/best.pt", **rows)
     tune(tmp_path / "run", f"{tmp_path}/rows", tmp_path / "chat", epochs=1)
     call(space_app, checkpoint=f"{tmp_path}/chat/best.pt", assemble=f"{tmp_path}/space")
     convert("export", f"--checkpoint={tmp_path}/chat/best.pt", f"--out={tmp_path}/hf")
@@ -2723,7 +2734,7 @@ def test_a_run_starts_from_given_weights_on_other_text_and_is_exported_again(tmp
     model, _ = load_model(tmp_path / "run2/ckpt.pt")
     start, _ = load_model(tmp_path / "gpt2.pt")
     idx = torch.arange(16)[None]
-    assert model.config.block_size == 16 and torch.equal(model(idx), start(idx))
+    assert model.config.block_size == 16 and torch.equal(model(idx)[..., :50257], start(idx))
     other, _ = export(load_model(out / "best.pt")[0], tmp_path / "again", tokenizer="gpt2", stage="pretrain")
     assert type(other).__name__ == "GPT2LMHeadModel"
 

@@ -27,7 +27,8 @@ class BadConversation(ValueError):
 
 
 class Tokenizer:
-    """`Tokenizer("gpt2")`, `Tokenizer("bytes")`, or `Tokenizer("data/tok")`: a folder or file with your own vocabulary.
+    """`Tokenizer("gpt2")`, `Tokenizer("bytes")`, or `Tokenizer("data/tok")`: a folder or file with your own vocabulary,
+    or a checkpoint (.pt), which names its tokenizer and holds your own vocabulary.
 
     name: gpt2, bytes, or bpe- and a checksum of the vocabulary. vocabulary: the text of its file, "" for the other two.
     n_vocab: number of ids that exist (50,259, 259, or three more than the vocabulary has). eot, user, assistant: ids of
@@ -36,6 +37,8 @@ class Tokenizer:
     """
 
     def __init__(self, name, vocabulary=""):
+        if str(name).endswith(".pt"):
+            name, vocabulary = read_checkpoint(name)
         self.name = name
         self.vocabulary = vocabulary
         self.bpe = None
@@ -118,6 +121,19 @@ def tokenizer_in(folder, name):
     return Tokenizer(name if name in BUILT_IN else str(folder))
 
 
+def read_checkpoint(path):
+    """(name of the tokenizer, text of a vocabulary of your own or "") of a checkpoint. OSError when it has none."""
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return content["tokenizer"], content.get("vocabulary", "")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged file raises
+        raise OSError(f"{path}: not a checkpoint that names its tokenizer ({type(error).__name__})") from None
+
+
 def read_vocabulary(path):
     """The text of a vocabulary's file, or of the one in a folder. FileNotFoundError where there is none."""
     file = Path(path)
@@ -125,7 +141,8 @@ def read_vocabulary(path):
         file = file / VOCABULARY
     if not file.is_file():
         raise FileNotFoundError(
-            f"tokenizer must be gpt2, bytes, or a folder with the {VOCABULARY} of tools.train_tokenizer, not {path!r}"
+            f"tokenizer must be gpt2, bytes, a folder with the {VOCABULARY} of tools.train_tokenizer, or a checkpoint, "
+            f"not {path!r}"
         )
     return file.read_text(encoding="ascii", errors="replace")
 

@@ -47,7 +47,7 @@ from tokenizer import Tokenizer, tokenizer_in
 # files
 data_dir = "data/fineweb"  # folder of train and val shards
 out_dir = "out/fgpt_712m"  # where the log and the checkpoints go
-init_from = "scratch"  # scratch; resume: continue from out_dir/ckpt.pt; or a checkpoint: a new run from its weights
+init_from = "scratch"  # scratch; resume: continue out_dir/ckpt.pt; or a checkpoint: a new run from its weights
 overwrite = False  # start over in an out_dir that holds a run
 force = False  # resume even if settings that affect training differ
 tokenizer = ""  # gpt2, bytes or a folder of tools.train_tokenizer; empty: what the data's meta.json says
@@ -87,7 +87,7 @@ sample_prompt = "The "  # the text that they continue
 log_interval = 10  # steps between printed lines
 checkpoint_interval = 500  # steps between writes of ckpt.pt
 keep_every = 0  # steps between weights that are kept, as step_00001000.pt; 0: none
-tracker = ""  # wandb or trackio: show the run there too
+tracker = ""  # wandb or trackio: show the run there too, in project fgpt
 max_minutes = 0.0  # save and stop after this time; 0: no limit
 # machine
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
@@ -142,6 +142,8 @@ def main():
     if init_from not in ("scratch", "resume"):
         start, about_start = load_model(init_from)
         take_sizes(settings, start.config, about_start["tokenizer"])
+        if about_start["stage"] != "pretrain":
+            print(f"{init_from} was finetuned: trained on text it becomes a model that continues text")
     elif run.stored:
         take_stored(settings, run.stored_settings)
     block_size = settings["block_size"]
@@ -223,7 +225,7 @@ def check(settings):
 def take_sizes(settings, config, tokenizer):
     """Change the settings that a run's first weights decide, in place; only block_size may be smaller than theirs.
 
-    BadInput for a setting that was asked for and is another one.
+    BadInput for a setting that is neither theirs nor the default.
     """
     path = settings["init_from"]
     family = "modern" if config.rotary else "gpt2"
@@ -232,13 +234,17 @@ def take_sizes(settings, config, tokenizer):
     if any(getattr(config, flag) != getattr(of_family, flag) for flag in flags):
         raise BadInput(f"{path}: the model is of no family that train.py makes ({', '.join(FAMILIES)})")
     decided = {name: getattr(config, name) for name in SIZES} | {"family": family, "tokenizer": tokenizer}
+    problems = []
     for name, value in decided.items():
         asked = settings[name]
-        if name == "block_size" and asked < value:
-            continue
-        if asked not in (value, DEFAULTS[name]):
-            raise BadInput(f"{path} has {name} {value}, not {asked}: leave --{name}= out")
-        settings[name] = value
+        if asked == DEFAULTS[name]:
+            settings[name] = value
+        elif name == "block_size" and asked > value:
+            problems.append(f"block_size {value}, which may be made smaller, not {asked}")
+        elif name != "block_size" and asked != value:
+            problems.append(f"{name} {value}, not {asked}")
+    if problems:
+        raise BadInput(f"{path} has {', '.join(problems)}: leave out what the file decides")
 
 
 def take_stored(settings, stored):
@@ -280,7 +286,10 @@ def load_data(settings):
         tokenizer = tokenizer_in(folder, stored)
         is_the_same = name in ("", stored) or (Path(name).exists() and Tokenizer(name).name == stored)
         if not is_the_same:
-            raise BadInput(f"{folder} was made with the {stored} tokenizer, not {name}: leave --tokenizer= out")
+            raise BadInput(
+                f"{folder} was made with the {stored} tokenizer, not {name}: prepare the text with "
+                f"--tokenizer={name}, or train another model, without --tokenizer="
+            )
     else:
         tokenizer = Tokenizer(name or "gpt2")
     shards = {split: find_shards(folder, split) for split in ("train", "val")}

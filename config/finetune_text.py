@@ -1,6 +1,6 @@
-# Train given weights further on your own text, such as GPT-2:
+# Train given weights, such as GPT-2's, further on your own text (finetune.py trains on conversations):
 #   python -m tools.convert_hf import --model=openai-community/gpt2 --out=gpt2.pt
-#   python prepare_fineweb.py --source=mine.txt --tokenizer=gpt2 --out_dir=data/mine
+#   python prepare_fineweb.py --source=mine.txt --split_blank_lines=True --val_fraction=0.1 --out_dir=data/mine
 #   python train.py config/finetune_text.py --init_from=gpt2.pt --data_dir=data/mine
 # The batch and the rate are those of nanoGPT's config/finetune_shakespeare.py.
 out_dir = "out/finetune_text"

@@ -25,6 +25,7 @@ text_field = "text"  # parquet column or JSON field with the text of a document
 vocab_size = 8192  # ids, the three control tokens included: a multiple of 64 wastes no rows
 max_documents = 100000  # learn from the first ones; 0: from all
 out = "data/tok"  # folder to write
+overwrite = False  # replace the vocabulary there
 
 LEAST = 256 + len(SPECIALS)  # the bytes and the control tokens
 LARGEST = 2**16  # ids of token shards are uint16
@@ -35,8 +36,8 @@ def main():
     rules = [(between, f"vocab_size must be {LEAST} to {LARGEST}, not {vocab_size}"), (source, "source is needed")]
     check_settings(settings_of(globals()), rules=rules)
     path = Path(out) / VOCABULARY
-    if path.exists():
-        raise FileExistsError(f"{path} exists: choose another --out")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another --out, or --overwrite=True")
     ignored = Counter()
     files = [file for file in find_all(source, refuse_dataset, ignored) if not is_shard(file)]
     if ignored:
@@ -49,7 +50,8 @@ def main():
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
     own = Tokenizer(out)
-    print(f"{path}: {own.n_vocab:,} ids; bytes per token of the text: {bytes_per_token(own, documents_of(files)):.2f}")
+    per_token = bytes_per_token(own, documents_of(files))
+    print(f"{path}: tokenizer {own.name}, {own.n_vocab:,} ids, {per_token:.2f} bytes of the text per token")
     if own.n_vocab < vocab_size:
         print(f"warning: the text has only {own.n_vocab:,} different tokens: give more text, or a smaller --vocab_size")
 
