@@ -2293,19 +2293,24 @@ def test_targets_are_the_next_tokens(tmp_path):
     assert sorted(torch.cat([targets for _, targets in batches]).flatten().tolist()) == list(range(1, 16 * 12 + 1))
 
 
-def test_a_shard_is_recognized_by_its_name_its_length_and_both_ends_wherever_its_folder_is(tmp_path):
-    def fingerprint(name, *parts):
+def test_a_shard_is_recognized_by_its_name_its_length_and_its_content_wherever_its_folder_is(tmp_path, monkeypatch):
+    def fingerprint(name, tokens):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         with open(path, "wb") as file:
-            write_shard(file, np.concatenate(parts))
-        return data_py.Windows([path], 8, 5000, seed=1).fingerprint()
+            write_shard(file, tokens)
+        return data_py.Windows([path], 8, 60_000, seed=1).fingerprint()
 
-    end = np.arange(4096, dtype=np.uint16)
-    known = fingerprint("a.bin", end, end)
-    assert fingerprint("moved/a.bin", end, end) == known
-    for other in (("b.bin", end, end), ("a.bin", end, end, end), ("a.bin", end + 1, end), ("a.bin", end, end + 1)):
-        assert fingerprint(*other) != known
+    tokens = np.random.default_rng(0).integers(1, 50_000, 2_000_000).astype(np.uint16)  # 4 MB
+    for all_read, damaged in ((10**9, 1), (0, 500_000)):
+        monkeypatch.setattr(data_py, "ALL_READ", all_read)
+        known = fingerprint("a.bin", tokens)
+        assert fingerprint("moved/a.bin", tokens) == known
+        assert fingerprint("b.bin", tokens) != known and fingerprint("a.bin", tokens[:-1]) != known
+        for first in (0, 123_456, 777_777, len(tokens) - damaged):
+            other = tokens.copy()
+            other[first : first + damaged] = 0
+            assert fingerprint("a.bin", other) != known
 
 
 def test_token_ids_outside_the_vocabulary_are_refused(tmp_path):
