@@ -960,6 +960,17 @@ def test_help_prints_each_setting_with_its_comment_in_80_columns_and_runs_nothin
         assert f"  --{name}={value}" in printed and comments[name] in " ".join(printed.split())
 
 
+@pytest.mark.parametrize("file", ["space/app.py", *sorted(f"tools/{path.name}" for path in TOOLS)])
+def test_a_tool_is_run_by_its_path_from_any_folder_too(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, module in list(sys.modules.items()):  # as in a new interpreter, but without the seconds that torch takes
+        if Path(getattr(module, "__file__", None) or "").is_relative_to(ROOT) and name != __name__:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str((ROOT / file).parent), *(path for path in sys.path if Path(path) != ROOT)])
+    code, _, errors = command_line(file, "--help")
+    assert code == 0, errors
+
+
 def test_a_diverged_model_and_a_full_gpu_are_one_line_and_a_bug_is_a_traceback(monkeypatch, capsys):
     def shown(error):
         configurator.one_line_errors(type(error), error, error.__traceback__)

@@ -14,6 +14,8 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # for `python tools/convert_hf.py`
+
 from configurator import BadInput, configure
 
 import torch
