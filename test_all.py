@@ -4344,6 +4344,14 @@ def test_qwen3_is_imported_and_exported_as_version_4_of_transformers_has_it_too(
     assert exported["rope_theta"] == exported["rope_parameters"]["rope_theta"] == 700.0
 
 
+def test_an_export_has_the_entries_that_only_other_programs_need(tmp_path):
+    export(tiny(), tmp_path / "hf")
+    config, tokenizer = (data_py.read_json(tmp_path / "hf" / f"{name}.json") for name in ("config", "tokenizer_config"))
+    assert config["n_ctx"] == 32  # llama.cpp
+    assert tokenizer["unk_token"] == "<|endoftext|>"  # CTranslate2
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]  # transformers 4
+
+
 def test_a_model_without_a_counterpart_is_not_exported():
     for family, changes in (("modern", dict(qk_norm=False)), ("gpt2", dict(swiglu=True)), ("gpt2", dict(head_dim=24))):
         [(name, value)] = changes.items()

@@ -160,6 +160,7 @@ def config_to_hf(config, eot, stage, dtype):
     hf |= {theirs: getattr(config, ours) for ours, theirs in SIZES[family].items()}
     if family == "gpt2":
         hf |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        hf["n_ctx"] = config.block_size  # another name of n_positions, which llama.cpp's converter reads
     else:
         hf |= dict(attention_dropout=0.0, num_key_value_heads=config.n_head, rope_theta=config.rope_theta)
         hf["rope_parameters"] = dict(rope_type=hf.pop("rope_type"), rope_theta=config.rope_theta)  # transformers 5
@@ -223,6 +224,8 @@ def tokenizer_to_hf(tokenizer, config):
     )  # fmt: skip
     settings = dict(
         tokenizer_class="PreTrainedTokenizerFast", bos_token=SPECIALS[0], eos_token=SPECIALS[0],
+        unk_token=SPECIALS[0],  # as OpenAI's: no text needs it, since each byte has a token, but CTranslate2 reads it
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids, which GPT-2 uses
         model_max_length=config.block_size, clean_up_tokenization_spaces=False,
     )  # fmt: skip
     if len(added) == len(SPECIALS):
