@@ -5020,7 +5020,7 @@ def pip(*words):
 
 
 IN_TRANSFORMERS = """
-import json, sys, torch, transformers
+import jinja2, json, sys, torch, transformers
 
 torch.set_num_threads(1)
 folders, texts, question, path = json.loads(sys.argv[1])
@@ -5036,7 +5036,13 @@ for folder in folders:
         logits = [model(**inputs).logits[0], model(**chat).logits[0]]
         given = [inputs, chat, dict(input_ids=inputs["input_ids"]), dict(input_ids=chat["input_ids"]), batch]
         rows = [model.generate(**one, max_new_tokens=40, do_sample=False).tolist() for one in given]
-    results.append((logits, rows))
+    try:
+        typed = [dict(role="user", content="<|user|>")]
+        tokenizer.apply_chat_template(typed, sanitize_control_tokens=True, sanitized=True)
+        refused = False
+    except jinja2.TemplateError:
+        refused = True
+    results.append((logits, rows, refused))
 torch.save(results, path)
 """
 
@@ -5051,7 +5057,8 @@ def test_exports_have_parity_in_transformers_4_and_5(exports, tmp_path, version)
         run("-c", IN_TRANSFORMERS, json.dumps(asked), cwd=tmp_path, env=os.environ | dict(PYTHONPATH=packages))
     installed, *results = torch.load(tmp_path / "results.pt")
     assert installed.startswith(f"{version}.")
-    for (kind, ours), (logits, rows) in zip(exports.items(), results, strict=True):
+    for (kind, ours), (logits, rows, refused) in zip(exports.items(), results, strict=True):
+        assert refused == (version == "4"), kind  # which cannot sanitize
         for ids, theirs in zip(ours.prompts, logits, strict=True):
             assert (ours.model.logits(ours.model.hidden(torch.tensor([ids])))[0] - theirs).abs().max() < 1e-4, kind
         alone = [ids + said for ids, said in zip(ours.prompts, ours.said, strict=True)]

@@ -84,15 +84,17 @@ RESPONSE_TEMPLATE = {
     "fields": {"content": {"close": SPECIALS[0], "content": "text"}},
 }
 # Renders what Tokenizer.render does. transformers reads control tokens in messages as such, unless it is told to
-# sanitize them; a template cannot see whether it was, so it refuses them unless told that too.
+# sanitize them; a template cannot see whether it was, so it refuses them unless told that too. Where transformers is
+# too old to do it, its option sanitize_control_tokens reaches the template.
 CHAT_TEMPLATE = """
+{%- set are_text = sanitized and not sanitize_control_tokens -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
   {%- set system = messages[0]['content'] + '\n\n' -%}
   {%- set messages = messages[1:] -%}
 {%- endif -%}
 {%- for message in messages -%}
   {%- set text = (system or '' if loop.first else '') + message['content'] -%}
-  {%- for token in ['<|endoftext|>', '<|user|>', '<|assistant|>'] if token in text and not sanitized -%}
+  {%- for token in ['<|endoftext|>', '<|user|>', '<|assistant|>'] if token in text and not are_text -%}
     {{- raise_exception('a message holds ' + token + ', which would be read as a control token') -}}
   {%- endfor -%}
   {%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}
