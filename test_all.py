@@ -24,6 +24,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -31,6 +32,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 from urllib.parse import unquote
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the models here are too small for more
@@ -47,6 +49,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
@@ -968,6 +971,17 @@ def test_help_prints_each_setting_with_its_comment_in_80_columns_and_runs_nothin
     assert comments.keys() == settings.keys()
     for name, value in settings.items():
         assert f"  --{name}={value}" in printed and comments[name] in " ".join(printed.split())
+
+
+@pytest.mark.parametrize("file", ["space/app.py", *sorted(f"tools/{path.name}" for path in TOOLS)])
+def test_a_tool_is_run_by_its_path_from_any_folder_too(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, module in list(sys.modules.items()):  # as in a new interpreter, but without the seconds that torch takes
+        if Path(getattr(module, "__file__", None) or "").is_relative_to(ROOT) and name != __name__:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str((ROOT / file).parent), *(path for path in sys.path if Path(path) != ROOT)])
+    code, _, errors = command_line(file, "--help")
+    assert code == 0, errors
 
 
 def test_a_diverged_model_and_a_full_gpu_are_one_line_and_a_bug_is_a_traceback(monkeypatch, capsys):
@@ -4578,6 +4592,14 @@ def test_qwen3_is_imported_and_exported_as_version_4_of_transformers_has_it_too(
     assert exported["rope_theta"] == exported["rope_parameters"]["rope_theta"] == 700.0
 
 
+def test_an_export_has_the_entries_that_only_other_programs_need(tmp_path):
+    export(tiny(), tmp_path / "hf")
+    config, tokenizer = (data_py.read_json(tmp_path / "hf" / f"{name}.json") for name in ("config", "tokenizer_config"))
+    assert config["n_ctx"] == 32  # llama.cpp
+    assert tokenizer["unk_token"] == "<|endoftext|>"  # CTranslate2
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]  # transformers 4
+
+
 def test_a_model_without_a_counterpart_is_not_exported():
     for family, changes in (("modern", dict(qk_norm=False)), ("gpt2", dict(swiglu=True)), ("gpt2", dict(head_dim=24))):
         [(name, value)] = changes.items()
@@ -5186,6 +5208,162 @@ def test_what_is_learned_of_a_conversation_has_parity_with_trl(tmp_path):
     for batch in trainer.get_eval_dataloader():
         theirs |= what_is_learned(batch["input_ids"][:, :-1], batch["labels"][:, 1:])
     assert ours == theirs and len(ours) == len(records)
+
+
+# What the exported models of the tests below know by heart: a document, and the answer to a question.
+BEGINNING, REST = "Once upon", " a time there was a café."
+QUESTION = [dict(role="system", content="Be brief."), dict(role="user", content="Où est le roi ?")]
+ANSWER = "À Tokyo, 東京 🙂."
+TEXTS = [f"<|endoftext|>{BEGINNING}", "<|user|>Be brief.\n\nOù est le roi ?<|assistant|>"]
+
+
+class Export(NamedTuple):
+    folder: Path
+    model: GPT
+    eot: int
+    prompts: list  # the ids of TEXTS
+    said: list  # the ids that our greedy decoding continues them with
+
+
+def learn_by_heart(model, rows):
+    inputs = pad_sequence([torch.tensor(row[:-1]) for row in rows], batch_first=True)
+    targets = pad_sequence([torch.tensor(row[1:]) for row in rows], batch_first=True, padding_value=-100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (model(inputs, targets) / (targets >= 0).sum()).backward()
+        optimizer.step()
+
+
+@pytest.fixture(scope="session")
+def exports(own_vocabulary, tmp_path_factory):
+    """Both families with each kind of tokenizer: (family, kind) -> Export."""
+    pytest.importorskip("ctranslate2", reason="the extra parity is not installed")
+    made = {}
+    for family, kind in itertools.product(FAMILIES, ["gpt2", "bytes", "own"]):
+        tokenizer = Tokenizer(str(own_vocabulary / "tok") if kind == "own" else kind)
+        prompts = [[tokenizer.eot, *tokenizer.encode(BEGINNING)], [*tokenizer.render(QUESTION)[0], tokenizer.assistant]]
+        said = [[*tokenizer.encode(text), tokenizer.eot] for text in (REST, ANSWER)]
+        sizes = dict(n_vocab=tokenizer.n_vocab, vocab_size=-(-tokenizer.n_vocab // 64) * 64, block_size=96)
+        if family == "modern":
+            sizes |= dict(rope_theta=500.0, head_dim=24)
+        model = tiny(family, **sizes)
+        learn_by_heart(model, [prompt + rest for prompt, rest in zip(prompts, said, strict=True)])
+        assert [generate_all(model, [ids], 40, temperature=0, stop=tokenizer.eot)[0] for ids in prompts] == said
+        folder = tmp_path_factory.mktemp("export")
+        export(model, folder, tokenizer=tokenizer.name, vocabulary=tokenizer.vocabulary)
+        made[family, kind] = Export(folder, model, tokenizer.eot, prompts, said)
+    return made
+
+
+def pip(*words):
+    """Run pip. Where it has no network the test is skipped."""
+    done = subprocess.run([sys.executable, "-m", "pip", *map(str, words)], capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["failed"]
+        pytest.skip(f"pip {words[0]} {words[-1]}: {lines[-1]}")
+
+
+IN_TRANSFORMERS = """
+import jinja2, json, sys, torch, transformers
+
+torch.set_num_threads(1)
+folders, texts, question, path = json.loads(sys.argv[1])
+results = [transformers.__version__]
+for folder in folders:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs = tokenizer(texts[0], return_tensors="pt")
+    chat = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    with torch.no_grad():
+        logits = [model(**inputs).logits[0], model(**chat).logits[0]]
+        given = [inputs, chat, dict(input_ids=inputs["input_ids"]), dict(input_ids=chat["input_ids"]), batch]
+        rows = [model.generate(**one, max_new_tokens=40, do_sample=False).tolist() for one in given]
+    try:
+        typed = [dict(role="user", content="<|user|>")]
+        tokenizer.apply_chat_template(typed, sanitize_control_tokens=True, sanitized=True)
+        refused = False
+    except jinja2.TemplateError:
+        refused = True
+    results.append((logits, rows, refused))
+torch.save(results, path)
+"""
+
+
+@pytest.mark.parametrize("version", ["4", "5"])
+@torch.inference_mode()
+def test_exports_have_parity_in_transformers_4_and_5(exports, tmp_path, version):
+    asked = [[str(export.folder) for export in exports.values()], TEXTS, QUESTION, f"{tmp_path}/results.pt"]
+    with tempfile.TemporaryDirectory() as packages:
+        if version == "4":
+            pip("install", "--no-compile", "--target", packages, "transformers<5")
+        run("-c", IN_TRANSFORMERS, json.dumps(asked), cwd=tmp_path, env=os.environ | dict(PYTHONPATH=packages))
+    installed, *results = torch.load(tmp_path / "results.pt")
+    assert installed.startswith(f"{version}.")
+    for (kind, ours), (logits, rows, refused) in zip(exports.items(), results, strict=True):
+        assert refused == (version == "4"), kind  # which cannot sanitize
+        for ids, theirs in zip(ours.prompts, logits, strict=True):
+            assert (ours.model.logits(ours.model.hidden(torch.tensor([ids])))[0] - theirs).abs().max() < 1e-4, kind
+        alone = [ids + said for ids, said in zip(ours.prompts, ours.said, strict=True)]
+        assert [row for [row] in rows[:4]] == 2 * alone, kind
+        for ids, row, expected in zip(ours.prompts, rows[4], alone, strict=True):
+            padding = [ours.eot] * (max(map(len, ours.prompts)) - len(ids))
+            assert row[: len(padding + expected)] == padding + expected, kind
+
+
+@torch.inference_mode()
+def test_exports_have_parity_in_ctranslate2(exports, tmp_path):
+    import ctranslate2
+    from transformers import AutoTokenizer
+
+    for kind, ours in exports.items():
+        tokenizer = AutoTokenizer.from_pretrained(ours.folder)
+        ctranslate2.converters.TransformersConverter(str(ours.folder)).convert(str(tmp_path / "-".join(kind)))
+        generator = ctranslate2.Generator(str(tmp_path / "-".join(kind)), intra_threads=1)
+        for text, ids, said in zip(TEXTS, ours.prompts, ours.said, strict=True):
+            tokens = [tokenizer.tokenize(text)]
+            logits = torch.tensor(np.array(generator.forward_batch(tokens)))
+            assert (ours.model.logits(ours.model.hidden(torch.tensor([ids]))) - logits).abs().max() < 1e-4, kind
+            greedy = dict(max_length=40, include_prompt_in_result=False, return_end_token=True)
+            assert generator.generate_batch(tokens, **greedy)[0].sequences_ids == [said], kind
+
+
+def unpack_converter(folder):
+    """llama.cpp's converter, which no package installs; llama-cpp-python's source package has it. Returns its path."""
+    pip("download", "--no-deps", "--no-binary=llama-cpp-python", "--dest", folder, "llama-cpp-python")
+    with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
+        parts = re.compile(r"[^/]+/vendor/llama\.cpp/(conversion/|gguf-py/|convert_hf_to_gguf\.py)")
+        archive.extractall(folder, [member for member in archive if parts.match(member.name)], filter="data")
+    return next(Path(folder).glob("*/vendor/llama.cpp/convert_hf_to_gguf.py"))
+
+
+@torch.inference_mode()
+def test_exports_have_parity_in_llama_cpp(exports, tmp_path):
+    xllamacpp = pytest.importorskip("xllamacpp")
+    both = {family: exports[family, "gpt2"] for family in FAMILIES}  # the converter knows of ours GPT-2's tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        converter = unpack_converter(folder)
+        for family, ours in both.items():
+            run(converter, ours.folder, "--outtype=f32", f"--outfile={tmp_path}/{family}.gguf")
+    for family, ours in both.items():
+        settings = xllamacpp.CommonParams()
+        settings.model.path = f"{tmp_path}/{family}.gguf"
+        settings.n_parallel = settings.cpuparams.n_threads = 1
+        server = xllamacpp.Server(settings)
+        greedy = dict(max_tokens=40, temperature=0)
+        for text, ids, rest in zip(TEXTS, ours.prompts, (REST, ANSWER), strict=True):
+            theirs = server.handle_completions(dict(prompt=text, logprobs=20, **greedy))
+            [choice] = theirs["choices"]
+            assert theirs["usage"]["prompt_tokens"] == len(ids), family
+            assert (choice["text"], choice["finish_reason"]) == (rest, "stop"), family
+            if text == TEXTS[0]:  # the answer begins with a letter of two tokens, which have one entry
+                log_p = ours.model.logits(ours.model.hidden(torch.tensor([ids])))[0, -1].log_softmax(dim=0)
+                for token in choice["logprobs"]["content"][0]["top_logprobs"]:  # half precision: cache, GELU
+                    assert token["logprob"] == pytest.approx(float(log_p[token["id"]]), abs=0.01), family
+        [choice] = server.handle_chat_completions(dict(messages=QUESTION, **greedy))["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (ANSWER, "stop"), family
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ anywhere else with `python app.py`.
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -19,6 +20,8 @@ from functools import partial
 from hashlib import sha1
 from html import escape, unescape
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `python space/app.py`; a Space has all beside it
 
 from configurator import BadInput, configure
 

@@ -32,6 +32,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # for `python tools/bench.py`
+
 from configurator import BadInput, apply_file, check_settings, configure, settings_of
 
 import torch

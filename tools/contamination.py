@@ -9,7 +9,10 @@ punctuation and WikiHow's marks do not count.
 """
 
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # for `python tools/contamination.py`
 
 from configurator import BadInput, configure
 

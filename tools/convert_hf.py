@@ -14,6 +14,8 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # for `python tools/convert_hf.py`
+
 from configurator import BadInput, configure
 
 import torch
@@ -82,15 +84,17 @@ RESPONSE_TEMPLATE = {
     "fields": {"content": {"close": SPECIALS[0], "content": "text"}},
 }
 # Renders what Tokenizer.render does. transformers reads control tokens in messages as such, unless it is told to
-# sanitize them; a template cannot see whether it was, so it refuses them unless told that too.
+# sanitize them; a template cannot see whether it was, so it refuses them unless told that too. Where transformers is
+# too old to do it, its option sanitize_control_tokens reaches the template.
 CHAT_TEMPLATE = """
+{%- set are_text = sanitized and not sanitize_control_tokens -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
   {%- set system = messages[0]['content'] + '\n\n' -%}
   {%- set messages = messages[1:] -%}
 {%- endif -%}
 {%- for message in messages -%}
   {%- set text = (system or '' if loop.first else '') + message['content'] -%}
-  {%- for token in ['<|endoftext|>', '<|user|>', '<|assistant|>'] if token in text and not sanitized -%}
+  {%- for token in ['<|endoftext|>', '<|user|>', '<|assistant|>'] if token in text and not are_text -%}
     {{- raise_exception('a message holds ' + token + ', which would be read as a control token') -}}
   {%- endfor -%}
   {%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}
@@ -158,6 +162,7 @@ def config_to_hf(config, eot, stage, dtype):
     hf |= {theirs: getattr(config, ours) for ours, theirs in SIZES[family].items()}
     if family == "gpt2":
         hf |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        hf["n_ctx"] = config.block_size  # another name of n_positions, which llama.cpp's converter reads
     else:
         hf |= dict(attention_dropout=0.0, num_key_value_heads=config.n_head, rope_theta=config.rope_theta)
         hf["rope_parameters"] = dict(rope_type=hf.pop("rope_type"), rope_theta=config.rope_theta)  # transformers 5
@@ -221,6 +226,8 @@ def tokenizer_to_hf(tokenizer, config):
     )  # fmt: skip
     settings = dict(
         tokenizer_class="PreTrainedTokenizerFast", bos_token=SPECIALS[0], eos_token=SPECIALS[0],
+        unk_token=SPECIALS[0],  # as OpenAI's: no text needs it, since each byte has a token, but CTranslate2 reads it
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids, which GPT-2 uses
         model_max_length=config.block_size, clean_up_tokenization_spaces=False,
     )  # fmt: skip
     if len(added) == len(SPECIALS):

@@ -12,8 +12,11 @@ panel for which no run has data is left out.
 import glob
 import json
 import math
+import sys
 from datetime import timedelta
 from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # for `python tools/plot.py`
 
 from configurator import BadInput, configure
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # for `python tools/race.py`
+
 from configurator import BadInput
 
 import numpy as np

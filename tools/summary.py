@@ -7,8 +7,11 @@ preference-tuned model every held-out question, and writes dir/summary.json:
 losses in nats per byte, shares between 0 and 1, seconds by stage.
 """
 
+import sys
 from collections import Counter
 from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # for `python tools/summary.py`
 
 from configurator import configure
 

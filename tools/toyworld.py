@@ -21,8 +21,11 @@ The same seed and repeats write the same bytes (with the same pyarrow).
 import json
 import random
 import re
+import sys
 from collections import namedtuple
 from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # for `python tools/toyworld.py`
 
 from configurator import BadInput, configure
 

@@ -9,9 +9,12 @@ out/vocabulary.tiktoken, and says how many bytes of the text a token stands for.
 Shards, checkpoints, Spaces and exports hold a copy of the vocabulary.
 """
 
+import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # for `python tools/train_tokenizer.py`
 
 from configurator import BadInput, check_settings, configure, settings_of
 
