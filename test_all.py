@@ -588,6 +588,9 @@ BAD_INPUT = [
     # stage, files, settings, what the line says
     # train.py: any stage's settings
     ("train.py", {}, "--xyz=3", "train.py: unknown setting xyz: --help lists the settings"),
+    ("train.py", {}, "--learning_rate=1e999", "train.py: learning_rate must be a finite number, not inf"),
+    ("train.py", {"c.py": "max_minutes = float('nan')"}, "c.py", "c.py: max_minutes must be a finite number, not nan"),
+    ("train.py", {"c.py": "max_minutes = 10**400"}, "c.py", "c.py: max_minutes must be a finite number"),
     ("train.py", {}, "--n_head=2.5", r"train.py: n_head must be int \(default 24\), not 2.5"),
     ("train.py", {}, "'--n_head={[]: 1}'", "n_head must be int"),
     ("train.py", {}, "--n_head", "--n_head needs a value: --n_head=24"),
