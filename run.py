@@ -22,9 +22,10 @@ import signal
 import statistics
 import sys
 import time
+import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -40,6 +41,7 @@ except ImportError:  # Windows
     resource = None
 
 FORMAT_VERSION = 1  # of checkpoint files; load_checkpoint must read files of all earlier versions too
+PREVIOUS = "ckpt_before.pt"  # what ckpt.pt was before it was last written, should that be damaged
 BF16_WIDTH = 128  # on CPUs, narrower networks lose about as much by casting as their products gain
 BF16_WIDTH_DECODING = 512  # token by token, where weights are read rather than multiplied
 BUCKET = 2**25  # elements of gradients that are summed over processes in one call
@@ -147,7 +149,7 @@ class Run:
         """Delete unfinished files, and those of an earlier run, which a later resume must not find."""
         stale = list(self.folder.glob("*.pt.tmp"))
         if self.stored is None:
-            stale += [self.folder / name for name in ("ckpt.pt", "best.pt", "log.jsonl")]
+            stale += [self.folder / name for name in ("ckpt.pt", PREVIOUS, "best.pt", "log.jsonl")]
         for path in stale:
             path.unlink(missing_ok=True)
 
@@ -346,11 +348,23 @@ class Run:
             )
 
     def save(self, must=False):
-        """Write ckpt.pt: everything that is needed to resume."""
+        """Write ckpt.pt: everything that is needed to resume; PREVIOUS is what it was before."""
+        if rank_and_world()[0] == 0:
+            self.keep_previous()
         states = [opt.state_dict() for opt in self.optimizers]
         counts = {"step": self.step, "tokens": self.progress.tokens, "state": asdict(self.progress)}
         if self.write("ckpt.pt", must, optimizers=states, **counts):
             self.progress.saved_step = self.step
+
+    def keep_previous(self):
+        """Give ckpt.pt its second name, which the file keeps when a new one takes the first.
+
+        The file that had it goes now: so the disk needs room for two, of which one is being written.
+        """
+        previous = self.folder / PREVIOUS
+        previous.unlink(missing_ok=True)
+        with suppress(OSError):  # no ckpt.pt yet, or a file system without hard links
+            os.link(self.folder / "ckpt.pt", previous)
 
     def write(self, name, must=False, **entries):
         """Write a checkpoint, from the first process; returns whether it worked. OSError only if it `must` work."""
@@ -510,13 +524,26 @@ def print_line(line):
 def save_checkpoint(path, model, **entries):
     """Write the model's weights and config, and `entries`, so that at any moment `path` holds a complete file.
 
+    It is read back before it takes its name. OSError when it cannot be written; what `path` held before is still there.
+    """
+    content = {"format_version": FORMAT_VERSION, "config": asdict(model.config), "model": model.state_dict(), **entries}
+    with whole_file(path) as file:
+        torch.save(content, file)
+        file.flush()
+        if not is_whole(file.name):
+            raise OSError("what was written reads back otherwise")
+
+
+@contextmanager
+def whole_file(path):
+    """A binary file to write, which becomes `path` once all of it is on the disk.
+
     OSError when it cannot be written; what `path` held before is still there.
     """
     temporary = f"{path}.tmp"
-    content = {"format_version": FORMAT_VERSION, "config": asdict(model.config), "model": model.state_dict(), **entries}
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
@@ -530,15 +557,31 @@ def save_checkpoint(path, model, **entries):
         os.close(folder)
 
 
+def is_whole(path):
+    """Whether all parts of a file by torch.save have the checksums (CRC-32) that are stored with them.
+
+    torch.load does not compare them: a damaged weight would be loaded like any other.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # it raises many kinds for a damaged file
+        return False
+
+
 def load_checkpoint(path, device="cpu"):
-    """The checkpoint's dict, tensors on `device`. OSError for a missing file, or one that is not a checkpoint."""
-    if not os.path.isfile(path):
+    """The checkpoint's dict, tensors on `device`. OSError for a missing or damaged file, or one that is none."""
+    try:
+        open(path, "rb").close()  # what may not be read is not damaged
+    except (FileNotFoundError, IsADirectoryError):
         problem = "a folder, not a checkpoint" if os.path.isdir(path) else "no such checkpoint"
-        raise FileNotFoundError(f"{path}: {problem}; a run writes best.pt and ckpt.pt into its out_dir")
+        raise FileNotFoundError(f"{path}: {problem}; a run writes best.pt and ckpt.pt into its out_dir") from None
+    if not is_whole(path):
+        raise OSError(f"{path} is damaged or not a checkpoint: {what_else(Path(path))}")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise OSError(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from None
+    except Exception as error:  # torch raises many kinds for a file by somebody else
+        raise OSError(f"{path} is not a checkpoint ({type(error).__name__})") from None
     version = content.get("format_version") if isinstance(content, dict) else None
     if not isinstance(version, int):
         raise OSError(f"{path} is not a checkpoint of fgpt: it has no format_version")
@@ -547,6 +590,18 @@ def load_checkpoint(path, device="cpu"):
             f"{path} has checkpoint format {version}, of a newer fgpt; this one reads up to {FORMAT_VERSION}: update it"
         )
     return content
+
+
+def what_else(path):
+    """What to do about a damaged checkpoint: the run's best other file, where there is one."""
+    previous = path.with_name(PREVIOUS)
+    if path.name == "ckpt.pt" and previous.exists():
+        return f"use the one before it: rename {previous} to {path.name}"
+    for name in ("ckpt.pt", PREVIOUS, "best.pt"):
+        other = path.with_name(name)
+        if name != path.name and other.exists():
+            return f"use {other}"
+    return "copy or train it again"
 
 
 def load_model(path, device="cpu"):

@@ -564,6 +564,12 @@ def edited(**changes):
     return lambda old: json.dumps(json.loads(old) | changes)
 
 
+def flipped(old):
+    """The bytes of a file with one bit in the middle changed."""
+    half = len(old) // 2
+    return old[:half] + bytes([old[half] ^ 64]) + old[half + 1 :]
+
+
 def with_a_head(old):
     """The bytes of a .safetensors file, with a head that is not the embedding."""
     safetensors = convert_hf.safetensors()
@@ -609,7 +615,14 @@ BAD_INPUT = [
     ("train.py", {}, "--head_dim=15 --family=modern", "rotary positions need an even head_dim, not 15"),
     ("train.py", {}, "--dtype=native", "dtype 'native' cannot be used: set float32 or bfloat16, or leave it out"),
     # sample.py: its checkpoint
-    ("sample.py", {"base/best.pt": lambda old: old[: len(old) // 2]}, "", "best.pt is damaged or not a checkpoint"),
+    ("sample.py", {"base/best.pt": lambda old: old[: len(old) // 2]}, "",
+     "base/best.pt is damaged or not a checkpoint: use base/ckpt.pt$"),
+    ("sample.py", {"base/best.pt": flipped}, "", "base/best.pt is damaged .*: use base/ckpt.pt$"),
+    ("sample.py", {"alone/best.pt": "bits"}, "--checkpoint=alone/best.pt", "best.pt is damaged .*: copy or train it aga"),
+    ("hellaswag.py", {"base/best.pt": flipped}, "", "base/best.pt is damaged"),
+    ("finetune.py", {"base/best.pt": flipped}, "", "base/best.pt is damaged"),
+    ("train.py", {"base/best.pt": flipped}, "--init_from=base/best.pt", "base/best.pt is damaged"),
+    ("-m tools.convert_hf export", {"base/best.pt": flipped}, "--checkpoint=base/best.pt --out=new", "is damaged"),
     ("sample.py", {}, "--checkpoint=none.pt", "none.pt: no such checkpoint; a run writes best.pt and ckpt.pt into its"),
     ("sample.py", {}, "--checkpoint=base", "base: a folder, not a checkpoint; a run writes best.pt and ckpt.pt into"),
     # prepare_fineweb.py
@@ -723,7 +736,8 @@ BAD_INPUT = [
     ("train.py", {}, "--out_dir=base --overwrite=True --n_head=3", "n_embd 32 is not divisible by n_head 3"),
     ("train.py", {}, "--init_from=resume", "new/ckpt.pt: no such checkpoint"),
     ("train.py", {"new/best.pt": b"best"}, "--init_from=resume", "new/ckpt.pt: no such checkpoint"),
-    ("train.py", {"base/ckpt.pt": lambda old: old[:1000]}, "--out_dir=base --init_from=resume", "ckpt.pt is damaged"),
+    ("train.py", {"base/ckpt.pt": flipped}, "--out_dir=base --init_from=resume",
+     "base/ckpt.pt is damaged .*: use the one before it: rename base/ckpt_before.pt to ckpt.pt$"),
     ("train.py", {"base/ckpt.pt": lambda old: old.replace(b"optimizers", b"neverthere")},
      "--out_dir=base --init_from=resume --force=True", "no optimizer state .is it a copy of best.pt"),
     ("train.py", {"base/ckpt.pt": lambda old: old.replace(b"pretrain", b"finetune")},
@@ -1468,7 +1482,7 @@ def test_a_checkpoint_that_this_version_cannot_read_is_refused_by_name_and_code_
         (content | dict(format_version=2), "has checkpoint format 2, of a newer fgpt; .*: update it"),
         (content | dict(config=dict(n_layers=1)), "its config is not one of this version"),
         (content | dict(model={}), "its weights do not match its config"),
-        (content | dict(tokenizer=Attack()), "is damaged or not a checkpoint"),
+        (content | dict(tokenizer=Attack()), r"is not a checkpoint \(UnpicklingError\)"),
     ):
         torch.save(written, tmp_path / "a.pt")
         with pytest.raises(OSError, match=f"a.pt:? {said}"):
@@ -2705,7 +2719,7 @@ def begin(function, *arguments):
 
 class Deaths:
     """What is left of a folder by a kill, or by a power cut, in the middle of torch.save, and before and after each
-    os.fsync, os.replace and os.unlink.
+    os.fsync, os.replace, os.link and os.unlink.
 
     A kill leaves all that was written. A power cut leaves of a file what it held at its last fsync; what was written
     after that is missing, or zeros. Names are those of the moment or, as the folder may not be on the disk, those of
@@ -2719,7 +2733,7 @@ class Deaths:
         self.promised = {}  # name of a checkpoint -> step of the last one whose writing has returned
         self.left = {"kill": {}, "power cut": {}}  # of each, {((path, content), ...): what was promised before it}
         self.lock = threading.RLock()  # prepare_fineweb.py downloads in a thread
-        for name in ("fsync", "replace", "unlink", "remove"):
+        for name in ("fsync", "replace", "link", "unlink", "remove"):
             patch.setattr(os, name, functools.partial(self.watch, getattr(os, name), getattr(self, name)))
         patch.setattr(torch, "save", functools.partial(self.save_by_halves, torch.save))
         patch.setattr(run_py, "save_checkpoint", self.save_checkpoint)
@@ -2740,6 +2754,9 @@ class Deaths:
 
     def replace(self, source, target):
         self.synced[target] = self.synced.pop(source, [b""])
+
+    def link(self, source, target):
+        self.synced[target] = self.synced.setdefault(source, [b""])  # one file with two names
 
     def unlink(self, path):
         self.synced.pop(path, None)
@@ -2940,6 +2957,32 @@ def test_a_full_disk_is_reported_and_the_next_checkpoint_is_written(story, tmp_p
     monkeypatch.setattr(torch, "save", lambda *arguments: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(OSError, match="disk full.*No space left"):  # the last one must
         pretrain(story, out, **changes | dict(max_steps=9, init_from="resume"))
+
+
+def test_the_checkpoint_before_the_last_is_kept_and_resumed_when_renamed(story, tmp_path):
+    pretrain(story, tmp_path / "whole", max_steps=6, checkpoint_interval=2)
+    out = tmp_path / "out"
+    pretrain(story, out, max_steps=6, checkpoint_interval=2, max_minutes=1e-9)
+    pretrain(story, out, max_steps=6, checkpoint_interval=2, init_from="resume")
+    assert load_checkpoint(out / "ckpt_before.pt")["step"] == 4
+    os.replace(out / "ckpt_before.pt", out / "ckpt.pt")
+    pretrain(story, out, max_steps=6, checkpoint_interval=2, init_from="resume")
+    assert same_run(tmp_path / "whole", out)
+
+
+def test_a_checkpoint_that_reads_back_otherwise_does_not_replace_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, tiny(), step=1)
+    save = torch.save
+
+    def save_with_an_error(content, file):
+        save(content, whole := io.BytesIO())
+        file.write(flipped(whole.getvalue()))
+
+    monkeypatch.setattr(torch, "save", save_with_an_error)
+    with pytest.raises(OSError, match="reads back otherwise"):
+        save_checkpoint(path, tiny(), step=2)
+    assert load_checkpoint(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_overwrite_starts_over_and_leaves_nothing_of_the_earlier_run(story, tmp_path):
