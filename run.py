@@ -41,6 +41,10 @@ except ImportError:  # Windows
     resource = None
 
 FORMAT_VERSION = 1  # of checkpoint files; load_checkpoint must read files of all earlier versions too
+# entries of a checkpoint: those that all have, those that some have, and those without which no run is resumed
+ENTRIES = {"format_version": int, "config": dict, "model": dict, "stage": str, "tokenizer": str, "step": int}
+MORE_ENTRIES = {"tokens": int, "settings": dict, "metrics": dict, "vocabulary": str, "state": dict, "optimizers": list}
+RESUMED_FROM = ("optimizers", "state", "settings", "data")
 PREVIOUS = "ckpt_before.pt"  # what ckpt.pt was before it was last written, should that be damaged
 BF16_WIDTH = 128  # on CPUs, narrower networks lose about as much by casting as their products gain
 BF16_WIDTH_DECODING = 512  # token by token, where weights are read rather than multiplied
@@ -138,8 +142,10 @@ class Run:
             print(f"{self.folder} has no checkpoint yet: the run starts")
             return None
         stored = load_checkpoint(self.folder / "ckpt.pt")
-        if "optimizers" not in stored:
-            raise OSError("ckpt.pt has no optimizer state (is it a copy of best.pt?): it cannot be resumed")
+        missing = [name for name in RESUMED_FROM if name not in stored]
+        if missing:
+            problem = f"ckpt.pt has no {', '.join(missing)} (is it a copy of best.pt?)"
+            raise OSError(f"{problem}: it cannot be resumed")
         if stored["stage"] != self.stage:
             problem = f"{self.folder} holds a {stored['stage']} run, not a {self.stage} run"
             raise OSError(f"{problem}: choose another --out_dir")
@@ -214,6 +220,9 @@ class Run:
         if self.stored["data"] != self.about["data"]:
             problems.append("the data or the model to start from have changed")
         can_force = self.fixed.isdisjoint(changed)
+        if self.stored["tokenizer"] != self.about["tokenizer"]:
+            problems.append(f"the tokenizer was {self.stored['tokenizer']}, is now {self.about['tokenizer']}")
+            can_force = False
         if problems and not (self.settings["force"] and can_force):
             remedy = "use the old ones, or --force=True" if can_force else "use the old ones"
             raise OSError(f"resuming would change the run ({'; '.join(problems)}): {remedy}")
@@ -582,13 +591,19 @@ def load_checkpoint(path, device="cpu"):
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for a file by somebody else
         raise OSError(f"{path} is not a checkpoint ({type(error).__name__})") from None
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if not isinstance(version, int):
-        raise OSError(f"{path} is not a checkpoint of fgpt: it has no format_version")
-    if version > FORMAT_VERSION:
+    if not isinstance(content, dict):
+        content = {}
+    version = content.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise OSError(
             f"{path} has checkpoint format {version}, of a newer fgpt; this one reads up to {FORMAT_VERSION}: update it"
         )
+    wrong = [name for name, kind in ENTRIES.items() if not isinstance(content.get(name), kind)]
+    wrong += [name for name, kind in MORE_ENTRIES.items() if name in content and not isinstance(content[name], kind)]
+    if not wrong and not all(torch.is_tensor(p) for p in content["model"].values()):
+        wrong = ["model"]
+    if wrong:
+        raise OSError(f"{path} is not a checkpoint of fgpt: it has no valid {', '.join(wrong)}")
     return content
 
 
@@ -612,22 +627,31 @@ def load_model(path, device="cpu"):
     from model import GPT, GPTConfig
 
     content = load_checkpoint(path)
+    weights = content.pop("model")
     try:
         config = GPTConfig(**content["config"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise OSError(f"{path}: its config is not one of this version ({error})") from None
+    if n_weights_at_least(config) > sum(p.numel() for p in weights.values()):  # no memory is taken for wrong sizes
+        raise OSError(f"{path}: its weights do not match its config, they are fewer")
     model = GPT(config)
     try:
-        model.load_state_dict(content.pop("model"))
-    except (KeyError, RuntimeError) as error:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise OSError(f"{path}: its weights do not match its config ({reason:.200})") from None
     content.pop("optimizers", None)
-    is_of_a_run = content.get("stage") == "pretrain" and "data" in content  # an imported model has no data
+    is_of_a_run = content["stage"] == "pretrain" and "data" in content  # an imported model has no data
     starts_from_scratch = content.get("settings", {}).get("init_from", "scratch") in ("scratch", "resume")
-    if is_of_a_run and starts_from_scratch and content.get("step") == 0:
+    if is_of_a_run and starts_from_scratch and content["step"] == 0:
         print(f"warning: {path} is NOT TRAINED, of step 0; try ckpt.pt in the same folder", file=sys.stderr)
     return model.to(device).eval(), content
+
+
+def n_weights_at_least(config):
+    """Elements of the embedding, and of one matrix in and one out of each block's attention and MLP."""
+    widths = config.n_head * config.head_dim + config.mlp_dim
+    return config.n_embd * (config.vocab_size + 2 * config.n_layer * widths)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

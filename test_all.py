@@ -147,6 +147,11 @@ def tiny(family="gpt2", **changes):
     return model.eval()
 
 
+def write_checkpoint(path, model, **entries):
+    """A checkpoint with the entries that all have: of step 1 of pretraining with the bytes tokenizer, unless given."""
+    save_checkpoint(path, model, **dict(stage="pretrain", tokenizer="bytes", step=1) | entries)
+
+
 families = pytest.mark.parametrize("family", list(FAMILIES))
 tqdm.set_lock(threading.RLock())  # its own lock is shared with forked processes: one that is killed would keep it
 hypothesis_settings.register_profile(  # the same examples in every run, however slow the machine is
@@ -564,6 +569,17 @@ def edited(**changes):
     return lambda old: json.dumps(json.loads(old) | changes)
 
 
+def stored(**changes):
+    """A function of the bytes of a checkpoint that gives it these entries; None: takes an entry out."""
+
+    def change(old):
+        content = torch.load(io.BytesIO(old), weights_only=True) | changes
+        torch.save({name: value for name, value in content.items() if value is not None}, changed := io.BytesIO())
+        return changed.getvalue()
+
+    return change
+
+
 def flipped(old):
     """The bytes of a file with one bit in the middle changed."""
     half = len(old) // 2
@@ -617,8 +633,9 @@ BAD_INPUT = [
     # sample.py: its checkpoint
     ("sample.py", {"base/best.pt": lambda old: old[: len(old) // 2]}, "",
      "base/best.pt is damaged or not a checkpoint: use base/ckpt.pt$"),
+    ("sample.py", {"base/best.pt": stored(stage=None)}, "", "best.pt is not a checkpoint of fgpt: .* no valid stage$"),
     ("sample.py", {"base/best.pt": flipped}, "", "base/best.pt is damaged .*: use base/ckpt.pt$"),
-    ("sample.py", {"alone/best.pt": "bits"}, "--checkpoint=alone/best.pt", "best.pt is damaged .*: copy or train it aga"),
+    ("sample.py", {"alone/best.pt": "bits"}, "--checkpoint=alone/best.pt", "is damaged .*: copy or train it again$"),
     ("hellaswag.py", {"base/best.pt": flipped}, "", "base/best.pt is damaged"),
     ("finetune.py", {"base/best.pt": flipped}, "", "base/best.pt is damaged"),
     ("train.py", {"base/best.pt": flipped}, "--init_from=base/best.pt", "base/best.pt is damaged"),
@@ -738,14 +755,16 @@ BAD_INPUT = [
     ("train.py", {"new/best.pt": b"best"}, "--init_from=resume", "new/ckpt.pt: no such checkpoint"),
     ("train.py", {"base/ckpt.pt": flipped}, "--out_dir=base --init_from=resume",
      "base/ckpt.pt is damaged .*: use the one before it: rename base/ckpt_before.pt to ckpt.pt$"),
-    ("train.py", {"base/ckpt.pt": lambda old: old.replace(b"optimizers", b"neverthere")},
-     "--out_dir=base --init_from=resume --force=True", "no optimizer state .is it a copy of best.pt"),
-    ("train.py", {"base/ckpt.pt": lambda old: old.replace(b"pretrain", b"finetune")},
+    ("train.py", {"base/ckpt.pt": stored(optimizers=None)},
+     "--out_dir=base --init_from=resume --force=True", "ckpt.pt has no optimizers .is it a copy of best.pt"),
+    ("train.py", {"base/ckpt.pt": stored(stage="finetune")},
      "--out_dir=base --init_from=resume --force=True", "base holds a finetune run, not a pretrain run: choose another"),
     ("train.py", {}, "--out_dir=base --init_from=resume --family=modern --learning_rate=0.01 --max_steps=70 --seed=1",
      r"would change the run \(seed was 1337, is now 1\): use the old ones, or --force=True"),
     ("train.py", {}, "--out_dir=base --init_from=resume --force=True --n_layer=3",
      r"\(n_layer was 2, is now 3; .*\): use the old ones$"),
+    ("train.py", {"base/ckpt.pt": stored(tokenizer="gpt2")}, "--out_dir=base --init_from=resume --force=True",
+     r"the tokenizer was gpt2, is now bytes\): use the old ones$"),
     # prepare_instruct.py
     ("prepare_instruct.py", {}, "--val_fraction=1.0", "val_fraction must be between 0 and 1, not 1.0"),
     ("prepare_instruct.py", {}, "--max_tokens=0", "max_tokens must be at least 1"),
@@ -800,7 +819,7 @@ BAD_INPUT = [
     ("-m space.app", {}, "--checkpoint=none.pt --assemble=new", "no such checkpoint"),
     ("-m space.app", {}, "--checkpoint=base/best.pt --assemble=data",
      "data exists and is not empty: name another folder"),
-    ("-m space.app", {"base/best.pt": lambda old: old.replace(b"bytes", b"other")},
+    ("-m space.app", {"base/best.pt": stored(tokenizer="other")},
      "--checkpoint=base/best.pt --assemble=new", "tokenizer must be"),
     # tools/convert_hf.py
     ("-m tools.convert_hf", {"hf/config.json": '{"model_type": "gp'}, "", "hf/config.json: not JSON .*: fix the file"),
@@ -1450,7 +1469,7 @@ def test_muon_takes_a_closure_and_convolution_kernels_and_refuses_what_is_no_mat
 @families
 def test_a_saved_model_comes_back_bit_for_bit(family, tmp_path):
     model = tiny(family)
-    save_checkpoint(tmp_path / "a.pt", model, tokenizer="bytes")
+    write_checkpoint(tmp_path / "a.pt", model)
     again, content = load_model(tmp_path / "a.pt")
     assert again.config == model.config and content["tokenizer"] == "bytes" and not again.training
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
@@ -1459,14 +1478,17 @@ def test_a_saved_model_comes_back_bit_for_bit(family, tmp_path):
 @pytest.mark.parametrize("room", [0, 20_000])  # bytes; torch turns the second into a RuntimeError
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, room):
     path, limits = tmp_path / "a.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
-    save_checkpoint(path, tiny(), step=1)
+    write_checkpoint(path, tiny(), step=1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
         with pytest.raises(OSError, match="a.pt could not be written .disk full.*untouched"):
-            save_checkpoint(path, tiny(), step=2)
+            write_checkpoint(path, tiny(), step=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert load_checkpoint(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+SIZES = ("vocab_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim")
 
 
 def test_a_checkpoint_that_this_version_cannot_read_is_refused_by_name_and_code_in_it_is_not_run(tmp_path):
@@ -1474,18 +1496,28 @@ def test_a_checkpoint_that_this_version_cannot_read_is_refused_by_name_and_code_
         def __reduce__(self):
             return os.mkdir, (f"{tmp_path}/owned",)
 
-    save_checkpoint(tmp_path / "a.pt", tiny())
+    write_checkpoint(tmp_path / "a.pt", tiny())
     content = load_checkpoint(tmp_path / "a.pt")
     for written, said in (
-        ([content], "is not a checkpoint of fgpt: it has no format_version"),
-        (content | dict(format_version=None), "is not a checkpoint of fgpt: it has no format_version"),
+        (
+            [content],
+            "is not a checkpoint of fgpt: it has no valid format_version, config, model, stage, tokenizer, step",
+        ),
+        ({k: content[k] for k in content if k not in ("stage", "tokenizer")}, "it has no valid stage, tokenizer$"),
+        (content | dict(step="1", settings=[], model={"wte.weight": 1}), "it has no valid step, settings$"),
+        (content | dict(model={"wte.weight": 1}), "it has no valid model$"),
         (content | dict(format_version=2), "has checkpoint format 2, of a newer fgpt; .*: update it"),
         (content | dict(config=dict(n_layers=1)), "its config is not one of this version"),
-        (content | dict(model={}), "its weights do not match its config"),
+        (content | dict(model={}), "its weights do not match its config, they are fewer"),
+        (
+            content | dict(model={"wte.weight": torch.zeros(10**5)}),
+            r"its weights do not match its config \(.*Missing key",
+        ),
+        *((content | dict(config=content["config"] | {name: 10**9}), "its weights .* are fewer") for name in SIZES),
         (content | dict(tokenizer=Attack()), r"is not a checkpoint \(UnpicklingError\)"),
     ):
         torch.save(written, tmp_path / "a.pt")
-        with pytest.raises(OSError, match=f"a.pt:? {said}"):
+        with pytest.raises(OSError, match=f"a.pt:? .*{said}"):
             load_model(tmp_path / "a.pt")
     assert not (tmp_path / "owned").exists()
 
@@ -1510,7 +1542,7 @@ def test_a_checkpoint_as_the_first_version_wrote_it_loads(tmp_path):
 def test_only_an_untrained_checkpoint_of_a_run_is_warned_of(tmp_path, capsys):
     imported, untrained, trained = dict(step=0), dict(step=0, data=[]), dict(step=5, data=[])
     for entries in (imported, untrained, trained):
-        save_checkpoint(tmp_path / "a.pt", tiny(), stage="pretrain", **entries)
+        write_checkpoint(tmp_path / "a.pt", tiny(), **entries)
         load_model(tmp_path / "a.pt")
         assert ("NOT TRAINED" in capsys.readouterr().err) == (entries is untrained)
 
@@ -2972,7 +3004,7 @@ def test_the_checkpoint_before_the_last_is_kept_and_resumed_when_renamed(story, 
 
 def test_a_checkpoint_that_reads_back_otherwise_does_not_replace_the_one_before(tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
-    save_checkpoint(path, tiny(), step=1)
+    write_checkpoint(path, tiny(), step=1)
     save = torch.save
 
     def save_with_an_error(content, file):
@@ -2981,7 +3013,7 @@ def test_a_checkpoint_that_reads_back_otherwise_does_not_replace_the_one_before(
 
     monkeypatch.setattr(torch, "save", save_with_an_error)
     with pytest.raises(OSError, match="reads back otherwise"):
-        save_checkpoint(path, tiny(), step=2)
+        write_checkpoint(path, tiny(), step=2)
     assert load_checkpoint(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
@@ -3022,13 +3054,13 @@ def test_a_run_whose_log_is_lost_is_resumed_with_a_new_one(story, tmp_path):
 def test_a_run_is_resumed_only_with_the_settings_that_its_weights_depend_on(tmp_path):
     free = "out_dir data_dir init_from overwrite force max_steps max_tokens eval_interval eval_tokens max_minutes "
     free += "hellaswag_interval hellaswag_source hellaswag_limit sample_interval sample_prompt log_interval "
-    free += "checkpoint_interval keep_every tracker"
+    free += "checkpoint_interval keep_every tracker tokenizer"
     settings = train.DEFAULTS | dict(out_dir=str(tmp_path))
     a_run = run_py.Run("pretrain", settings, 1, {}, {}, train.MAY_CHANGE, train.FIXED)
-    a_run.about = {"data": [], "processes": 1}
+    a_run.about = {"data": [], "processes": 1, "tokenizer": "bytes"}
     refused = set()
     for name in settings:
-        a_run.stored = {"settings": settings | {name: "another"}, "data": [], "optimizers": []}
+        a_run.stored = {"settings": settings | {name: "another"}, "data": [], "tokenizer": "bytes"}
         try:
             a_run.check_same_run()
         except OSError as error:
@@ -3606,7 +3638,7 @@ def test_beta_and_label_smoothing_scale_the_first_gradient_and_length_normalizat
 
 
 def test_dpo_on_the_toyworld_learns_to_be_brief_and_forgets_no_answers(world, tmp_path):
-    save_checkpoint(tmp_path / "base.pt", tiny("modern", block_size=128), tokenizer="bytes")
+    write_checkpoint(tmp_path / "base.pt", tiny("modern", block_size=128))
     for name in ("instruct", "preferences"):
         files = dict(source=f"{world}/{name}.json", out_dir=f"{tmp_path}/{name}")
         call(prepare_instruct, tokenizer="bytes", max_tokens=129, **files)
@@ -3631,7 +3663,7 @@ def test_the_log_probs_of_the_reference_are_computed_once_but_again_for_another_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpo, "reference_log_probs", None)
         prefer(trained, pair_rows, out, init_from="resume")
-    save_checkpoint(other, tiny("modern"), tokenizer="bytes")
+    write_checkpoint(other, tiny("modern"))
     with pytest.raises(OSError, match="the data or the model to start from have changed"):
         prefer(trained, pair_rows, out, init_from="resume", checkpoint=str(other))
     prefer(trained, pair_rows, out, overwrite=True, checkpoint=str(other))
@@ -3751,7 +3783,7 @@ def chat_of_zeros(path):
     model = tiny("modern", block_size=128)
     with torch.no_grad():
         model.wte.weight[:], model.ln_f.weight[:] = 0, 0
-    save_checkpoint(path, model, stage="finetune", tokenizer="bytes")
+    write_checkpoint(path, model, stage="finetune")
     return path
 
 
@@ -3972,7 +4004,7 @@ def test_a_space_installs_the_versions_that_the_project_asks_for():
 
 
 def test_the_page_computes_in_the_dtype_asked_for_and_so_are_the_weights_of_a_space(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="bytes")
+    write_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune")
     served, page = [], SimpleNamespace(block_thread=lambda: None)
     monkeypatch.setattr(space_app, "launch", lambda model, *more: served.append(model) or (page, "address"))
     for dtype in (torch.bfloat16, torch.float32):
@@ -4195,7 +4227,7 @@ def test_a_page_asks_only_its_own_server_and_on_a_phone_nothing_is_wider_than_th
 
 def test_an_assembled_space_works_with_its_own_files_alone_and_reports_to_nobody(chromium, tmp_path):
     stored = dict(stage="finetune", tokenizer="gpt2", tokens=9, metrics=dict(val_loss=1.5))
-    save_checkpoint(tmp_path / "ckpt.pt", tiny(n_vocab=50259, vocab_size=50304), **stored)
+    write_checkpoint(tmp_path / "ckpt.pt", tiny(n_vocab=50259, vocab_size=50304), **stored)
     folder = tmp_path / "parts" / "space"
     call(space_app, checkpoint=tmp_path / "ckpt.pt", assemble=folder)
     with socket.create_server(("127.0.0.1", 0)) as outside:  # a proxy that sees every request to another machine
@@ -4771,7 +4803,7 @@ def test_the_real_run_uses_as_many_gpus_as_divide_the_rows_of_a_step(asked):
 
 
 def test_held_out_accuracy_counts_right_answers_whatever_their_case(monkeypatch, tmp_path):
-    save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
+    write_checkpoint(tmp_path / "a.pt", tiny())
     monkeypatch.setattr(summary, "answer", lambda model, tokenizer, asked, *_: [f" {q.upper()} " for q in asked])
     questions = [dict(question="Paris.", answer="paris."), dict(question="Rome", answer="Rom")]
     assert summary.held_out_accuracy(tmp_path / "a.pt", questions) == 0.5
