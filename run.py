@@ -12,6 +12,7 @@ rest:
     run.finish()
 """
 
+import atexit
 import importlib
 import json
 import math
@@ -19,6 +20,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import statistics
 import sys
 import time
@@ -36,8 +38,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
+    fcntl = None
     resource = None
 
 FORMAT_VERSION = 1  # of checkpoint files; load_checkpoint must read files of all earlier versions too
@@ -45,6 +49,8 @@ FORMAT_VERSION = 1  # of checkpoint files; load_checkpoint must read files of al
 ENTRIES = {"format_version": int, "config": dict, "model": dict, "stage": str, "tokenizer": str, "step": int}
 MORE_ENTRIES = {"tokens": int, "settings": dict, "metrics": dict, "vocabulary": str, "state": dict, "optimizers": list}
 RESUMED_FROM = ("optimizers", "state", "settings", "data")
+LOCK = "lock"  # the file of out_dir that a running process has locked: its process id and host
+LOCKED = {}  # the locks of this process: path -> open file
 PREVIOUS = "ckpt_before.pt"  # what ckpt.pt was before it was last written, should that be damaged
 BF16_WIDTH = 128  # on CPUs, narrower networks lose about as much by casting as their products gain
 BF16_WIDTH_DECODING = 512  # token by token, where weights are read rather than multiplied
@@ -91,8 +97,8 @@ class Run:
     because the tensors would not fit. upgrade: function that changes the settings of a checkpoint by an earlier
     version, in place, to today's.
 
-    Raises FileExistsError when out_dir would be overwritten, FileNotFoundError when there is nothing to resume, OSError
-    when what is there cannot be resumed.
+    Raises FileExistsError when out_dir would be overwritten, FileNotFoundError when a run there has no checkpoint,
+    OSError when another process is using out_dir, or what is there cannot be resumed.
     """
 
     def __init__(self, stage, settings, n_steps, units, labels, may_change=(), fixed=(), upgrade=lambda settings: None):
@@ -124,21 +130,12 @@ class Run:
         return self.stored["settings"] if self.stored else {}
 
     def claim(self):
-        """Check that out_dir may be used; returns the checkpoint to resume from, or None for a new run."""
-        resuming = self.settings["init_from"] == "resume"
-        exists = self.folder.is_dir()
-        names = [path.name for path in self.folder.iterdir()] if exists else []
-        # the first process may already write while the others look
-        exists, names = broadcast_from_first((exists, names))
-        of_a_run = [name for name in names if not is_kept(name)]
-        if of_a_run and not resuming and not self.settings["overwrite"]:
-            raise FileExistsError(
-                f"{self.folder} is in use: --init_from=resume continues, --overwrite=True starts over, or --out_dir="
-            )
-        if not resuming:
+        """Lock out_dir and check that it may be used; returns the checkpoint to resume from, or None for a new run."""
+        names = self.enter()
+        if self.settings["init_from"] != "resume":
+            self.refuse_used(names)
             return None
-        # killed before the first checkpoint; .npz: what dpo.py may have left there
-        if exists and all(name.endswith((".tmp", ".npz")) for name in names):
+        if not names:  # no run yet, or one that was killed before its first checkpoint
             print(f"{self.folder} has no checkpoint yet: the run starts")
             return None
         stored = load_checkpoint(self.folder / "ckpt.pt")
@@ -150,6 +147,28 @@ class Run:
             problem = f"{self.folder} holds a {stored['stage']} run, not a {self.stage} run"
             raise OSError(f"{problem}: choose another --out_dir")
         return stored
+
+    def enter(self):
+        """Lock out_dir, if it exists; returns the names of its files but unfinished ones. The same in all processes.
+
+        OSError when another process has locked it.
+        """
+        holder = ""
+        names = []
+        if rank_and_world()[0] == 0 and self.folder.is_dir():
+            holder = lock_folder(self.folder)
+            names = [path.name for path in self.folder.iterdir() if path.name != LOCK and path.suffix != ".tmp"]
+        holder, names = broadcast_from_first((holder, names))
+        if holder:
+            raise OSError(f"{self.folder} is in use by {holder}: wait until it has ended, or stop it")
+        return names
+
+    def refuse_used(self, names):
+        """FileExistsError when files of these names would be overwritten unasked."""
+        if not self.settings["overwrite"] and not all(map(is_kept, names)):
+            raise FileExistsError(
+                f"{self.folder} is in use: --init_from=resume continues, --overwrite=True starts over, or --out_dir="
+            )
 
     def remove_stale(self):
         """Delete unfinished files, and those of an earlier run, which a later resume must not find."""
@@ -182,10 +201,13 @@ class Run:
             self.about["vocabulary"] = vocabulary
         if self.stored is not None:
             self.check_same_run()
-        if rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.remove_stale()
         is_new = self.stored is None
+        if is_new:
+            if rank == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self.refuse_used(self.enter())  # again: it may not have existed, and another run may have begun
+        if rank == 0:
+            self.remove_stale()
         if not is_new:
             self.load()
         if self.tracker.name and not self.progress.tracked_as:
@@ -426,6 +448,7 @@ class Run:
         if also:
             files += f"; {also}"
         print(f"{self.folder}: {files}")
+        unlock_folders()
         leave_processes()
 
 
@@ -463,6 +486,55 @@ class Tracker:
         except Exception as error:  # whatever a service raises
             print_line(f"warning: {self.name} failed ({type(error).__name__}: {error}); training goes on without it")
             self.module = None
+
+
+def lock_folder(folder):
+    """Keep other processes out of a folder until unlock_folders; returns who is there already, or "".
+
+    A flock ends with its process, however that ends: a file LOCK that was left behind means nothing. Windows has none.
+    """
+    path = (folder / LOCK).resolve()
+    if fcntl is None or path in LOCKED:  # locked by an earlier run of this process
+        return ""
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        number, _, host = file.read().partition(" ")
+        file.close()
+        if not number:
+            return "another process"
+        return f"process {number}" if host == socket.gethostname() else f"process {number} on {host}"
+    except OSError as error:  # some network disks have no locks
+        print(f"warning: {folder} cannot be locked ({error}): start no second process there")
+    if os.fstat(file.fileno()).st_nlink == 0:  # its owner has removed it since it was opened
+        file.close()
+        return lock_folder(folder)
+    LOCKED[path] = file
+    with suppress(OSError):  # a full disk
+        file.truncate(0)
+        file.write(f"{os.getpid()} {socket.gethostname()}")
+        file.flush()
+    return ""
+
+
+def unlock_folders():
+    """Remove the locks of this process."""
+    for path in LOCKED:
+        path.unlink(missing_ok=True)  # before it is closed: then it may be another process's
+    forget_locks()
+
+
+def forget_locks():
+    for file in LOCKED.values():
+        file.close()
+    LOCKED.clear()
+
+
+atexit.register(unlock_folders)
+if fcntl is not None:
+    os.register_at_fork(after_in_child=forget_locks)  # or a child would keep them after this process's death
 
 
 def is_kept(name):

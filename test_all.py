@@ -1,6 +1,7 @@
 """All promises of fgpt, as tests: `python test_all.py` (CPU, no network, a few minutes) or `pytest test_all.py`."""
 
 import email.utils
+import errno
 import functools
 import gzip
 import hashlib
@@ -101,18 +102,20 @@ def run(*arguments, cwd=ROOT, code=0, **kwargs):
 
 
 @contextmanager
-def kept_signal_handlers():
+def as_a_process():
+    """Undoes what ends with a process: handlers of signals, and locks."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        run_py.unlock_folders()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def call(module, **settings):
     """A stage's main() with these settings (a path may be a Path), in this process, so that an exception reaches us."""
-    with pytest.MonkeyPatch.context() as patch, kept_signal_handlers():
+    with pytest.MonkeyPatch.context() as patch, as_a_process():
         for name, value in settings.items():
             patch.setattr(module, name, str(value) if isinstance(value, Path) else value)
         module.main()
@@ -122,7 +125,7 @@ def command_line(*words, stdin=""):
     """`python` with these words, without a new interpreter that imports torch: (exit code, stdout, stderr)."""
     script, *arguments = [words[1].replace(".", "/") + ".py", *words[2:]] if words[0] == "-m" else words
     code, out, errors = 0, io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, kept_signal_handlers(), redirect_stdout(out), redirect_stderr(errors):
+    with pytest.MonkeyPatch.context() as patch, as_a_process(), redirect_stdout(out), redirect_stderr(errors):
         patch.setattr(sys, "excepthook", sys.excepthook)  # configure() sets it
         patch.setattr(sys, "stdin", io.StringIO(stdin))
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -751,7 +754,6 @@ BAD_INPUT = [
     ("train.py", {}, "--init_from=base/best.pt --n_layer=3", "best.pt has n_layer 2, not 3: leave --n_layer= out"),
     ("prepare_fineweb.py", {"tok/vocabulary.tiktoken": "IQ== 0"}, "--tokenizer=tok", "make it with python -m tools"),
     ("train.py", {}, "--out_dir=base --overwrite=True --n_head=3", "n_embd 32 is not divisible by n_head 3"),
-    ("train.py", {}, "--init_from=resume", "new/ckpt.pt: no such checkpoint"),
     ("train.py", {"new/best.pt": b"best"}, "--init_from=resume", "new/ckpt.pt: no such checkpoint"),
     ("train.py", {"base/ckpt.pt": flipped}, "--out_dir=base --init_from=resume",
      "base/ckpt.pt is damaged .*: use the one before it: rename base/ckpt_before.pt to ckpt.pt$"),
@@ -2417,9 +2419,75 @@ def test_no_stage_computes_in_float64_on_the_device(story, chat_rows, pair_rows,
         list(model.generate([[1, 2, 3]], 3, top_p=0.9))
 
 
+def hold(folder):
+    """Use a folder as a run does, and wait to be killed, while a child process lives on."""
+    assert run_py.lock_folder(folder) == ""
+    child = begin(time.sleep, 60)
+    (folder / "child").write_text(str(child.pid))
+    time.sleep(60)
+
+
+def test_a_folder_in_use_is_refused_until_its_process_has_died_even_if_a_child_lives_on(desk, tmp_path, monkeypatch):
+    shutil.copytree(desk, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    process = begin(hold, tmp_path / "base")
+    child = tmp_path / "base/child"
+    wait_for(lambda: child.exists() and child.read_text())
+    before = tree(tmp_path)
+    for more in ("--init_from=resume", "--overwrite=True", ""):
+        code, _, errors = command_line(*"train.py small.py --data_dir=data --out_dir=base".split(), *more.split())
+        assert code == 1 and errors == (
+            f"train.py: base is in use by process {process.pid}: wait until it has ended, or stop it\n"
+        )
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    assert run_py.lock_folder(tmp_path / "base") == f"process {process.pid} on {os.uname().nodename}"
+    assert tree(tmp_path) == before
+    process.kill()
+    process.join()
+    try:
+        assert run_py.lock_folder(tmp_path / "base") == ""
+        run_py.unlock_folders()
+        assert not (tmp_path / "base/lock").exists()
+    finally:
+        os.kill(int(child.read_text()), signal.SIGKILL)
+
+
+def test_a_lock_that_its_owner_removes_just_before_it_is_taken_is_made_anew(tmp_path, monkeypatch):
+    flock = run_py.fcntl.flock
+    owners = [tmp_path / "lock"]
+
+    def flock_after_the_owner(file, how):
+        if owners:
+            owners.pop().unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(run_py.fcntl, "flock", flock_after_the_owner)
+    with as_a_process():
+        assert run_py.lock_folder(tmp_path) == "" and (tmp_path / "lock").read_text().split()[0] == str(os.getpid())
+
+
+def test_two_runs_that_begin_in_a_folder_that_neither_has_found_do_not_overwrite_each_other(story, tmp_path):
+    settings = train.DEFAULTS | dict(out_dir=str(tmp_path / "out"))
+    late = run_py.Run("pretrain", settings, 1, {}, {})
+    pretrain(story, tmp_path / "out", max_steps=1)
+    with pytest.raises(FileExistsError, match="out is in use: --init_from=resume continues"):
+        late.restore(tiny(), [], "bytes", [])
+    assert log_rows(tmp_path / "out")[-1]["step"] == 1
+
+
+def test_where_there_is_no_lock_a_run_says_so_and_goes_on(story, tmp_path, monkeypatch, capsys):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_py.fcntl, "flock", flock)
+    pretrain(story, tmp_path, max_steps=1)
+    assert capsys.readouterr().out.count("cannot be locked ([Errno 37] No locks available): start no second") == 1
+
+
 def test_run_and_hub_work_where_fcntl_and_resource_are_missing_as_on_windows(tmp_path):
     code = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None\nimport torch, hub, run\n"
     code += f"import pathlib\nhub.open_alone(pathlib.Path('{tmp_path}/a')).close()\n"
+    code += f"run.lock_folder(pathlib.Path('{tmp_path}'))\n"
     code += "print(run.peak_memory(torch.device('cpu')))"
     assert run("-c", code) == "None\n"
 
@@ -2430,18 +2498,14 @@ def test_run_and_hub_work_where_fcntl_and_resource_are_missing_as_on_windows(tmp
 
 @contextmanager
 def small_run(folder, **changes):
-    """A Run by a loop that is not train.py's, a_run in this folder; the handlers of signals come back afterwards."""
+    """A Run by a loop that is not train.py's, a_run in this folder."""
     settings = dict(out_dir=str(folder), init_from="scratch", overwrite=False, force=False, log_interval=1)
     settings |= dict(checkpoint_interval=1000, max_minutes=0.0) | changes
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with as_a_process():
         a_run = run_py.Run("test", settings, 1000, {"loss": "nats"}, {"loss": "loss"})
         a_run.restore(tiny(), [], "bytes", [])
         yield a_run
         a_run.finish()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def test_targets_that_count_are_counted_as_trained_and_skipped_steps_as_long_as_they_follow_one_another(tmp_path):
@@ -3015,6 +3079,13 @@ def test_a_checkpoint_that_reads_back_otherwise_does_not_replace_the_one_before(
     with pytest.raises(OSError, match="reads back otherwise"):
         write_checkpoint(path, tiny(), step=2)
     assert load_checkpoint(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_resuming_what_has_not_begun_begins_it(story, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "none", tmp_path / "empty"):
+        pretrain(story, folder, max_steps=1, init_from="resume")
+        assert log_rows(folder)[-1]["step"] == 1
 
 
 def test_overwrite_starts_over_and_leaves_nothing_of_the_earlier_run(story, tmp_path):
