@@ -49,6 +49,7 @@ FORMAT_VERSION = 1  # of checkpoint files; load_checkpoint must read files of al
 ENTRIES = {"format_version": int, "config": dict, "model": dict, "stage": str, "tokenizer": str, "step": int}
 MORE_ENTRIES = {"tokens": int, "settings": dict, "metrics": dict, "vocabulary": str, "state": dict, "optimizers": list}
 RESUMED_FROM = ("optimizers", "state", "settings", "data")
+PARENT = os.getppid()  # the process that started this one, at that time: torchrun, should there be many
 LOCK = "lock"  # the file of out_dir that a running process has locked: its process id and host
 LOCKED = {}  # the locks of this process: path -> open file
 PREVIOUS = "ckpt_before.pt"  # what ckpt.pt was before it was last written, should that be damaged
@@ -342,10 +343,13 @@ class Run:
         return self.write(name, step=row["step"], tokens=row["tokens"], metrics=metrics)
 
     def is_told_to_stop(self):
-        """Whether a signal came or the minutes are over, in any process."""
+        """Whether a signal came, the minutes are over, or torchrun has been killed, in any process."""
         minutes = self.settings["max_minutes"]
         too_late = minutes > 0 and time.monotonic() - self.started > 60 * minutes
-        told = torch.tensor(float(self.signalled or too_late))
+        alone = "LOCAL_RANK" in os.environ and os.getppid() != PARENT
+        if alone:
+            print_line("torchrun is gone: stopping after this step")
+        told = torch.tensor(float(self.signalled or too_late or alone))
         return bool(sum_over_ranks(told) > 0)
 
     def catch_signals(self, handler):

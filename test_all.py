@@ -3282,6 +3282,19 @@ def test_two_processes_train_as_one_and_resume_its_run_and_stop_together_and_one
         assert difference(tmp_path / "one", tmp_path / "two", name) <= largest, name
 
 
+def test_processes_whose_torchrun_is_killed_stop_after_the_step_and_save_and_can_be_resumed(story, tmp_path):
+    settings = SMALL | dict(data_dir=story / "data", out_dir=tmp_path, max_steps=10**6, max_minutes=0.5, batch_size=2)
+    torchrun = start(*TORCHRUN, "train.py", **settings)
+    wait_for(lambda: (tmp_path / "log.jsonl").exists() and len(log_rows(tmp_path)) > 5)
+    torchrun.kill()
+    output, errors = torchrun.communicate()  # until its processes have closed their ends too
+    last = log_rows(tmp_path)[-1]["step"]
+    assert "torchrun is gone: stopping after this step" in output, errors
+    assert load_checkpoint(tmp_path / "ckpt.pt")["step"] == last
+    pretrain(story, tmp_path, **settings | dict(max_steps=last + 1, init_from="resume"))
+    assert [row["step"] for row in log_rows(tmp_path)[1:]] == list(range(last + 2))
+
+
 def test_two_processes_finetune_and_prefer_as_one(trained, chat_rows, pair_rows, tmp_path):
     work = ""
     for stage, rows, size_name in ((finetune, chat_rows, "rows_per_step"), (dpo, pair_rows, "pairs_per_step")):
