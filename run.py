@@ -113,6 +113,7 @@ class Run:
         self.folder = Path(settings["out_dir"])
         self.progress = Progress()
         self.log = None
+        let_printing_fail()
         self.tracker = Tracker(settings.get("tracker", ""))
         self.signalled = False  # SIGINT or SIGTERM came
         self.stopped = False
@@ -348,7 +349,7 @@ class Run:
         too_late = minutes > 0 and time.monotonic() - self.started > 60 * minutes
         alone = "LOCAL_RANK" in os.environ and os.getppid() != PARENT
         if alone:
-            print_line("torchrun is gone: stopping after this step")
+            print_line("the launcher is gone: stopping after this step (--init_from=resume continues later)")
         told = torch.tensor(float(self.signalled or too_late or alone))
         return bool(sum_over_ranks(told) > 0)
 
@@ -370,7 +371,10 @@ class Run:
             self.catch_signals(signal.SIG_DFL)
             message += "; once more to stop at once"
         if rank_and_world()[0] == 0:
-            os.write(1, f"{message}\n".encode())  # not print, which the signal may have interrupted
+            with suppress(OSError):
+                os.write(
+                    sys.stdout.fileno(), f"{message}\n".encode()
+                )  # not print, which the signal may have interrupted
 
     def check_finite(self):
         """FloatingPointError after three steps in a row that were not applied."""
@@ -594,6 +598,35 @@ def write_row(log, row):
     with suppress(OSError):  # a full disk: saving a checkpoint will report it
         log.write((json.dumps(row) + "\n").encode())
         log.flush()
+
+
+class LossyStream:
+    """sys.stdout or sys.stderr of a run, which a full disk, a closed pipe or a strange character must not end."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError):  # the latter when it is closed
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def let_printing_fail():
+    """From here on, what cannot be printed is lost, and nothing else; characters that cannot are question marks."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None where it was closed
+        if not isinstance(stream, LossyStream):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+            setattr(sys, name, LossyStream(stream))
 
 
 def print_line(line):

@@ -3088,6 +3088,39 @@ def test_resuming_what_has_not_begun_begins_it(story, tmp_path):
         assert log_rows(folder)[-1]["step"] == 1
 
 
+def closed_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w")
+
+
+CANNOT_PRINT = dict(
+    full_disk=lambda: open("/dev/full", "w"), closed_pipe=closed_pipe, closed=lambda: None,
+    no_such_characters=lambda: io.TextIOWrapper(io.BytesIO(), encoding="ascii"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("why", CANNOT_PRINT)
+def test_what_cannot_be_printed_does_not_end_a_run(story, tmp_path, monkeypatch, why):
+    out, errors = CANNOT_PRINT[why](), CANNOT_PRINT[why]()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", errors)
+    pretrain(story, tmp_path, max_steps=3, sample_interval=1, sample_prompt="日本")
+    assert log_rows(tmp_path)[-1]["step"] == load_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
+    if why == "no_such_characters":
+        assert b"sample: ??" in out.buffer.getvalue()
+    for stream in (out, errors):
+        with suppress(OSError, AttributeError):
+            stream.close()
+
+
+def test_a_run_whose_output_lies_on_a_full_disk_is_a_success(story, tmp_path):
+    settings = SMALL | dict(data_dir=story / "data", out_dir=tmp_path, max_steps=1)
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items())]
+        assert subprocess.run(command, cwd=ROOT, stdout=full, stderr=full).returncode == 0
+
+
 def test_overwrite_starts_over_and_leaves_nothing_of_the_earlier_run(story, tmp_path):
     pretrain(story, tmp_path, max_steps=2)
     pretrain(story, tmp_path, max_steps=3, overwrite=True, eval_interval=0)
@@ -3289,7 +3322,7 @@ def test_processes_whose_torchrun_is_killed_stop_after_the_step_and_save_and_can
     torchrun.kill()
     output, errors = torchrun.communicate()  # until its processes have closed their ends too
     last = log_rows(tmp_path)[-1]["step"]
-    assert "torchrun is gone: stopping after this step" in output, errors
+    assert "the launcher is gone: stopping after this step" in output, errors
     assert load_checkpoint(tmp_path / "ckpt.pt")["step"] == last
     pretrain(story, tmp_path, **settings | dict(max_steps=last + 1, init_from="resume"))
     assert [row["step"] for row in log_rows(tmp_path)[1:]] == list(range(last + 2))
