@@ -217,7 +217,7 @@ class Run:
         if is_new:
             self.save(must=True)
         self.tracker.start(self.progress.tracked_as, self.settings)
-        self.log = open_log(self.folder / "log.jsonl", self.progress.log_bytes, self.units)
+        self.log = open_log(self.folder / "log.jsonl", self.progress.log_bytes, self.step, self.units)
         self.bar = tqdm(total=self.n_steps, initial=self.step, unit=" steps", disable=None if rank == 0 else True)
         self.first_timed_step = self.step + 2  # the first step compiles
         self.recent_seconds = deque(maxlen=20)
@@ -576,22 +576,60 @@ def due(step, interval, n_steps):
     return interval > 0 and (step % interval == 0 or step == n_steps)
 
 
-def open_log(path, n_bytes, units):
-    """The log, cut to its first n_bytes, ready to append; a new log starts with the line of units.
+def open_log(path, n_bytes, step, units):
+    """The log, ready to append to what it was at a checkpoint: n_bytes long, its last row that of `step`.
 
-    If the disk is full, rows wait in the file's buffer (about 100,000 of them).
+    A new log starts with the line of units. If the disk is full, rows wait in the file's buffer (about 100,000 of
+    them).
     """
     if rank_and_world()[0] > 0:
         return open(os.devnull, "ab")
+    old = path.read_bytes() if path.exists() else b""
+    kept = old[:n_bytes]
+    lines, _, rest = kept.rpartition(b"\n")
+    is_as_it_was = len(kept) == n_bytes and not rest and row_of(lines.rpartition(b"\n")[2]).get("step") == step
+    if n_bytes > 0 and not is_as_it_was:
+        kept = repair_log(path, old, step, units)
     log = open(path, "ab", buffering=1 << 26)
-    if log.tell() < n_bytes:
-        print(f"{path} lacks rows that were written before the checkpoint: it starts over")
-        n_bytes = 0
-    log.truncate(n_bytes)
+    log.truncate(len(kept))
     log.seek(0, os.SEEK_END)
     if n_bytes == 0:
-        write_row(log, {"format": "fgpt log 1", "units": units})
+        log.write(header_of(units))
     return log
+
+
+def repair_log(path, old, step, units):
+    """Start a log over with the rows up to a step; the old one is kept under another name. Returns the content."""
+    rows = {}
+    for line in old.split(b"\n"):
+        number = row_of(line).get("step")
+        if isinstance(number, int) and number <= step:
+            rows[number] = line + b"\n"
+    kept = header_of(units) + b"".join(rows[number] for number in sorted(rows))
+    message = f"warning: {path} is not what it was at step {step}: {len(rows)} of its rows are kept"
+    if old not in (b"", kept):
+        number = 1
+        while (copy := path.with_stem(f"{path.stem}_{number}")).exists():
+            number += 1
+        copy.write_bytes(old)
+        message += f", all of it is in {copy}"
+    print(message)
+    with whole_file(path) as file:
+        file.write(kept)
+    return kept
+
+
+def row_of(line):
+    """What a line of a log holds; {} if that is not a row."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def header_of(units):
+    return json.dumps({"format": "fgpt log 1", "units": units}).encode() + b"\n"
 
 
 def write_row(log, row):

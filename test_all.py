@@ -3147,12 +3147,35 @@ def test_force_resumes_with_changed_settings_and_on_other_data(story, tmp_path):
     assert [group["weight_decay"] for opt in stored for group in opt["param_groups"]] == [0.5, 0.0, 0.5, 0.5]
 
 
-def test_a_run_whose_log_is_lost_is_resumed_with_a_new_one(story, tmp_path):
-    pretrain(story, tmp_path, max_steps=2)
-    (tmp_path / "log.jsonl").unlink()
-    pretrain(story, tmp_path, max_steps=3, init_from="resume")
-    header, row = log_rows(tmp_path)
-    assert "units" in header and row["step"] == 3
+LOG_DAMAGE = dict(  # what happens to the lines of a log of the steps 0 to 6 -> the steps of the rows that are left
+    nothing=(lambda lines: lines, range(5)),
+    a_lost_row=(lambda lines: [*lines[:3], *lines[4:]], [0, 1, 3, 4]),
+    only_a_lost_row=(lambda lines: [*lines[:3], *lines[4:6]], [0, 1, 3, 4]),
+    a_lost_line_break=(lambda lines: [*lines[:5], lines[5].rstrip()], range(5)),
+    an_extra_line=(lambda lines: [*lines[:3], "what is this?\n", *lines[3:]], range(5)),
+    an_extra_row=(lambda lines: [*lines[:3], lines[2], *lines[3:]], range(5)),
+    zeros_at_the_end=(lambda lines: [*lines[:4], "\0" * 999], range(3)),
+    no_header=(lambda lines: lines[1:], range(5)),
+    everything_lost=(lambda lines: [], []),
+)
+
+
+@pytest.mark.parametrize("damage", LOG_DAMAGE)
+def test_a_log_that_was_changed_is_kept_and_its_rows_up_to_the_checkpoint_go_on(story, tmp_path, capsys, damage):
+    pretrain(story, tmp_path, max_steps=6, checkpoint_interval=2)
+    whole = log_rows(tmp_path)
+    change, steps = LOG_DAMAGE[damage]
+    log = tmp_path / "log.jsonl"
+    changed = "".join(change(log.read_text().splitlines(keepends=True)))
+    log.write_text(changed)
+    os.replace(tmp_path / "ckpt_before.pt", tmp_path / "ckpt.pt")  # of step 4
+    for n_steps in (4, 4, 6):  # what was repaired is not repaired again
+        pretrain(story, tmp_path, max_steps=n_steps, checkpoint_interval=2, init_from="resume")
+    assert log_rows(tmp_path) == [whole[0], *[whole[1:][step] for step in [*steps, 5, 6]]]
+    assert ("is not what it was at step 4" in capsys.readouterr().out) == (damage != "nothing")
+    copies = [path.read_text() for path in tmp_path.glob("log_*.jsonl")]
+    nothing_was_cut = damage in ("nothing", "only_a_lost_row", "everything_lost")
+    assert copies == ([] if nothing_was_cut else [changed])
 
 
 def test_a_run_is_resumed_only_with_the_settings_that_its_weights_depend_on(tmp_path):
