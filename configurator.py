@@ -166,11 +166,16 @@ def check_known(name, defaults):
 
 
 def check_type(name, value, default):
-    """The value to store. BadInput for a wrong type; an int is fine for a float, and anything for a default of None."""
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    if default is not None and type(value) is not type(default):
+    """The value to store. BadInput for a wrong type; an int is fine for a float, and anything for a default of None.
+
+    A float must be finite: with NaN all comparisons are false, and a rate or a time limit is never infinite.
+    """
+    if default is not None and type(value) is not type(default) and (type(value), type(default)) != (int, float):
         raise BadInput(f"{name} must be {type(default).__name__} (default {default!r}), not {value!r}")
+    if isinstance(default, float):
+        if not -sys.float_info.max <= value <= sys.float_info.max:
+            raise BadInput(f"{name} must be a finite number, not {value}")
+        return float(value)
     is_path = isinstance(default, str) and name not in ("prompt", "sample_prompt")
     return expand_home(value) if is_path else value
 

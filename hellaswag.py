@@ -81,7 +81,7 @@ def main():
     join_processes(settings["device"])
     device = pick_device(settings["device"])
     model, stored = load_model(checkpoint, device)
-    if chat and stored.get("stage", "pretrain") == "pretrain":
+    if chat and stored["stage"] == "pretrain":
         raise BadInput(f"{checkpoint} is not finetuned: --chat=True is for models that answer")
     dtype = pick_dtype(settings["dtype"], device, model.config.n_embd)
     autocast = autocast_for(device, dtype)

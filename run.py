@@ -12,6 +12,7 @@ rest:
     run.finish()
 """
 
+import atexit
 import importlib
 import json
 import math
@@ -19,12 +20,14 @@ import os
 import re
 import secrets
 import signal
+import socket
 import statistics
 import sys
 import time
+import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -35,11 +38,21 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
+    fcntl = None
     resource = None
 
 FORMAT_VERSION = 1  # of checkpoint files; load_checkpoint must read files of all earlier versions too
+# entries of a checkpoint: those that all have, those that some have, and those without which no run is resumed
+ENTRIES = {"format_version": int, "config": dict, "model": dict, "stage": str, "tokenizer": str, "step": int}
+MORE_ENTRIES = {"tokens": int, "settings": dict, "metrics": dict, "vocabulary": str, "state": dict, "optimizers": list}
+RESUMED_FROM = ("optimizers", "state", "settings", "data")
+PARENT = os.getppid()  # the process that started this one, at that time: torchrun, should there be many
+LOCK = "lock"  # the file of out_dir that a running process has locked: its process id and host
+LOCKED = {}  # the locks of this process: path -> open file
+PREVIOUS = "ckpt_before.pt"  # what ckpt.pt was before it was last written, should that be damaged
 BF16_WIDTH = 128  # on CPUs, narrower networks lose about as much by casting as their products gain
 BF16_WIDTH_DECODING = 512  # token by token, where weights are read rather than multiplied
 BUCKET = 2**25  # elements of gradients that are summed over processes in one call
@@ -85,8 +98,8 @@ class Run:
     because the tensors would not fit. upgrade: function that changes the settings of a checkpoint by an earlier
     version, in place, to today's.
 
-    Raises FileExistsError when out_dir would be overwritten, FileNotFoundError when there is nothing to resume, OSError
-    when what is there cannot be resumed.
+    Raises FileExistsError when out_dir would be overwritten, FileNotFoundError when a run there has no checkpoint,
+    OSError when another process is using out_dir, or what is there cannot be resumed.
     """
 
     def __init__(self, stage, settings, n_steps, units, labels, may_change=(), fixed=(), upgrade=lambda settings: None):
@@ -100,6 +113,7 @@ class Run:
         self.folder = Path(settings["out_dir"])
         self.progress = Progress()
         self.log = None
+        let_printing_fail()
         self.tracker = Tracker(settings.get("tracker", ""))
         self.signalled = False  # SIGINT or SIGTERM came
         self.stopped = False
@@ -118,36 +132,51 @@ class Run:
         return self.stored["settings"] if self.stored else {}
 
     def claim(self):
-        """Check that out_dir may be used; returns the checkpoint to resume from, or None for a new run."""
-        resuming = self.settings["init_from"] == "resume"
-        exists = self.folder.is_dir()
-        names = [path.name for path in self.folder.iterdir()] if exists else []
-        # the first process may already write while the others look
-        exists, names = broadcast_from_first((exists, names))
-        of_a_run = [name for name in names if not is_kept(name)]
-        if of_a_run and not resuming and not self.settings["overwrite"]:
-            raise FileExistsError(
-                f"{self.folder} is in use: --init_from=resume continues, --overwrite=True starts over, or --out_dir="
-            )
-        if not resuming:
+        """Lock out_dir and check that it may be used; returns the checkpoint to resume from, or None for a new run."""
+        names = self.enter()
+        if self.settings["init_from"] != "resume":
+            self.refuse_used(names)
             return None
-        # killed before the first checkpoint; .npz: what dpo.py may have left there
-        if exists and all(name.endswith((".tmp", ".npz")) for name in names):
+        if not names:  # no run yet, or one that was killed before its first checkpoint
             print(f"{self.folder} has no checkpoint yet: the run starts")
             return None
         stored = load_checkpoint(self.folder / "ckpt.pt")
-        if "optimizers" not in stored:
-            raise OSError("ckpt.pt has no optimizer state (is it a copy of best.pt?): it cannot be resumed")
+        missing = [name for name in RESUMED_FROM if name not in stored]
+        if missing:
+            problem = f"ckpt.pt has no {', '.join(missing)} (is it a copy of best.pt?)"
+            raise OSError(f"{problem}: it cannot be resumed")
         if stored["stage"] != self.stage:
             problem = f"{self.folder} holds a {stored['stage']} run, not a {self.stage} run"
             raise OSError(f"{problem}: choose another --out_dir")
         return stored
 
+    def enter(self):
+        """Lock out_dir, if it exists; returns the names of its files but unfinished ones. The same in all processes.
+
+        OSError when another process has locked it.
+        """
+        holder = ""
+        names = []
+        if rank_and_world()[0] == 0 and self.folder.is_dir():
+            holder = lock_folder(self.folder)
+            names = [path.name for path in self.folder.iterdir() if path.name != LOCK and path.suffix != ".tmp"]
+        holder, names = broadcast_from_first((holder, names))
+        if holder:
+            raise OSError(f"{self.folder} is in use by {holder}: wait until it has ended, or stop it")
+        return names
+
+    def refuse_used(self, names):
+        """FileExistsError when files of these names would be overwritten unasked."""
+        if not self.settings["overwrite"] and not all(map(is_kept, names)):
+            raise FileExistsError(
+                f"{self.folder} is in use: --init_from=resume continues, --overwrite=True starts over, or --out_dir="
+            )
+
     def remove_stale(self):
         """Delete unfinished files, and those of an earlier run, which a later resume must not find."""
         stale = list(self.folder.glob("*.pt.tmp"))
         if self.stored is None:
-            stale += [self.folder / name for name in ("ckpt.pt", "best.pt", "log.jsonl")]
+            stale += [self.folder / name for name in ("ckpt.pt", PREVIOUS, "best.pt", "log.jsonl")]
         for path in stale:
             path.unlink(missing_ok=True)
 
@@ -174,10 +203,13 @@ class Run:
             self.about["vocabulary"] = vocabulary
         if self.stored is not None:
             self.check_same_run()
-        if rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.remove_stale()
         is_new = self.stored is None
+        if is_new:
+            if rank == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self.refuse_used(self.enter())  # again: it may not have existed, and another run may have begun
+        if rank == 0:
+            self.remove_stale()
         if not is_new:
             self.load()
         if self.tracker.name and not self.progress.tracked_as:
@@ -185,7 +217,7 @@ class Run:
         if is_new:
             self.save(must=True)
         self.tracker.start(self.progress.tracked_as, self.settings)
-        self.log = open_log(self.folder / "log.jsonl", self.progress.log_bytes, self.units)
+        self.log = open_log(self.folder / "log.jsonl", self.progress.log_bytes, self.step, self.units)
         self.bar = tqdm(total=self.n_steps, initial=self.step, unit=" steps", disable=None if rank == 0 else True)
         self.first_timed_step = self.step + 2  # the first step compiles
         self.recent_seconds = deque(maxlen=20)
@@ -212,6 +244,9 @@ class Run:
         if self.stored["data"] != self.about["data"]:
             problems.append("the data or the model to start from have changed")
         can_force = self.fixed.isdisjoint(changed)
+        if self.stored["tokenizer"] != self.about["tokenizer"]:
+            problems.append(f"the tokenizer was {self.stored['tokenizer']}, is now {self.about['tokenizer']}")
+            can_force = False
         if problems and not (self.settings["force"] and can_force):
             remedy = "use the old ones, or --force=True" if can_force else "use the old ones"
             raise OSError(f"resuming would change the run ({'; '.join(problems)}): {remedy}")
@@ -309,10 +344,13 @@ class Run:
         return self.write(name, step=row["step"], tokens=row["tokens"], metrics=metrics)
 
     def is_told_to_stop(self):
-        """Whether a signal came or the minutes are over, in any process."""
+        """Whether a signal came, the minutes are over, or torchrun has been killed, in any process."""
         minutes = self.settings["max_minutes"]
         too_late = minutes > 0 and time.monotonic() - self.started > 60 * minutes
-        told = torch.tensor(float(self.signalled or too_late))
+        alone = "LOCAL_RANK" in os.environ and os.getppid() != PARENT
+        if alone:
+            print_line("the launcher is gone: stopping after this step (--init_from=resume continues later)")
+        told = torch.tensor(float(self.signalled or too_late or alone))
         return bool(sum_over_ranks(told) > 0)
 
     def catch_signals(self, handler):
@@ -333,7 +371,10 @@ class Run:
             self.catch_signals(signal.SIG_DFL)
             message += "; once more to stop at once"
         if rank_and_world()[0] == 0:
-            os.write(1, f"{message}\n".encode())  # not print, which the signal may have interrupted
+            with suppress(OSError):
+                os.write(
+                    sys.stdout.fileno(), f"{message}\n".encode()
+                )  # not print, which the signal may have interrupted
 
     def check_finite(self):
         """FloatingPointError after three steps in a row that were not applied."""
@@ -346,11 +387,23 @@ class Run:
             )
 
     def save(self, must=False):
-        """Write ckpt.pt: everything that is needed to resume."""
+        """Write ckpt.pt: everything that is needed to resume; PREVIOUS is what it was before."""
+        if rank_and_world()[0] == 0:
+            self.keep_previous()
         states = [opt.state_dict() for opt in self.optimizers]
         counts = {"step": self.step, "tokens": self.progress.tokens, "state": asdict(self.progress)}
         if self.write("ckpt.pt", must, optimizers=states, **counts):
             self.progress.saved_step = self.step
+
+    def keep_previous(self):
+        """Give ckpt.pt its second name, which the file keeps when a new one takes the first.
+
+        The file that had it goes now: so the disk needs room for two, of which one is being written.
+        """
+        previous = self.folder / PREVIOUS
+        previous.unlink(missing_ok=True)
+        with suppress(OSError):  # no ckpt.pt yet, or a file system without hard links
+            os.link(self.folder / "ckpt.pt", previous)
 
     def write(self, name, must=False, **entries):
         """Write a checkpoint, from the first process; returns whether it worked. OSError only if it `must` work."""
@@ -403,6 +456,7 @@ class Run:
         if also:
             files += f"; {also}"
         print(f"{self.folder}: {files}")
+        unlock_folders()
         leave_processes()
 
 
@@ -442,6 +496,55 @@ class Tracker:
             self.module = None
 
 
+def lock_folder(folder):
+    """Keep other processes out of a folder until unlock_folders; returns who is there already, or "".
+
+    A flock ends with its process, however that ends: a file LOCK that was left behind means nothing. Windows has none.
+    """
+    path = (folder / LOCK).resolve()
+    if fcntl is None or path in LOCKED:  # locked by an earlier run of this process
+        return ""
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        number, _, host = file.read().partition(" ")
+        file.close()
+        if not number:
+            return "another process"
+        return f"process {number}" if host == socket.gethostname() else f"process {number} on {host}"
+    except OSError as error:  # some network disks have no locks
+        print(f"warning: {folder} cannot be locked ({error}): start no second process there")
+    if os.fstat(file.fileno()).st_nlink == 0:  # its owner has removed it since it was opened
+        file.close()
+        return lock_folder(folder)
+    LOCKED[path] = file
+    with suppress(OSError):  # a full disk
+        file.truncate(0)
+        file.write(f"{os.getpid()} {socket.gethostname()}")
+        file.flush()
+    return ""
+
+
+def unlock_folders():
+    """Remove the locks of this process."""
+    for path in LOCKED:
+        path.unlink(missing_ok=True)  # before it is closed: then it may be another process's
+    forget_locks()
+
+
+def forget_locks():
+    for file in LOCKED.values():
+        file.close()
+    LOCKED.clear()
+
+
+atexit.register(unlock_folders)
+if fcntl is not None:
+    os.register_at_fork(after_in_child=forget_locks)  # or a child would keep them after this process's death
+
+
 def is_kept(name):
     """Whether a file of out_dir has weights kept by --keep_every, which no run deletes."""
     return re.fullmatch(r"step_\d{8,}\.pt", name) is not None
@@ -473,28 +576,95 @@ def due(step, interval, n_steps):
     return interval > 0 and (step % interval == 0 or step == n_steps)
 
 
-def open_log(path, n_bytes, units):
-    """The log, cut to its first n_bytes, ready to append; a new log starts with the line of units.
+def open_log(path, n_bytes, step, units):
+    """The log, ready to append to what it was at a checkpoint: n_bytes long, its last row that of `step`.
 
-    If the disk is full, rows wait in the file's buffer (about 100,000 of them).
+    A new log starts with the line of units. If the disk is full, rows wait in the file's buffer (about 100,000 of
+    them).
     """
     if rank_and_world()[0] > 0:
         return open(os.devnull, "ab")
+    old = path.read_bytes() if path.exists() else b""
+    kept = old[:n_bytes]
+    lines, _, rest = kept.rpartition(b"\n")
+    is_as_it_was = len(kept) == n_bytes and not rest and row_of(lines.rpartition(b"\n")[2]).get("step") == step
+    if n_bytes > 0 and not is_as_it_was:
+        kept = repair_log(path, old, step, units)
     log = open(path, "ab", buffering=1 << 26)
-    if log.tell() < n_bytes:
-        print(f"{path} lacks rows that were written before the checkpoint: it starts over")
-        n_bytes = 0
-    log.truncate(n_bytes)
+    log.truncate(len(kept))
     log.seek(0, os.SEEK_END)
     if n_bytes == 0:
-        write_row(log, {"format": "fgpt log 1", "units": units})
+        log.write(header_of(units))
     return log
+
+
+def repair_log(path, old, step, units):
+    """Start a log over with the rows up to a step; the old one is kept under another name. Returns the content."""
+    rows = {}
+    for line in old.split(b"\n"):
+        number = row_of(line).get("step")
+        if isinstance(number, int) and number <= step:
+            rows[number] = line + b"\n"
+    kept = header_of(units) + b"".join(rows[number] for number in sorted(rows))
+    message = f"warning: {path} is not what it was at step {step}: {len(rows)} of its rows are kept"
+    if old not in (b"", kept):
+        number = 1
+        while (copy := path.with_stem(f"{path.stem}_{number}")).exists():
+            number += 1
+        copy.write_bytes(old)
+        message += f", all of it is in {copy}"
+    print(message)
+    with whole_file(path) as file:
+        file.write(kept)
+    return kept
+
+
+def row_of(line):
+    """What a line of a log holds; {} if that is not a row."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def header_of(units):
+    return json.dumps({"format": "fgpt log 1", "units": units}).encode() + b"\n"
 
 
 def write_row(log, row):
     with suppress(OSError):  # a full disk: saving a checkpoint will report it
         log.write((json.dumps(row) + "\n").encode())
         log.flush()
+
+
+class LossyStream:
+    """sys.stdout or sys.stderr of a run, which a full disk, a closed pipe or a strange character must not end."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError):  # the latter when it is closed
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def let_printing_fail():
+    """From here on, what cannot be printed is lost, and nothing else; characters that cannot are question marks."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None where it was closed
+        if not isinstance(stream, LossyStream):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+            setattr(sys, name, LossyStream(stream))
 
 
 def print_line(line):
@@ -510,13 +680,26 @@ def print_line(line):
 def save_checkpoint(path, model, **entries):
     """Write the model's weights and config, and `entries`, so that at any moment `path` holds a complete file.
 
+    It is read back before it takes its name. OSError when it cannot be written; what `path` held before is still there.
+    """
+    content = {"format_version": FORMAT_VERSION, "config": asdict(model.config), "model": model.state_dict(), **entries}
+    with whole_file(path) as file:
+        torch.save(content, file)
+        file.flush()
+        if not is_whole(file.name):
+            raise OSError("what was written reads back otherwise")
+
+
+@contextmanager
+def whole_file(path):
+    """A binary file to write, which becomes `path` once all of it is on the disk.
+
     OSError when it cannot be written; what `path` held before is still there.
     """
     temporary = f"{path}.tmp"
-    content = {"format_version": FORMAT_VERSION, "config": asdict(model.config), "model": model.state_dict(), **entries}
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
@@ -530,23 +713,57 @@ def save_checkpoint(path, model, **entries):
         os.close(folder)
 
 
+def is_whole(path):
+    """Whether all parts of a file by torch.save have the checksums (CRC-32) that are stored with them.
+
+    torch.load does not compare them: a damaged weight would be loaded like any other.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # it raises many kinds for a damaged file
+        return False
+
+
 def load_checkpoint(path, device="cpu"):
-    """The checkpoint's dict, tensors on `device`. OSError for a missing file, or one that is not a checkpoint."""
-    if not os.path.isfile(path):
+    """The checkpoint's dict, tensors on `device`. OSError for a missing or damaged file, or one that is none."""
+    try:
+        open(path, "rb").close()  # what may not be read is not damaged
+    except (FileNotFoundError, IsADirectoryError):
         problem = "a folder, not a checkpoint" if os.path.isdir(path) else "no such checkpoint"
-        raise FileNotFoundError(f"{path}: {problem}; a run writes best.pt and ckpt.pt into its out_dir")
+        raise FileNotFoundError(f"{path}: {problem}; a run writes best.pt and ckpt.pt into its out_dir") from None
+    if not is_whole(path):
+        raise OSError(f"{path} is damaged or not a checkpoint: {what_else(Path(path))}")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise OSError(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from None
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if not isinstance(version, int):
-        raise OSError(f"{path} is not a checkpoint of fgpt: it has no format_version")
-    if version > FORMAT_VERSION:
+    except Exception as error:  # torch raises many kinds for a file by somebody else
+        raise OSError(f"{path} is not a checkpoint ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        content = {}
+    version = content.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise OSError(
             f"{path} has checkpoint format {version}, of a newer fgpt; this one reads up to {FORMAT_VERSION}: update it"
         )
+    wrong = [name for name, kind in ENTRIES.items() if not isinstance(content.get(name), kind)]
+    wrong += [name for name, kind in MORE_ENTRIES.items() if name in content and not isinstance(content[name], kind)]
+    if not wrong and not all(torch.is_tensor(p) for p in content["model"].values()):
+        wrong = ["model"]
+    if wrong:
+        raise OSError(f"{path} is not a checkpoint of fgpt: it has no valid {', '.join(wrong)}")
     return content
+
+
+def what_else(path):
+    """What to do about a damaged checkpoint: the run's best other file, where there is one."""
+    previous = path.with_name(PREVIOUS)
+    if path.name == "ckpt.pt" and previous.exists():
+        return f"use the one before it: rename {previous} to {path.name}"
+    for name in ("ckpt.pt", PREVIOUS, "best.pt"):
+        other = path.with_name(name)
+        if name != path.name and other.exists():
+            return f"use {other}"
+    return "copy or train it again"
 
 
 def load_model(path, device="cpu"):
@@ -557,22 +774,31 @@ def load_model(path, device="cpu"):
     from model import GPT, GPTConfig
 
     content = load_checkpoint(path)
+    weights = content.pop("model")
     try:
         config = GPTConfig(**content["config"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise OSError(f"{path}: its config is not one of this version ({error})") from None
+    if n_weights_at_least(config) > sum(p.numel() for p in weights.values()):  # no memory is taken for wrong sizes
+        raise OSError(f"{path}: its weights do not match its config, they are fewer")
     model = GPT(config)
     try:
-        model.load_state_dict(content.pop("model"))
-    except (KeyError, RuntimeError) as error:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise OSError(f"{path}: its weights do not match its config ({reason:.200})") from None
     content.pop("optimizers", None)
-    is_of_a_run = content.get("stage") == "pretrain" and "data" in content  # an imported model has no data
+    is_of_a_run = content["stage"] == "pretrain" and "data" in content  # an imported model has no data
     starts_from_scratch = content.get("settings", {}).get("init_from", "scratch") in ("scratch", "resume")
-    if is_of_a_run and starts_from_scratch and content.get("step") == 0:
+    if is_of_a_run and starts_from_scratch and content["step"] == 0:
         print(f"warning: {path} is NOT TRAINED, of step 0; try ckpt.pt in the same folder", file=sys.stderr)
     return model.to(device).eval(), content
+
+
+def n_weights_at_least(config):
+    """Elements of the embedding, and of one matrix in and one out of each block's attention and MLP."""
+    widths = config.n_head * config.head_dim + config.mlp_dim
+    return config.n_embd * (config.vocab_size + 2 * config.n_layer * widths)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """All promises of fgpt, as tests: `python test_all.py` (CPU, no network, a few minutes) or `pytest test_all.py`."""
 
 import email.utils
+import errno
 import functools
 import gzip
 import hashlib
@@ -104,18 +105,20 @@ def run(*arguments, cwd=ROOT, code=0, **kwargs):
 
 
 @contextmanager
-def kept_signal_handlers():
+def as_a_process():
+    """Undoes what ends with a process: handlers of signals, and locks."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        run_py.unlock_folders()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def call(module, **settings):
     """A stage's main() with these settings (a path may be a Path), in this process, so that an exception reaches us."""
-    with pytest.MonkeyPatch.context() as patch, kept_signal_handlers():
+    with pytest.MonkeyPatch.context() as patch, as_a_process():
         for name, value in settings.items():
             patch.setattr(module, name, str(value) if isinstance(value, Path) else value)
         module.main()
@@ -125,7 +128,7 @@ def command_line(*words, stdin=""):
     """`python` with these words, without a new interpreter that imports torch: (exit code, stdout, stderr)."""
     script, *arguments = [words[1].replace(".", "/") + ".py", *words[2:]] if words[0] == "-m" else words
     code, out, errors = 0, io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, kept_signal_handlers(), redirect_stdout(out), redirect_stderr(errors):
+    with pytest.MonkeyPatch.context() as patch, as_a_process(), redirect_stdout(out), redirect_stderr(errors):
         patch.setattr(sys, "excepthook", sys.excepthook)  # configure() sets it
         patch.setattr(sys, "stdin", io.StringIO(stdin))
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -148,6 +151,11 @@ def tiny(family="gpt2", **changes):
         is_norm = p.ndim == 1 and name.endswith("weight")
         torch.nn.init.normal_(p, 1.0 if is_norm else 0.0, 0.1)
     return model.eval()
+
+
+def write_checkpoint(path, model, **entries):
+    """A checkpoint with the entries that all have: of step 1 of pretraining with the bytes tokenizer, unless given."""
+    save_checkpoint(path, model, **dict(stage="pretrain", tokenizer="bytes", step=1) | entries)
 
 
 families = pytest.mark.parametrize("family", list(FAMILIES))
@@ -567,6 +575,23 @@ def edited(**changes):
     return lambda old: json.dumps(json.loads(old) | changes)
 
 
+def stored(**changes):
+    """A function of the bytes of a checkpoint that gives it these entries; None: takes an entry out."""
+
+    def change(old):
+        content = torch.load(io.BytesIO(old), weights_only=True) | changes
+        torch.save({name: value for name, value in content.items() if value is not None}, changed := io.BytesIO())
+        return changed.getvalue()
+
+    return change
+
+
+def flipped(old):
+    """The bytes of a file with one bit in the middle changed."""
+    half = len(old) // 2
+    return old[:half] + bytes([old[half] ^ 64]) + old[half + 1 :]
+
+
 def with_a_head(old):
     """The bytes of a .safetensors file, with a head that is not the embedding."""
     safetensors = convert_hf.safetensors()
@@ -597,6 +622,9 @@ BAD_INPUT = [
     # stage, files, settings, what the line says
     # train.py: any stage's settings
     ("train.py", {}, "--xyz=3", "train.py: unknown setting xyz: --help lists the settings"),
+    ("train.py", {}, "--learning_rate=1e999", "train.py: learning_rate must be a finite number, not inf"),
+    ("train.py", {"c.py": "max_minutes = float('nan')"}, "c.py", "c.py: max_minutes must be a finite number, not nan"),
+    ("train.py", {"c.py": "max_minutes = 10**400"}, "c.py", "c.py: max_minutes must be a finite number"),
     ("train.py", {}, "--n_head=2.5", r"train.py: n_head must be int \(default 24\), not 2.5"),
     ("train.py", {}, "'--n_head={[]: 1}'", "n_head must be int"),
     ("train.py", {}, "--n_head", "--n_head needs a value, without a space: --n_head=..."),
@@ -615,7 +643,15 @@ BAD_INPUT = [
     ("train.py", {}, "--head_dim=15 --family=modern", "rotary positions need an even head_dim, not 15"),
     ("train.py", {}, "--dtype=native", "dtype 'native' cannot be used: set float32 or bfloat16, or leave it out"),
     # sample.py: its checkpoint
-    ("sample.py", {"base/best.pt": lambda old: old[: len(old) // 2]}, "", "best.pt is damaged or not a checkpoint"),
+    ("sample.py", {"base/best.pt": lambda old: old[: len(old) // 2]}, "",
+     "base/best.pt is damaged or not a checkpoint: use base/ckpt.pt$"),
+    ("sample.py", {"base/best.pt": stored(stage=None)}, "", "best.pt is not a checkpoint of fgpt: .* no valid stage$"),
+    ("sample.py", {"base/best.pt": flipped}, "", "base/best.pt is damaged .*: use base/ckpt.pt$"),
+    ("sample.py", {"alone/best.pt": "bits"}, "--checkpoint=alone/best.pt", "is damaged .*: copy or train it again$"),
+    ("hellaswag.py", {"base/best.pt": flipped}, "", "base/best.pt is damaged"),
+    ("finetune.py", {"base/best.pt": flipped}, "", "base/best.pt is damaged"),
+    ("train.py", {"base/best.pt": flipped}, "--init_from=base/best.pt", "base/best.pt is damaged"),
+    ("-m tools.convert_hf export", {"base/best.pt": flipped}, "--checkpoint=base/best.pt --out=new", "is damaged"),
     ("sample.py", {}, "--checkpoint=none.pt", "none.pt: no such checkpoint; a run writes best.pt and ckpt.pt into its"),
     ("sample.py", {}, "--checkpoint=base", "base: a folder, not a checkpoint; a run writes best.pt and ckpt.pt into"),
     # prepare_fineweb.py
@@ -736,17 +772,19 @@ BAD_INPUT = [
     ("train.py", {}, "--init_from=base/best.pt --n_layer=3", "best.pt has n_layer 2, not 3: leave out what"),
     ("prepare_fineweb.py", {"tok/vocabulary.tiktoken": "IQ== 0"}, "--tokenizer=tok", "make it with python -m tools"),
     ("train.py", {}, "--out_dir=base --overwrite=True --n_head=3", "n_embd 32 is not divisible by n_head 3"),
-    ("train.py", {}, "--init_from=resume", "new/ckpt.pt: no such checkpoint"),
     ("train.py", {"new/best.pt": b"best"}, "--init_from=resume", "new/ckpt.pt: no such checkpoint"),
-    ("train.py", {"base/ckpt.pt": lambda old: old[:1000]}, "--out_dir=base --init_from=resume", "ckpt.pt is damaged"),
-    ("train.py", {"base/ckpt.pt": lambda old: old.replace(b"optimizers", b"neverthere")},
-     "--out_dir=base --init_from=resume --force=True", "no optimizer state .is it a copy of best.pt"),
-    ("train.py", {"base/ckpt.pt": lambda old: old.replace(b"pretrain", b"finetune")},
+    ("train.py", {"base/ckpt.pt": flipped}, "--out_dir=base --init_from=resume",
+     "base/ckpt.pt is damaged .*: use the one before it: rename base/ckpt_before.pt to ckpt.pt$"),
+    ("train.py", {"base/ckpt.pt": stored(optimizers=None)},
+     "--out_dir=base --init_from=resume --force=True", "ckpt.pt has no optimizers .is it a copy of best.pt"),
+    ("train.py", {"base/ckpt.pt": stored(stage="finetune")},
      "--out_dir=base --init_from=resume --force=True", "base holds a finetune run, not a pretrain run: choose another"),
     ("train.py", {}, "--out_dir=base --init_from=resume --family=modern --learning_rate=0.01 --max_steps=70 --seed=1",
      r"would change the run \(seed was 1337, is now 1\): use the old ones, or --force=True"),
     ("train.py", {}, "--out_dir=base --init_from=resume --force=True --n_layer=3",
      r"\(n_layer was 2, is now 3; .*\): use the old ones$"),
+    ("train.py", {"base/ckpt.pt": stored(tokenizer="gpt2")}, "--out_dir=base --init_from=resume --force=True",
+     r"the tokenizer was gpt2, is now bytes\): use the old ones$"),
     # prepare_instruct.py
     ("prepare_instruct.py", {}, "--val_fraction=1.0", "val_fraction must be between 0 and 1, not 1.0"),
     ("prepare_instruct.py", {}, "--max_tokens=0", "max_tokens must be at least 1"),
@@ -796,7 +834,7 @@ BAD_INPUT = [
     ("-m space.app", {}, "--checkpoint=none.pt --assemble=new", "no such checkpoint"),
     ("-m space.app", {}, "--checkpoint=base/best.pt --assemble=data",
      "data exists and is not empty: name another folder"),
-    ("-m space.app", {"base/best.pt": lambda old: old.replace(b"bytes", b"other")},
+    ("-m space.app", {"base/best.pt": stored(tokenizer="other")},
      "--checkpoint=base/best.pt --assemble=new", "tokenizer must be"),
     # tools/convert_hf.py
     ("-m tools.convert_hf", {"hf/config.json": '{"model_type": "gp'}, "", "hf/config.json: not JSON .*: fix it"),
@@ -1461,7 +1499,7 @@ def test_muon_takes_a_closure_and_convolution_kernels_and_refuses_what_is_no_mat
 @families
 def test_a_saved_model_comes_back_bit_for_bit(family, tmp_path):
     model = tiny(family)
-    save_checkpoint(tmp_path / "a.pt", model, tokenizer="bytes")
+    write_checkpoint(tmp_path / "a.pt", model)
     again, content = load_model(tmp_path / "a.pt")
     assert again.config == model.config and content["tokenizer"] == "bytes" and not again.training
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
@@ -1470,14 +1508,17 @@ def test_a_saved_model_comes_back_bit_for_bit(family, tmp_path):
 @pytest.mark.parametrize("room", [0, 20_000])  # bytes; torch turns the second into a RuntimeError
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, room):
     path, limits = tmp_path / "a.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
-    save_checkpoint(path, tiny(), step=1)
+    write_checkpoint(path, tiny(), step=1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
         with pytest.raises(OSError, match="a.pt could not be written .disk full.*untouched"):
-            save_checkpoint(path, tiny(), step=2)
+            write_checkpoint(path, tiny(), step=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert load_checkpoint(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+SIZES = ("vocab_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim")
 
 
 def test_a_checkpoint_that_this_version_cannot_read_is_refused_by_name_and_code_in_it_is_not_run(tmp_path):
@@ -1485,18 +1526,28 @@ def test_a_checkpoint_that_this_version_cannot_read_is_refused_by_name_and_code_
         def __reduce__(self):
             return os.mkdir, (f"{tmp_path}/owned",)
 
-    save_checkpoint(tmp_path / "a.pt", tiny())
+    write_checkpoint(tmp_path / "a.pt", tiny())
     content = load_checkpoint(tmp_path / "a.pt")
     for written, said in (
-        ([content], "is not a checkpoint of fgpt: it has no format_version"),
-        (content | dict(format_version=None), "is not a checkpoint of fgpt: it has no format_version"),
+        (
+            [content],
+            "is not a checkpoint of fgpt: it has no valid format_version, config, model, stage, tokenizer, step",
+        ),
+        ({k: content[k] for k in content if k not in ("stage", "tokenizer")}, "it has no valid stage, tokenizer$"),
+        (content | dict(step="1", settings=[], model={"wte.weight": 1}), "it has no valid step, settings$"),
+        (content | dict(model={"wte.weight": 1}), "it has no valid model$"),
         (content | dict(format_version=2), "has checkpoint format 2, of a newer fgpt; .*: update it"),
         (content | dict(config=dict(n_layers=1)), "its config is not one of this version"),
-        (content | dict(model={}), "its weights do not match its config"),
-        (content | dict(tokenizer=Attack()), "is damaged or not a checkpoint"),
+        (content | dict(model={}), "its weights do not match its config, they are fewer"),
+        (
+            content | dict(model={"wte.weight": torch.zeros(10**5)}),
+            r"its weights do not match its config \(.*Missing key",
+        ),
+        *((content | dict(config=content["config"] | {name: 10**9}), "its weights .* are fewer") for name in SIZES),
+        (content | dict(tokenizer=Attack()), r"is not a checkpoint \(UnpicklingError\)"),
     ):
         torch.save(written, tmp_path / "a.pt")
-        with pytest.raises(OSError, match=f"a.pt:? {said}"):
+        with pytest.raises(OSError, match=f"a.pt:? .*{said}"):
             load_model(tmp_path / "a.pt")
     assert not (tmp_path / "owned").exists()
 
@@ -1521,7 +1572,7 @@ def test_a_checkpoint_as_the_first_version_wrote_it_loads(tmp_path):
 def test_only_an_untrained_checkpoint_of_a_run_is_warned_of(tmp_path, capsys):
     imported, untrained, trained = dict(step=0), dict(step=0, data=[]), dict(step=5, data=[])
     for entries in (imported, untrained, trained):
-        save_checkpoint(tmp_path / "a.pt", tiny(), stage="pretrain", **entries)
+        write_checkpoint(tmp_path / "a.pt", tiny(), **entries)
         load_model(tmp_path / "a.pt")
         assert ("NOT TRAINED" in capsys.readouterr().err) == (entries is untrained)
 
@@ -2502,9 +2553,75 @@ def test_no_stage_computes_in_float64_on_the_device(story, chat_rows, pair_rows,
         list(model.generate([[1, 2, 3]], 3, top_p=0.9))
 
 
+def hold(folder):
+    """Use a folder as a run does, and wait to be killed, while a child process lives on."""
+    assert run_py.lock_folder(folder) == ""
+    child = begin(time.sleep, 60)
+    (folder / "child").write_text(str(child.pid))
+    time.sleep(60)
+
+
+def test_a_folder_in_use_is_refused_until_its_process_has_died_even_if_a_child_lives_on(desk, tmp_path, monkeypatch):
+    shutil.copytree(desk, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    process = begin(hold, tmp_path / "base")
+    child = tmp_path / "base/child"
+    wait_for(lambda: child.exists() and child.read_text())
+    before = tree(tmp_path)
+    for more in ("--init_from=resume", "--overwrite=True", ""):
+        code, _, errors = command_line(*"train.py small.py --data_dir=data --out_dir=base".split(), *more.split())
+        assert code == 1 and errors == (
+            f"train.py: base is in use by process {process.pid}: wait until it has ended, or stop it\n"
+        )
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    assert run_py.lock_folder(tmp_path / "base") == f"process {process.pid} on {os.uname().nodename}"
+    assert tree(tmp_path) == before
+    process.kill()
+    process.join()
+    try:
+        assert run_py.lock_folder(tmp_path / "base") == ""
+        run_py.unlock_folders()
+        assert not (tmp_path / "base/lock").exists()
+    finally:
+        os.kill(int(child.read_text()), signal.SIGKILL)
+
+
+def test_a_lock_that_its_owner_removes_just_before_it_is_taken_is_made_anew(tmp_path, monkeypatch):
+    flock = run_py.fcntl.flock
+    owners = [tmp_path / "lock"]
+
+    def flock_after_the_owner(file, how):
+        if owners:
+            owners.pop().unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(run_py.fcntl, "flock", flock_after_the_owner)
+    with as_a_process():
+        assert run_py.lock_folder(tmp_path) == "" and (tmp_path / "lock").read_text().split()[0] == str(os.getpid())
+
+
+def test_two_runs_that_begin_in_a_folder_that_neither_has_found_do_not_overwrite_each_other(story, tmp_path):
+    settings = train.DEFAULTS | dict(out_dir=str(tmp_path / "out"))
+    late = run_py.Run("pretrain", settings, 1, {}, {})
+    pretrain(story, tmp_path / "out", max_steps=1)
+    with pytest.raises(FileExistsError, match="out is in use: --init_from=resume continues"):
+        late.restore(tiny(), [], "bytes", [])
+    assert log_rows(tmp_path / "out")[-1]["step"] == 1
+
+
+def test_where_there_is_no_lock_a_run_says_so_and_goes_on(story, tmp_path, monkeypatch, capsys):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_py.fcntl, "flock", flock)
+    pretrain(story, tmp_path, max_steps=1)
+    assert capsys.readouterr().out.count("cannot be locked ([Errno 37] No locks available): start no second") == 1
+
+
 def test_run_and_hub_work_where_fcntl_and_resource_are_missing_as_on_windows(tmp_path):
     code = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None\nimport torch, hub, run\n"
     code += f"import pathlib\nhub.open_alone(pathlib.Path('{tmp_path}/a')).close()\n"
+    code += f"run.lock_folder(pathlib.Path('{tmp_path}'))\n"
     code += "print(run.peak_memory(torch.device('cpu')))"
     assert run("-c", code) == "None\n"
 
@@ -2515,18 +2632,14 @@ def test_run_and_hub_work_where_fcntl_and_resource_are_missing_as_on_windows(tmp
 
 @contextmanager
 def small_run(folder, **changes):
-    """A Run by a loop that is not train.py's, a_run in this folder; the handlers of signals come back afterwards."""
+    """A Run by a loop that is not train.py's, a_run in this folder."""
     settings = dict(out_dir=str(folder), init_from="scratch", overwrite=False, force=False, log_interval=1)
     settings |= dict(checkpoint_interval=1000, max_minutes=0.0) | changes
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with as_a_process():
         a_run = run_py.Run("test", settings, 1000, {"loss": "nats"}, {"loss": "loss"})
         a_run.restore(tiny(), [], "bytes", [])
         yield a_run
         a_run.finish()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def test_targets_that_count_are_counted_as_trained_and_skipped_steps_as_long_as_they_follow_one_another(tmp_path):
@@ -2836,7 +2949,7 @@ def begin(function, *arguments):
 
 class Deaths:
     """What is left of a folder by a kill, or by a power cut, in the middle of torch.save, and before and after each
-    os.fsync, os.replace and os.unlink.
+    os.fsync, os.replace, os.link and os.unlink.
 
     A kill leaves all that was written. A power cut leaves of a file what it held at its last fsync; what was written
     after that is missing, or zeros. Names are those of the moment or, as the folder may not be on the disk, those of
@@ -2850,7 +2963,7 @@ class Deaths:
         self.promised = {}  # name of a checkpoint -> step of the last one whose writing has returned
         self.left = {"kill": {}, "power cut": {}}  # of each, {((path, content), ...): what was promised before it}
         self.lock = threading.RLock()  # prepare_fineweb.py downloads in a thread
-        for name in ("fsync", "replace", "unlink", "remove"):
+        for name in ("fsync", "replace", "link", "unlink", "remove"):
             patch.setattr(os, name, functools.partial(self.watch, getattr(os, name), getattr(self, name)))
         patch.setattr(torch, "save", functools.partial(self.save_by_halves, torch.save))
         patch.setattr(run_py, "save_checkpoint", self.save_checkpoint)
@@ -2871,6 +2984,9 @@ class Deaths:
 
     def replace(self, source, target):
         self.synced[target] = self.synced.pop(source, [b""])
+
+    def link(self, source, target):
+        self.synced[target] = self.synced.setdefault(source, [b""])  # one file with two names
 
     def unlink(self, path):
         self.synced.pop(path, None)
@@ -3073,6 +3189,72 @@ def test_a_full_disk_is_reported_and_the_next_checkpoint_is_written(story, tmp_p
         pretrain(story, out, **changes | dict(max_steps=9, init_from="resume"))
 
 
+def test_the_checkpoint_before_the_last_is_kept_and_resumed_when_renamed(story, tmp_path):
+    pretrain(story, tmp_path / "whole", max_steps=6, checkpoint_interval=2)
+    out = tmp_path / "out"
+    pretrain(story, out, max_steps=6, checkpoint_interval=2, max_minutes=1e-9)
+    pretrain(story, out, max_steps=6, checkpoint_interval=2, init_from="resume")
+    assert load_checkpoint(out / "ckpt_before.pt")["step"] == 4
+    os.replace(out / "ckpt_before.pt", out / "ckpt.pt")
+    pretrain(story, out, max_steps=6, checkpoint_interval=2, init_from="resume")
+    assert same_run(tmp_path / "whole", out)
+
+
+def test_a_checkpoint_that_reads_back_otherwise_does_not_replace_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    write_checkpoint(path, tiny(), step=1)
+    save = torch.save
+
+    def save_with_an_error(content, file):
+        save(content, whole := io.BytesIO())
+        file.write(flipped(whole.getvalue()))
+
+    monkeypatch.setattr(torch, "save", save_with_an_error)
+    with pytest.raises(OSError, match="reads back otherwise"):
+        write_checkpoint(path, tiny(), step=2)
+    assert load_checkpoint(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_resuming_what_has_not_begun_begins_it(story, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "none", tmp_path / "empty"):
+        pretrain(story, folder, max_steps=1, init_from="resume")
+        assert log_rows(folder)[-1]["step"] == 1
+
+
+def closed_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w")
+
+
+CANNOT_PRINT = dict(
+    full_disk=lambda: open("/dev/full", "w"), closed_pipe=closed_pipe, closed=lambda: None,
+    no_such_characters=lambda: io.TextIOWrapper(io.BytesIO(), encoding="ascii"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("why", CANNOT_PRINT)
+def test_what_cannot_be_printed_does_not_end_a_run(story, tmp_path, monkeypatch, why):
+    out, errors = CANNOT_PRINT[why](), CANNOT_PRINT[why]()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", errors)
+    pretrain(story, tmp_path, max_steps=3, sample_interval=1, sample_prompt="日本")
+    assert log_rows(tmp_path)[-1]["step"] == load_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
+    if why == "no_such_characters":
+        assert b"sample: ??" in out.buffer.getvalue()
+    for stream in (out, errors):
+        with suppress(OSError, AttributeError):
+            stream.close()
+
+
+def test_a_run_whose_output_lies_on_a_full_disk_is_a_success(story, tmp_path):
+    settings = SMALL | dict(data_dir=story / "data", out_dir=tmp_path, max_steps=1)
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items())]
+        assert subprocess.run(command, cwd=ROOT, stdout=full, stderr=full).returncode == 0
+
+
 def test_overwrite_starts_over_and_leaves_nothing_of_the_earlier_run(story, tmp_path):
     pretrain(story, tmp_path, max_steps=2)
     pretrain(story, tmp_path, max_steps=3, overwrite=True, eval_interval=0)
@@ -3099,24 +3281,47 @@ def test_force_resumes_with_changed_settings_and_on_other_data(story, tmp_path):
     assert [group["weight_decay"] for opt in stored for group in opt["param_groups"]] == [0.5, 0.0, 0.5, 0.5]
 
 
-def test_a_run_whose_log_is_lost_is_resumed_with_a_new_one(story, tmp_path):
-    pretrain(story, tmp_path, max_steps=2)
-    (tmp_path / "log.jsonl").unlink()
-    pretrain(story, tmp_path, max_steps=3, init_from="resume")
-    header, row = log_rows(tmp_path)
-    assert "units" in header and row["step"] == 3
+LOG_DAMAGE = dict(  # what happens to the lines of a log of the steps 0 to 6 -> the steps of the rows that are left
+    nothing=(lambda lines: lines, range(5)),
+    a_lost_row=(lambda lines: [*lines[:3], *lines[4:]], [0, 1, 3, 4]),
+    only_a_lost_row=(lambda lines: [*lines[:3], *lines[4:6]], [0, 1, 3, 4]),
+    a_lost_line_break=(lambda lines: [*lines[:5], lines[5].rstrip()], range(5)),
+    an_extra_line=(lambda lines: [*lines[:3], "what is this?\n", *lines[3:]], range(5)),
+    an_extra_row=(lambda lines: [*lines[:3], lines[2], *lines[3:]], range(5)),
+    zeros_at_the_end=(lambda lines: [*lines[:4], "\0" * 999], range(3)),
+    no_header=(lambda lines: lines[1:], range(5)),
+    everything_lost=(lambda lines: [], []),
+)
+
+
+@pytest.mark.parametrize("damage", LOG_DAMAGE)
+def test_a_log_that_was_changed_is_kept_and_its_rows_up_to_the_checkpoint_go_on(story, tmp_path, capsys, damage):
+    pretrain(story, tmp_path, max_steps=6, checkpoint_interval=2)
+    whole = log_rows(tmp_path)
+    change, steps = LOG_DAMAGE[damage]
+    log = tmp_path / "log.jsonl"
+    changed = "".join(change(log.read_text().splitlines(keepends=True)))
+    log.write_text(changed)
+    os.replace(tmp_path / "ckpt_before.pt", tmp_path / "ckpt.pt")  # of step 4
+    for n_steps in (4, 4, 6):  # what was repaired is not repaired again
+        pretrain(story, tmp_path, max_steps=n_steps, checkpoint_interval=2, init_from="resume")
+    assert log_rows(tmp_path) == [whole[0], *[whole[1:][step] for step in [*steps, 5, 6]]]
+    assert ("is not what it was at step 4" in capsys.readouterr().out) == (damage != "nothing")
+    copies = [path.read_text() for path in tmp_path.glob("log_*.jsonl")]
+    nothing_was_cut = damage in ("nothing", "only_a_lost_row", "everything_lost")
+    assert copies == ([] if nothing_was_cut else [changed])
 
 
 def test_a_run_is_resumed_only_with_the_settings_that_its_weights_depend_on(tmp_path):
     free = "out_dir data_dir init_from overwrite force max_steps max_tokens eval_interval eval_tokens max_minutes "
     free += "hellaswag_interval hellaswag_source hellaswag_limit sample_interval sample_prompt log_interval "
-    free += "checkpoint_interval keep_every tracker"
+    free += "checkpoint_interval keep_every tracker tokenizer"
     settings = train.DEFAULTS | dict(out_dir=str(tmp_path))
     a_run = run_py.Run("pretrain", settings, 1, {}, {}, train.MAY_CHANGE, train.FIXED)
-    a_run.about = {"data": [], "processes": 1}
+    a_run.about = {"data": [], "processes": 1, "tokenizer": "bytes"}
     refused = set()
     for name in settings:
-        a_run.stored = {"settings": settings | {name: "another"}, "data": [], "optimizers": []}
+        a_run.stored = {"settings": settings | {name: "another"}, "data": [], "tokenizer": "bytes"}
         try:
             a_run.check_same_run()
         except OSError as error:
@@ -3265,6 +3470,19 @@ def test_two_processes_train_as_one_and_resume_its_run_and_stop_together_and_one
     allowed = dict(loss=1e-5, val_loss=1e-5, hellaswag_acc_norm=0, grad_norm=1e-3)  # of the whole, before clipping
     for name, largest in allowed.items():
         assert difference(tmp_path / "one", tmp_path / "two", name) <= largest, name
+
+
+def test_processes_whose_torchrun_is_killed_stop_after_the_step_and_save_and_can_be_resumed(story, tmp_path):
+    settings = SMALL | dict(data_dir=story / "data", out_dir=tmp_path, max_steps=10**6, max_minutes=0.5, batch_size=2)
+    torchrun = start(*TORCHRUN, "train.py", **settings)
+    wait_for(lambda: (tmp_path / "log.jsonl").exists() and len(log_rows(tmp_path)) > 5)
+    torchrun.kill()
+    output, errors = torchrun.communicate()  # until its processes have closed their ends too
+    last = log_rows(tmp_path)[-1]["step"]
+    assert "the launcher is gone: stopping after this step" in output, errors
+    assert load_checkpoint(tmp_path / "ckpt.pt")["step"] == last
+    pretrain(story, tmp_path, **settings | dict(max_steps=last + 1, init_from="resume"))
+    assert [row["step"] for row in log_rows(tmp_path)[1:]] == list(range(last + 2))
 
 
 def test_two_processes_finetune_and_prefer_as_one(trained, chat_rows, pair_rows, tmp_path):
@@ -3819,7 +4037,7 @@ def test_beta_and_label_smoothing_scale_the_first_gradient_and_length_normalizat
 
 
 def test_dpo_on_the_toyworld_learns_to_be_brief_and_forgets_no_answers(world, tmp_path):
-    save_checkpoint(tmp_path / "base.pt", tiny("modern", block_size=128), tokenizer="bytes")
+    write_checkpoint(tmp_path / "base.pt", tiny("modern", block_size=128))
     for name in ("instruct", "preferences"):
         files = dict(source=f"{world}/{name}.json", out_dir=f"{tmp_path}/{name}")
         call(prepare_instruct, tokenizer="bytes", max_tokens=129, **files)
@@ -3844,7 +4062,7 @@ def test_the_log_probs_of_the_reference_are_computed_once_but_again_for_another_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpo, "reference_log_probs", None)
         prefer(trained, pair_rows, out, init_from="resume")
-    save_checkpoint(other, tiny("modern"), tokenizer="bytes")
+    write_checkpoint(other, tiny("modern"))
     with pytest.raises(OSError, match="the data or the model to start from have changed"):
         prefer(trained, pair_rows, out, init_from="resume", checkpoint=str(other))
     prefer(trained, pair_rows, out, overwrite=True, checkpoint=str(other))
@@ -3964,7 +4182,7 @@ def chat_of_zeros(path):
     model = tiny("modern", block_size=128)
     with torch.no_grad():
         model.wte.weight[:], model.ln_f.weight[:] = 0, 0
-    save_checkpoint(path, model, stage="finetune", tokenizer="bytes")
+    write_checkpoint(path, model, stage="finetune")
     return path
 
 
@@ -4185,7 +4403,7 @@ def test_a_space_installs_the_versions_that_the_project_asks_for():
 
 
 def test_the_page_computes_in_the_dtype_asked_for_and_so_are_the_weights_of_a_space(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune", tokenizer="bytes")
+    write_checkpoint(tmp_path / "a.pt", tiny(), stage="finetune")
     served, page = [], SimpleNamespace(block_thread=lambda: None)
     monkeypatch.setattr(space_app, "launch", lambda model, *more: served.append(model) or (page, "address"))
     for dtype in (torch.bfloat16, torch.float32):
@@ -4408,7 +4626,7 @@ def test_a_page_asks_only_its_own_server_and_on_a_phone_nothing_is_wider_than_th
 
 def test_an_assembled_space_works_with_its_own_files_alone_and_reports_to_nobody(chromium, tmp_path):
     stored = dict(stage="finetune", tokenizer="gpt2", tokens=9, metrics=dict(val_loss=1.5))
-    save_checkpoint(tmp_path / "ckpt.pt", tiny(n_vocab=50259, vocab_size=50304), **stored)
+    write_checkpoint(tmp_path / "ckpt.pt", tiny(n_vocab=50259, vocab_size=50304), **stored)
     folder = tmp_path / "parts" / "space"
     call(space_app, checkpoint=tmp_path / "ckpt.pt", assemble=folder)
     with socket.create_server(("127.0.0.1", 0)) as outside:  # a proxy that sees every request to another machine
@@ -4992,7 +5210,7 @@ def test_the_real_run_uses_as_many_gpus_as_divide_the_rows_of_a_step(asked):
 
 
 def test_held_out_accuracy_counts_right_answers_whatever_their_case(monkeypatch, tmp_path):
-    save_checkpoint(tmp_path / "a.pt", tiny(), tokenizer="bytes")
+    write_checkpoint(tmp_path / "a.pt", tiny())
     monkeypatch.setattr(summary, "answer", lambda model, tokenizer, asked, *_: [f" {q.upper()} " for q in asked])
     questions = [dict(question="Paris.", answer="paris."), dict(question="Rome", answer="Rom")]
     assert summary.held_out_accuracy(tmp_path / "a.pt", questions) == 0.5

@@ -119,13 +119,13 @@ AT_LEAST_1 = {  # all other numbers must be at least 0
     "block_size", "n_layer", "n_head", "n_embd", "tokens_per_step", "max_steps", "eval_tokens", "log_interval",
     "checkpoint_interval",
 }  # fmt: skip
-MAY_CHANGE = {  # on resuming: these do not affect the weights, or only lengthen the run
+MAY_CHANGE = {  # on resuming: these do not affect the weights, or only lengthen the run; Run compares the tokenizers
     "data_dir", "max_steps", "max_tokens", "eval_interval", "eval_tokens", "hellaswag_interval", "hellaswag_source",
-    "hellaswag_limit", "sample_interval", "sample_prompt",
+    "hellaswag_limit", "sample_interval", "sample_prompt", "tokenizer",
 }  # fmt: skip
 SIZES = ("block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "rope_theta")
 # not even --force may change these: the stored tensors have these shapes
-FIXED = {"family", "block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "optimizer", "tokenizer"}
+FIXED = {"family", "block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "optimizer"}
 CPU_TOKENS = 8192  # largest micro-batch that --batch_size=0 finds on a CPU
 
 
