@@ -26,36 +26,43 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 PLAIN = (bool, int, float, str, tuple, list, type(None))  # types that a setting may have
 
-KNOWN_ELSEWHERE = {  # settings of nanoGPT and others: ours that do the job; the first that the script has is suggested
+RENAMED = {  # a setting of nanoGPT and others: ours that do the job; the first that the script has is suggested
     "max_iters": ("max_steps", "epochs"),
     "max_steps": ("epochs",),
+    "num_epochs": ("epochs",),
     "warmup_iters": ("warmup_steps",),
     "lr": ("learning_rate",),
     "save_interval": ("checkpoint_interval",),
-    "num_epochs": ("epochs",),
+    "checkpoint_dir": ("out_dir",),
+    "dataset": ("data_dir", "source"),
     "context_length": ("block_size",),
     "model_type": ("family",),
+    "precision": ("dtype",),
     "resume": ("init_from",),
-    "dataset": ("data_dir", "source"),
+    "out_dir": ("checkpoint",),
     "start": ("prompt",),
     "total_batch_size": ("tokens_per_step", "rows_per_step", "pairs_per_step"),
     "gradient_accumulation_steps": ("tokens_per_step", "rows_per_step", "pairs_per_step"),
     "wandb_log": ("tracker",),
 }
-NOT_HERE = {  # settings of nanoGPT that have no counterpart with the same meaning: what there is instead
-    "dropout": "there is no dropout; best.pt keeps the weights of the lowest validation loss",
-    "bias": "the family decides: gpt2 has biases, modern has none",
-    "vocab_size": "the tokenizer decides",
-    "min_lr": "use final_lr_fraction, a share of learning_rate",
-    "lr_decay_iters": "the rate decays until the end; decay_fraction is the share of the run in which it does",
-    "decay_lr": "decay_fraction=0 keeps the rate constant",
-    "eval_iters": "use eval_tokens, a number of tokens",
-    "eval_only": "hellaswag.py scores a checkpoint",
-    "beta1": "it is 0.9 for AdamW",
-    "backend": "NCCL is used on GPUs, gloo on CPUs",
-    "wandb_project": "tracker uses the project fgpt",
-    "wandb_run_name": "tracker names the run after out_dir",
-    "always_save_checkpoint": "ckpt.pt is always written, best.pt at the lowest validation loss",
+NO_COUNTERPART = {  # a setting of nanoGPT: a setting without which the answer is of no use, and the answer
+    "dropout": ("max_steps", "there is no dropout; best.pt keeps the weights with the lowest validation loss"),
+    "bias": ("family", "the family decides: gpt2 has biases, modern has none"),
+    "vocab_size": ("family", "the tokenizer decides"),
+    "always_save_checkpoint": ("out_dir", "ckpt.pt is always written, best.pt at the lowest validation loss"),
+    "min_lr": ("final_lr_fraction", "use final_lr_fraction, a share of learning_rate"),
+    "lr_decay_iters": (
+        "decay_fraction",
+        "use decay_fraction, the share of the run in which the rate decays",
+    ),
+    "decay_lr": ("decay_fraction", "decay_fraction=0 keeps the rate constant"),
+    "eval_iters": ("eval_tokens", "use eval_tokens, a number of tokens"),
+    "eval_only": ("out_dir", "hellaswag.py scores a checkpoint"),
+    "max_new_tokens": ("sample_interval", "sample.py has it"),
+    "beta1": ("learning_rate", "it is 0.9 for AdamW"),
+    "backend": ("device", "NCCL is used on GPUs, gloo on CPUs"),
+    "wandb_project": ("tracker", "tracker uses the project fgpt"),
+    "wandb_run_name": ("tracker", "tracker names the run after out_dir"),
 }
 
 
@@ -152,14 +159,15 @@ def check_known(name, defaults):
     """BadInput for a name that is not a setting; it says which setting does the job, or is spelled almost like it."""
     if name in defaults:
         return
-    ours = [known for known in KNOWN_ELSEWHERE.get(name, ()) if known in defaults]
-    near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.75)
-    if ours:
-        hint = f"use {ours[0]}"
-    elif name in NOT_HERE:
-        hint = NOT_HERE[name]
-    elif near:
-        hint = f"did you mean {near[0]}?"
+    renamed = [known for known in RENAMED.get(name, ()) if known in defaults]
+    needed, answer = NO_COUNTERPART.get(name, ("", ""))
+    similar = difflib.get_close_matches(name, defaults, n=1, cutoff=0.75)
+    if renamed:
+        hint = f"use {renamed[0]}"
+    elif needed in defaults:
+        hint = answer
+    elif similar and not answer:
+        hint = f"did you mean {similar[0]}?"
     else:
         hint = "--help lists the settings"
     raise BadInput(f"unknown setting {name}: {hint}")
@@ -181,8 +189,8 @@ def check_type(name, value, default):
 
 
 def expand_home(text):
-    """The text with ~/ at its beginning, or after a comma, as the home folder: shells leave it as it is after `=`."""
-    return re.sub("(^|,)~/", lambda found: f"{found[1]}{Path.home()}/", text)
+    """The text with ~ at its beginning, or after a comma, as the home folder: shells leave it as it is after `=`."""
+    return re.sub(r"(^|,\s*)~(?=/|,|$)", lambda found: f"{found[1]}{Path.home()}", text)
 
 
 def check_settings(settings, at_least_1=(), rules=()):

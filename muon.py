@@ -25,14 +25,15 @@ class Muon(torch.optim.Optimizer):
 
     def add_param_group(self, group):
         """ValueError for a parameter that is neither a matrix nor a kernel (4-D). The constructor calls this, too."""
-        super().add_param_group(group)
-        for p in self.param_groups[-1]["params"]:
+        params = group["params"]
+        group = {**group, "params": [params] if isinstance(params, torch.Tensor) else list(params)}
+        for p in group["params"]:
             if p.ndim not in (2, 4):
-                self.param_groups.pop()
                 raise ValueError(
                     f"Muon is for matrices (2-D) and convolution kernels (4-D): give the parameter of shape "
                     f"{tuple(p.shape)} to AdamW"
                 )
+        super().add_param_group(group)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -55,7 +56,7 @@ class Muon(torch.optim.Optimizer):
         n = group["n_split"]
         rows, cols = params[0].shape[0] // n, params[0][0].numel()
         updates = torch.stack([self.nesterov(p, group["momentum"]) for p in params])
-        updates = orthogonalize_shared(updates.view(-1, rows, cols))
+        updates = orthogonalize_shared(updates.reshape(-1, rows, cols))  # a kernel may be stored channels last
         step_size = group["lr"] * max(1, rows / cols) ** 0.5
         for p, update in zip(params, updates.split(n), strict=True):
             update = update.to(p.dtype)  # (n, rows, cols)

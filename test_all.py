@@ -84,7 +84,7 @@ from model import FAMILIES, GPT, GPTConfig, make_optimizers  # noqa: E402
 from muon import Muon  # noqa: E402
 from run import load_checkpoint, load_model, save_checkpoint  # noqa: E402
 from space import app as space_app  # noqa: E402
-from tokenizer import Tokenizer, tokenizer_of  # noqa: E402
+from tokenizer import Tokenizer, tokenizer_in, tokenizer_of, vocabulary_text  # noqa: E402
 from tools import bench, contamination, convert_hf, plot, race, summary, toyworld  # noqa: E402
 
 STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "dpo.py", "sample.py"]
@@ -1052,7 +1052,7 @@ def test_a_bug_in_a_stage_or_in_what_it_imports_keeps_its_traceback(tmp_path, mo
 
 NANOGPT = {  # what nanoGPT calls it: what train.py answers
     "max_iters": "use max_steps", "warmup_iters": "use warmup_steps", "lr": "use learning_rate",
-    "min_lr": "use final_lr_fraction, a share", "lr_decay_iters": "the rate decays until the end",
+    "min_lr": "use final_lr_fraction, a share", "lr_decay_iters": "use decay_fraction, the share",
     "decay_lr": "decay_fraction=0", "eval_iters": "use eval_tokens, a number", "dataset": "use data_dir",
     "gradient_accumulation_steps": "use tokens_per_step", "total_batch_size": "use tokens_per_step",
     "wandb_log": "use tracker", "dropout": "there is no dropout", "bias": "the family decides",
@@ -1145,6 +1145,22 @@ def own_vocabulary(tmp_path_factory):
     code, said, errors = command_line(*command)
     assert code == 0 and "300 ids" in said, errors
     return folder
+
+
+def test_a_vocabulary_of_ones_own_that_is_lost_another_one_or_too_large_is_refused(own_vocabulary, tmp_path):
+    name = Tokenizer(str(own_vocabulary / "tok")).name
+    shutil.copytree(own_vocabulary / "tok", tmp_path, dirs_exist_ok=True)
+    assert tokenizer_in(tmp_path, name).name == name
+    path = tmp_path / "vocabulary.tiktoken"
+    path.write_text(path.read_text() + "YWJjZGVmZ2g= 297\n")
+    with pytest.raises(OSError, match=f"{path}: must be the vocabulary of {name}, with which the shards were made"):
+        tokenizer_in(tmp_path, name)
+    path.write_text(vocabulary_text([*(bytes([i]) for i in range(256)), *(b"%d" % i for i in range(1000, 66300))]))
+    with pytest.raises(OSError, match=f"{path}: has 65,556 tokens; .*at most 65,536"):
+        Tokenizer(str(path))
+    path.unlink()
+    with pytest.raises(OSError, match=f"{path}: must be the vocabulary of {name}"):
+        tokenizer_in(tmp_path, name)
 
 
 @given(st.text(max_size=40))
@@ -1475,7 +1491,7 @@ def test_muon_gets_the_matrices_of_the_blocks_and_decay_spares_norms_and_biases(
 
 
 def test_muon_takes_a_closure_and_convolution_kernels_and_refuses_what_is_no_matrix():
-    kernel = torch.nn.Parameter(torch.randn(4, 3, 2, 2))
+    kernel = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
     matrix = torch.nn.Parameter(kernel.detach().reshape(4, 12).clone())
     optimizers = [Muon([kernel]), Muon([matrix])]
     for parameter, opt in zip((kernel, matrix), optimizers, strict=True):
@@ -2514,7 +2530,7 @@ def test_validation_loss_is_the_mean_over_the_first_windows_in_nats_and_bits(tmp
 
 
 class NoFloat64(torch.utils._python_dispatch.TorchDispatchMode):
-    """Apple's GPUs: what is computed from the model's weights counts as on the device, and has no float64 there."""
+    """Apple's GPUs, which have no float64. On the device is what is computed from the model's weights, or put there."""
 
     def __init__(self, model):
         super().__init__()
@@ -2524,14 +2540,31 @@ class NoFloat64(torch.utils._python_dispatch.TorchDispatchMode):
     def tensors(self, tree):
         return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
+    def put(self, func, tree):
+        for tensor in self.tensors(tree):
+            assert tensor.dtype != torch.float64, f"{func} in float64 on the device"
+            self.on_device.append(tensor)
+            self.addresses.add(tensor.untyped_storage().data_ptr())
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         inputs = {tensor.untyped_storage().data_ptr() for tensor in self.tensors((args, kwargs))}
         if inputs & self.addresses:
-            for tensor in self.tensors(result):
-                assert tensor.dtype != torch.float64, f"{func} in float64 on the device"
-                self.on_device.append(tensor)
-                self.addresses.add(tensor.untyped_storage().data_ptr())
+            self.put(func, result)
+        return result
+
+
+class PutOnDevice(torch.overrides.TorchFunctionMode):
+    """Tells NoFloat64 of calls that name the device, such as torch.zeros(3, device=device) and tensor.to(device)."""
+
+    def __init__(self, no_float64):
+        super().__init__()
+        self.no_float64 = no_float64
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(argument, torch.device) for argument in (*args, *(kwargs or {}).values())):
+            self.no_float64.put(func, result)
         return result
 
 
@@ -2543,7 +2576,7 @@ def test_no_stage_computes_in_float64_on_the_device(story, chat_rows, pair_rows,
     chats_ = finetune.Conversations(chat_rows, "val")
     pairs = dpo.Pairs(finetune.Conversations(pair_rows, "val"))
     margins_of = functools.partial(dpo.reward_margins, beta=0.1, length_normalized=False)
-    with NoFloat64(model):
+    with NoFloat64(model) as device, PutOnDevice(device):
         train.validation_loss(model, windows, 4, 2, tokenizer.token_bytes(), plain)
         next_token_step(model, make_optimizers(model), random_batch(), 4)
         finetune.answer_loss(model, chats_, 4, plain)

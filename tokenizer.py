@@ -117,8 +117,17 @@ def tokenizer_of(stored):
 
 
 def tokenizer_in(folder, name):
-    """The tokenizer of this name that a folder of token shards was made with; it holds a vocabulary of your own."""
-    return Tokenizer(name if name in BUILT_IN else str(folder))
+    """The tokenizer of this name that a folder of token shards was made with; it holds a vocabulary of your own.
+
+    OSError when that is lost or another one.
+    """
+    if name in BUILT_IN:
+        return Tokenizer(name)
+    path = Path(folder, VOCABULARY)
+    tokenizer = Tokenizer(str(path)) if path.is_file() else None
+    if tokenizer is None or tokenizer.name != name:
+        raise OSError(f"{path}: must be the vocabulary of {name}, with which the shards were made: copy it there")
+    return tokenizer
 
 
 def read_checkpoint(path):
@@ -167,7 +176,9 @@ def load_vocabulary(text, where):
     is_whole = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([i]) in ranks for i in range(256))
     if not is_whole:
         raise OSError(f"{where}: not a vocabulary in tiktoken's form: make it with python -m tools.train_tokenizer")
-    specials = {text: len(ranks) + i for i, text in enumerate(SPECIALS)}
+    if len(ranks) + len(SPECIALS) > 2**16:
+        raise OSError(f"{where}: has {len(ranks):,} tokens; with the control tokens, token shards hold at most 65,536")
+    specials = {special: len(ranks) + i for i, special in enumerate(SPECIALS)}
     return tiktoken.Encoding(name="own", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=specials)
 
 

@@ -52,7 +52,7 @@ def main():
     text = train_vocabulary(documents_of(files), vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
-    own = Tokenizer(out)
+    own = Tokenizer(str(path))
     per_token = bytes_per_token(own, documents_of(files))
     print(f"{path}: tokenizer {own.name}, {own.n_vocab:,} ids, {per_token:.2f} bytes of the text per token")
     if own.n_vocab < vocab_size:
