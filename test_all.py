@@ -852,7 +852,7 @@ BAD_INPUT = [
         "rope_scaling is {'type'"),
     ("-m tools.convert_hf", {"hf/config.json": edited(rms_norm_eps=1e-5)}, "", "rms_norm_eps is 1e-05"),
     ("-m tools.convert_hf", {"hf/config.json": edited(vocab_size=151936)}, "",
-        "vocab_size is 151936; fgpt's tokenizers have 259, 50257, 50259 ids"),
+        "the 151936 ids are not those of a tokenizer of fgpt"),
     ("-m tools.convert_hf", {"hf/config.json": edited(num_hidden_layers=0)}, "", "n_layer, .* must be at least 1"),
     ("-m tools.convert_hf", {"hf/config.json": edited(num_hidden_layers=1)}, "",
         "hf: weight layers.1.* has no counterpart in fgpt"),
@@ -867,9 +867,12 @@ BAD_INPUT = [
     ("-m tools.convert_hf",
         {"x/config.json": json.dumps(dict(SMALL, model_type="gpt2", n_positions=8, vocab_size=259))}, "--model=x",
         "x: no model.safetensors there .*: save_pretrained of transformers writes .safetensors"),
-    ("-m tools.convert_hf", {"hf/vocab.json": '{"!": 0}'}, "", "hf: vocab.json is not the vocabulary of fgpt's bytes"),
-    ("-m tools.convert_hf", {"hf/tokenizer.json": '{"model": {"vocab": {"!": 0}}}'}, "",
-        "hf: tokenizer.json is not the vocabulary of fgpt's bytes tokenizer"),
+    ("-m tools.convert_hf", {"hf/vocab.json": '{"!": 0}'}, "", "hf: the 259 ids are not those of a tokenizer"),
+    ("-m tools.convert_hf", {"hf/tokenizer.json": '{"model": {"vocab": {"!": 0}}, "added_tokens": []}'}, "",
+        "hf: the 259 ids of tokenizer.json are not those of a tokenizer that fgpt exported"),
+    ("-m tools.convert_hf", {"hf/tokenizer.json": '{"model": {"vocab": []}}'}, "",
+        "hf/tokenizer.json: not what was expected there: delete it or create it again"),
+    ("-m tools.convert_hf", {"hf/config.json": "[]"}, "", "hf/config.json: not what was expected there"),
     ("-m tools.convert_hf", {}, "--model=data", "No such file or directory: 'data/config.json'"),
     ("-m tools.convert_hf", {}, "--model=nowhere", "--model=nowhere: no such folder .a model of the Hub is owner/name"),
     ("-m tools.convert_hf", {}, "--model=", "--model=: no such folder"),
@@ -1192,6 +1195,12 @@ def test_a_vocabulary_of_ones_own_travels_from_shards_to_checkpoints_chats_space
     for checkpoint in ("chat/ckpt.pt", "space/best.pt", "again.pt"):
         stored = load_checkpoint(tmp_path / checkpoint)
         assert tokenizer_of(stored).vocabulary == ours.vocabulary and stored["tokenizer"] == ours.name
+    # one with as many ids as `bytes`
+    own = Tokenizer("own", vocabulary_text(bytes([i]) for i in reversed(range(256))))
+    write_checkpoint(tmp_path / "few.pt", tiny(), tokenizer=own.name, vocabulary=own.vocabulary)
+    convert("export", f"--checkpoint={tmp_path}/few.pt", f"--out={tmp_path}/few")
+    import_(tmp_path / "few", tmp_path / "few_again.pt")
+    assert load_checkpoint(tmp_path / "few_again.pt")["vocabulary"] == own.vocabulary
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in (TEXT.partition("<|")[0], (own_vocabulary / "a.txt").read_text(encoding="utf-8").partition("<|")[0]):
         assert theirs(text)["input_ids"] == ours.encode(text)

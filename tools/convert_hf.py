@@ -63,6 +63,8 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 LETTERS = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
+# what is read of a tokenizer.json
+TOKENIZER_JSON = {"added_tokens": [{"content": str, "id": int}], "model": {"vocab": dict}}
 GPT2_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 QWEN3 = {  # our modules to theirs, which have separate queries, keys and values
     "wte": ["embed_tokens"],
@@ -354,7 +356,7 @@ def import_model(model, path, overwrite):
     folder = Path(model)
     if not model or not folder.is_dir():
         folder = fetch_model(model)
-    hf = read_json(folder / "config.json")
+    hf = read_json(folder / "config.json", dict)
     try:
         config = config_from_hf(hf)
         tokenizer = tokenizer_from_hf(folder, config.n_vocab)
@@ -410,23 +412,26 @@ def config_from_hf(hf):
 def tokenizer_from_hf(folder, n_vocab):
     """The tokenizer of a folder. BadInput when it is none of ours: many models have as many ids as GPT-2."""
     path = folder / "tokenizer.json"
-    if n_vocab in TOKENIZERS:
-        tokenizer = Tokenizer(TOKENIZERS[n_vocab])
-    elif path.exists():
-        tokenizer = Tokenizer("own", vocabulary_from_hf(read_json(path), n_vocab))
-    else:
+    tokenizer = Tokenizer(TOKENIZERS[n_vocab]) if n_vocab in TOKENIZERS else None
+    is_found = tokenizer is not None and has_vocabulary(folder, tokenizer)
+    if not is_found and path.exists():
+        tokenizer = Tokenizer("own", vocabulary_from_hf(read_json(path, TOKENIZER_JSON), n_vocab))
+        is_found = has_vocabulary(folder, tokenizer)
+    if not is_found:
         known = ", ".join(map(str, TOKENIZERS))
-        raise BadInput(f"vocab_size is {n_vocab}; fgpt's tokenizers have {known} ids, and there is no tokenizer.json")
-    ours = {spell(token): i for token, i in ranks_of(tokenizer).items()}
-    for name in ("tokenizer.json", "vocab.json"):
-        if not (folder / name).exists():
-            continue
-        theirs = read_json(folder / name)
-        if name == "tokenizer.json":
-            theirs = theirs["model"]["vocab"]
-        if any(theirs.get(token) != i for token, i in ours.items()):
-            raise BadInput(f"{name} is not the vocabulary of fgpt's {tokenizer.name} tokenizer")
+        raise BadInput(f"the {n_vocab} ids are not those of a tokenizer of fgpt ({known}), nor of one that it exported")
     return tokenizer
+
+
+def has_vocabulary(folder, tokenizer):
+    """Whether a folder's files, where there are any, have the ids of this tokenizer."""
+    vocabularies = []
+    if (folder / "tokenizer.json").exists():
+        vocabularies.append(read_json(folder / "tokenizer.json", {"model": {"vocab": dict}})["model"]["vocab"])
+    if (folder / "vocab.json").exists():
+        vocabularies.append(read_json(folder / "vocab.json", dict))
+    ours = {spell(token): i for token, i in ranks_of(tokenizer).items()}
+    return all(vocab.get(token) == i for vocab in vocabularies for token, i in ours.items())
 
 
 def vocabulary_from_hf(tokenizer_json, n_vocab):
@@ -434,7 +439,9 @@ def vocabulary_from_hf(tokenizer_json, n_vocab):
     specials = {entry["content"]: entry["id"] for entry in tokenizer_json["added_tokens"]}
     n_ordinary = n_vocab - len(SPECIALS)
     if specials != {text: n_ordinary + i for i, text in enumerate(SPECIALS)}:
-        raise BadInput(f"vocab_size is {n_vocab}, and tokenizer.json is not one that fgpt exported")
+        raise BadInput(
+            f"tokenizer.json, with {n_vocab} ids, is neither of a tokenizer of fgpt nor one that it exported"
+        )
     vocab = tokenizer_json["model"]["vocab"]
     tokens = sorted((text for text in vocab if text not in specials), key=vocab.get)
     return vocabulary_text(map(unspell, tokens))
