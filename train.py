@@ -42,7 +42,7 @@ from run import (
     sum_gradients,
     sum_over_ranks,
 )
-from tokenizer import Tokenizer, tokenizer_in
+from tokenizer import Tokenizer, tokenizer_in, tokenizer_of
 
 # files
 data_dir = "data/fineweb"  # folder of train and val shards
@@ -139,15 +139,16 @@ def main():
         "pretrain", settings, n_steps, UNITS, LABELS, may_change=MAY_CHANGE, fixed=FIXED, upgrade=upgrade_settings
     )
     start = None  # the model that a new run takes its weights from
+    known = run.stored  # the checkpoint that decides the tokenizer
     if init_from not in ("scratch", "resume"):
-        start, about_start = load_model(init_from)
-        take_sizes(settings, start.config, about_start["tokenizer"])
+        start, known = load_model(init_from)
+        take_sizes(settings, start.config, known["tokenizer"])
     elif run.stored:
         take_stored(settings, run.stored_settings)
     block_size = settings["block_size"]
     n_rows = rows_per_step(tokens_per_step, block_size, batch_size)
     device = pick_device(settings["device"], deterministic)
-    tokenizer, train, val = load_data(settings)
+    tokenizer, train, val = load_data(settings, known)
     hellaswag, items = load_hellaswag(hellaswag_interval > 0, hellaswag_source, hellaswag_limit)
     settings["device"] = device.type
     settings["dtype"] = pick_dtype(dtype or run.stored_settings.get("dtype", ""), device, settings["n_embd"])
@@ -243,7 +244,7 @@ def take_sizes(settings, config, tokenizer):
 
 def take_stored(settings, stored):
     """Change the sizes that were not asked for to those of the run that is resumed, in place."""
-    for name in (*SIZES, "family", "tokenizer"):
+    for name in (*SIZES, "family"):
         if settings[name] == DEFAULTS[name]:
             settings[name] = stored.get(name, settings[name])
 
@@ -271,18 +272,23 @@ def rows_per_step(tokens_per_step, block_size, batch_size):
     return tokens_per_step // block_size
 
 
-def load_data(settings):
-    """(Tokenizer, training windows, validation windows) of a folder of shards. BadInput when they do not fit."""
+def load_data(settings, checkpoint=None):
+    """(Tokenizer, training windows, validation windows) of a folder of shards. BadInput when they do not fit.
+
+    checkpoint: that of the run, or that it starts from: it knows the tokenizer where the folder does not.
+    """
     folder = settings["data_dir"]
     name = settings["tokenizer"]
     stored = read_meta(folder).get("tokenizer")
-    if stored:
+    if checkpoint and stored in (None, checkpoint["tokenizer"]):
+        tokenizer = tokenizer_of(checkpoint)
+    elif stored:
         tokenizer = tokenizer_in(folder, stored)
-        is_the_same = name in ("", stored) or (Path(name).exists() and Tokenizer(name).name == stored)
-        if not is_the_same:
-            raise BadInput(f"{folder} was made with the {stored} tokenizer, not {name}: leave --tokenizer= out")
     else:
         tokenizer = Tokenizer(name or "gpt2")
+    is_the_same = name in ("", tokenizer.name) or (Path(name).exists() and Tokenizer(name).name == tokenizer.name)
+    if not is_the_same:
+        raise BadInput(f"{folder} was made with the {tokenizer.name} tokenizer, not {name}: leave --tokenizer= out")
     shards = {split: find_shards(folder, split) for split in ("train", "val")}
     train = Windows(shards["train"], settings["block_size"], tokenizer.n_vocab, settings["seed"])
     val = Windows(shards["val"], settings["block_size"], tokenizer.n_vocab, seed=0)  # the same for every run
