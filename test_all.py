@@ -4987,7 +4987,7 @@ def test_the_real_run_prepares_trains_scores_and_finetunes(asked):
     for _, *words in commands[: len(stages)]:
         read_settings(words)  # they exist
     assert {"config/fgpt_modern.py", "--out_dir=out/mine", "--max_tokens=1024"} <= set(commands[2])
-    assert "--init_from=resume" not in commands[2] and commands[4][-1] == "--style=harness"
+    assert "--init_from=resume" in commands[2] and commands[4][-1] == "--style=harness"
 
 
 def test_the_real_run_resumes_what_was_begun_and_finetunes_anew_what_was_trained_further(asked, tmp_path):

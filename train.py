@@ -5,13 +5,14 @@ HellaSwag on the way if asked.
     torchrun --nproc_per_node=8 train.py config/fgpt_712m.py --batch_size=0
 
 Writes into out_dir: log.jsonl (a line of units, then a line per step), ckpt.pt
-(everything needed to resume) and best.pt (the weights with the lowest
-validation loss). Stopped by Ctrl-C, SIGTERM or --max_minutes, it saves first.
-If the run is killed at any moment, the same command with --init_from=resume
-continues from ckpt.pt as if nothing had happened. --init_from=FILE starts a new
-run from the weights of a checkpoint, which also decide its sizes. Under
-torchrun each process computes its share of every batch, and the first one
-writes; on several nodes out_dir must be on a shared disk.
+(everything needed to resume), ckpt_before.pt (what it was before) and best.pt
+(the weights with the lowest validation loss). Stopped by Ctrl-C, SIGTERM or
+--max_minutes, it saves first. If the run is killed at any moment, the same
+command with --init_from=resume continues from ckpt.pt as if nothing had
+happened. --init_from=FILE starts a new run from the weights of a checkpoint,
+which also decide its sizes. Under torchrun each process computes its share of
+every batch, and the first one writes; on several nodes out_dir must be on a
+shared disk.
 """
 
 import math
