@@ -1527,7 +1527,8 @@ def test_a_checkpoint_that_this_version_cannot_read_is_refused_by_name_and_code_
         (content | dict(step="1", settings=[], model={"wte.weight": 1}), "it has no valid step, settings$"),
         (content | dict(model={"wte.weight": 1}), "it has no valid model$"),
         (content | dict(format_version=2), "has checkpoint format 2, of a newer fgpt; .*: update it"),
-        (content | dict(config=dict(n_layers=1)), "its config is not one of this version"),
+        (content | dict(config=dict(n_layers=1)), "its config is not one of this version .*n_layers"),
+        (content | dict(config=content["config"] | dict(n_embd=2.5)), r"its config is not .* \(n_embd\)"),
         (content | dict(model={}), "its weights do not match its config, they are fewer"),
         (
             content | dict(model={"wte.weight": torch.zeros(10**5)}),
@@ -3515,6 +3516,12 @@ def test_show_prints_the_supervised_text_between_brackets():
     tokenizer = Tokenizer("bytes")
     marked = prepare_instruct.mark_supervised(*tokenizer.render(turns("é?", "日", "b", "c")), tokenizer)
     assert marked == "<|user|>é?<|assistant|>⟦日<|endoftext|>⟧<|user|>b<|assistant|>⟦c<|endoftext|>⟧"
+
+
+def test_a_terminal_that_cannot_show_a_character_gets_a_question_mark(tmp_path):
+    source = f"--source={write_instructions(tmp_path)}"
+    command = ["prepare_instruct.py", source, "--tokenizer=bytes", f"--out_dir={tmp_path}/rows", "--show=9"]
+    assert "Say h?llo ??." in run(*command, env=os.environ | {"PYTHONIOENCODING": "ascii"})
 
 
 def test_named_sources_are_fetched_and_read_again_without_a_network(tmp_path, monkeypatch):
