@@ -77,6 +77,8 @@ def configure(namespace):
     From here on, bad input that the script finds is one line as well (see `one_line_errors`).
     """
     sys.excepthook = one_line_errors
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show is a question mark, not an error
     settings = settings_of(namespace)
     if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
         print(help_text(namespace, settings))

@@ -16,7 +16,6 @@ which counts half.
 """
 
 import json
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -44,6 +43,7 @@ from model import IGNORE, cross_entropy_sum, make_optimizers
 from run import (
     Run,
     autocast_for,
+    broadcast_from_first,
     due,
     join_processes,
     pick_device,
@@ -51,6 +51,7 @@ from run import (
     prefetch,
     rank_and_world,
     sum_over_ranks,
+    whole_file,
 )
 from train import UNITS as TRAIN_UNITS
 from train import lr_scale, set_learning_rates, train_step
@@ -112,7 +113,9 @@ def main():
     check(settings, AT_LEAST_1, rules)
     join_processes(settings["device"])
     device = pick_device(settings["device"], deterministic)
-    model, tokenizer = load_base(settings, device)
+    model, tokenizer, stage = load_base(settings, device)
+    if stage == "pretrain":
+        print(f"warning: {checkpoint} is not finetuned: preferences are for models that answer (finetune.py)")
     splits = load_conversations(data_dir, tokenizer, model.config.block_size, preferences=True)
     train, val = Pairs(splits[0]), Pairs(splits[1])
     n_steps = epochs * -(-len(train) // pairs_per_step)
@@ -126,15 +129,18 @@ def main():
     # log-probabilities depend, within rounding, on the batches and the dtype that they were computed with
     reference_file = Path(out_dir, "reference.npz")
     belongs_to = json.dumps([*data, batch_size, settings["dtype"]])
-    is_known = read_reference(reference_file, belongs_to, train, val)
-    if not is_known:
+    stored = broadcast_from_first(read_reference(reference_file, belongs_to))
+    if stored is None:
         train.reference = reference_log_probs(model, train, batch_size, autocast)
         val.reference = reference_log_probs(model, val, batch_size, autocast)
+    else:
+        train.reference, val.reference = stored
     print(f"{len(train):,} pairs, {n_steps:,} steps of {pairs_per_step}; {len(val):,} for validation")
     print(f"on {settings['device']} in {settings['dtype']}")
     run.restore(model, optimizers, tokenizer.name, data, tokenizer.vocabulary)
-    if not is_known:  # only now: a folder with this file but no checkpoint could not be resumed
-        write_reference(reference_file, belongs_to, train, val)
+    if stored is None and rank_and_world()[0] == 0:  # only now: a run that is refused writes nothing
+        with whole_file(reference_file) as file:
+            np.savez(file, train.reference.numpy(), val.reference.numpy(), belongs_to=belongs_to)
     batches = prefetch(partial(batch_at, train, pairs_per_step, seed), run.step, device)
 
     def margins_of(model, ids, mask, reference):
@@ -225,27 +231,18 @@ def preference_losses(margins, label_smoothing=0.0):
 # the reference, and validation
 
 
-def read_reference(path, belongs_to, train, val):
-    """Set the `reference` of both Pairs from a file; False if it is missing or was made from something else."""
-    if not path.exists():
-        return False
-    with np.load(path) as stored:
-        if stored["belongs_to"] != belongs_to:
-            return False
-        train.reference = torch.from_numpy(stored["arr_0"])
-        val.reference = torch.from_numpy(stored["arr_1"])
-    return True
-
-
-def write_reference(path, belongs_to, train, val):
-    """Keep the `reference` of both Pairs for when the run is resumed."""
-    if rank_and_world()[0] == 0:
-        temporary = f"{path}.tmp"
-        with open(temporary, "wb") as file:
-            np.savez(file, train.reference.numpy(), val.reference.numpy(), belongs_to=belongs_to)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+def read_reference(path, belongs_to):
+    """(that of the training pairs, that of the validation pairs); None if missing, damaged, or made from others."""
+    try:
+        with np.load(path) as stored:  # compares checksums
+            if stored["belongs_to"] != belongs_to:
+                return None
+            return torch.from_numpy(stored["arr_0"]), torch.from_numpy(stored["arr_1"])
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # numpy and zipfile raise many kinds
+        print(f"warning: {path} is damaged ({type(error).__name__}): what it held is computed again")
+        return None
 
 
 @torch.no_grad()  # not inference_mode: the result takes part in training

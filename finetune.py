@@ -15,7 +15,6 @@ before and after (by best.pt).
 
 import functools
 import hashlib
-import json
 import re
 import time
 from collections import Counter
@@ -40,6 +39,7 @@ from run import (
     pick_dtype,
     prefetch,
     rank_and_world,
+    row_of,
     sum_over_ranks,
 )
 from tokenizer import tokenizer_of
@@ -114,7 +114,7 @@ def main():
     check(settings, AT_LEAST_1, [(score_hellaswag or hellaswag_limit == 0, "hellaswag_limit needs --score_hellaswag")])
     join_processes(settings["device"])
     device = pick_device(settings["device"], deterministic)
-    model, tokenizer = load_base(settings, device)
+    model, tokenizer, _ = load_base(settings, device)
     train, val = load_conversations(data_dir, tokenizer, model.config.block_size)
     hellaswag, items = load_hellaswag(score_hellaswag, hellaswag_source, hellaswag_limit)
     n_steps = epochs * -(-len(train) // rows_per_step)
@@ -178,12 +178,12 @@ def check(settings, at_least_1, rules=()):
 
 
 def load_base(settings, device):
-    """(the model to start from, its tokenizer)."""
+    """(the model to start from, its tokenizer, the stage that trained it)."""
     model, stored = load_model(settings["checkpoint"], device)
     model.checkpoint_activations = settings["activation_checkpointing"]
     tokenizer = tokenizer_of(stored)
     model.config.n_vocab = tokenizer.n_vocab  # an imported GPT-2 has rows for the chat tokens that it does not use yet
-    return model, tokenizer
+    return model, tokenizer, stored["stage"]
 
 
 def load_conversations(folder, tokenizer, block_size, preferences=False):
@@ -243,7 +243,7 @@ class Conversations:
             self.tokens = load("tokens")
             self.mask = load("mask")
             self.offsets = load("offsets")
-        except (OSError, ValueError, EOFError) as error:
+        except (FileNotFoundError, ValueError, EOFError) as error:  # what may not be read is not damaged
             raise OSError(f"{folder}: damaged ({error}): run prepare_instruct.py again") from None
         self.lengths = np.diff(self.offsets)
 
@@ -378,7 +378,8 @@ def write_samples(out_dir, before, tokenizer, device, autocast, max_new_tokens):
     """samples.md: the ten questions and what the log has measured, before the first step and with best.pt."""
     best, stored = load_model(f"{out_dir}/best.pt", device)
     after = answer(best, tokenizer, QUESTIONS, max_new_tokens, autocast)
-    first = json.loads(Path(out_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()[1])
+    rows = [row_of(line) for line in Path(out_dir, "log.jsonl").read_bytes().split(b"\n")]
+    first = next((row for row in rows if row.get("step") == 0), {})  # a log that was lost has none
     lines = ["| question | before | after |", "|---|---|---|"]
     for row in zip(QUESTIONS, before, after, strict=True):
         cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in row]

@@ -28,7 +28,7 @@ import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ FORMAT_VERSION = 1  # of checkpoint files; load_checkpoint must read files of al
 ENTRIES = {"format_version": int, "config": dict, "model": dict, "stage": str, "tokenizer": str, "step": int}
 MORE_ENTRIES = {"tokens": int, "settings": dict, "metrics": dict, "vocabulary": str, "state": dict, "optimizers": list}
 RESUMED_FROM = ("optimizers", "state", "settings", "data")
-PARENT = os.getppid()  # the process that started this one, at that time: torchrun, should there be many
+PARENT = os.getppid()  # under torchrun its process id; another one later means that it was killed
 LOCK = "lock"  # the file of out_dir that a running process has locked: its process id and host
 LOCKED = {}  # the locks of this process: path -> open file
 PREVIOUS = "ckpt_before.pt"  # what ckpt.pt was before it was last written, should that be damaged
@@ -347,10 +347,10 @@ class Run:
         """Whether a signal came, the minutes are over, or torchrun has been killed, in any process."""
         minutes = self.settings["max_minutes"]
         too_late = minutes > 0 and time.monotonic() - self.started > 60 * minutes
-        alone = "LOCAL_RANK" in os.environ and os.getppid() != PARENT
-        if alone:
+        is_orphan = "LOCAL_RANK" in os.environ and os.getppid() != PARENT
+        if is_orphan:
             print_line("the launcher is gone: stopping after this step (--init_from=resume continues later)")
-        told = torch.tensor(float(self.signalled or too_late or alone))
+        told = torch.tensor(float(self.signalled or too_late or is_orphan))
         return bool(sum_over_ranks(told) > 0)
 
     def catch_signals(self, handler):
@@ -371,10 +371,8 @@ class Run:
             self.catch_signals(signal.SIG_DFL)
             message += "; once more to stop at once"
         if rank_and_world()[0] == 0:
-            with suppress(OSError):
-                os.write(
-                    sys.stdout.fileno(), f"{message}\n".encode()
-                )  # not print, which the signal may have interrupted
+            with suppress(OSError):  # not print, which the signal may have interrupted
+                os.write(sys.stdout.fileno(), f"{message}\n".encode())
 
     def check_finite(self):
         """FloatingPointError after three steps in a row that were not applied."""
@@ -777,8 +775,11 @@ def load_model(path, device="cpu"):
     weights = content.pop("model")
     try:
         config = GPTConfig(**content["config"])
+        wrong = [field.name for field in fields(config) if not isinstance(getattr(config, field.name), field.type)]
     except (TypeError, ValueError) as error:
-        raise OSError(f"{path}: its config is not one of this version ({error})") from None
+        wrong = [str(error)]
+    if wrong:
+        raise OSError(f"{path}: its config is not one of this version ({', '.join(wrong)})")
     if n_weights_at_least(config) > sum(p.numel() for p in weights.values()):  # no memory is taken for wrong sizes
         raise OSError(f"{path}: its weights do not match its config, they are fewer")
     model = GPT(config)

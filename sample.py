@@ -46,9 +46,8 @@ def main():
     settings = settings_of(globals())
     check(settings)
     text = read_prompt()
-    for file in (sys.stdin, sys.stdout):
-        if hasattr(file, "reconfigure"):
-            file.reconfigure(errors="replace")  # no byte that comes in or cannot go out is an error
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # no byte that comes in is an error
     device = pick_device(settings["device"])
     model, stored = load_model(checkpoint, device)
     dtype = pick_dtype(settings["dtype"], device, model.config.n_embd, BF16_WIDTH_DECODING)

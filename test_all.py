@@ -760,7 +760,7 @@ BAD_INPUT = [
     ("train.py", {}, "--tokens_per_step=192", "192 must be a multiple of block_size x batch_size = 128"),
     ("train.py", {}, "--family=gpt5", "family must be one of gpt2, modern, not 'gpt5'"),
     ("train.py", {}, "--optimizer=sgd", "optimizer must be one of muon, adamw, not 'sgd'"),
-    ("train.py", {}, "--tokenizer=gpt2", "data was made with the bytes tokenizer, not gpt2: prepare the text with"),
+    ("train.py", {}, "--tokenizer=gpt2", "the tokenizer of data is bytes, not gpt2: leave --tokenizer= out"),
     ("train.py", {}, "--device=warp", "device 'warp' cannot be used here: try --device=cpu"),
     ("train.py", {}, "--schedule=linear --beta2=1.0 --init_from=best --decay_fraction=1.5 --final_lr_fraction=2.0",
      "init_from must be scratch, resume or a file .*, not 'best'; schedule must be trapezoid or cosine, not 'linear'; "
@@ -929,6 +929,24 @@ def test_bad_input_is_one_line_that_says_what_to_do_and_nothing_is_lost(
     assert code in (1, 2) and len(errors.splitlines()) == 1, errors
     assert re.search(said, errors), errors
     assert tree(here) == before
+
+
+UNREADABLE = {
+    "base/best.pt": "sample.py",
+    "base/ckpt.pt": "train.py --out_dir=base --init_from=resume",
+    "rows/val_mask.npy": "finetune.py",
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_not_called_damaged(desk, tmp_path, monkeypatch, name):
+    shutil.copytree(desk, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(tmp_path / name)  # which not even root can open
+    stage, *settings = UNREADABLE[name].split()
+    code, _, errors = command_line(stage, *GOOD[stage].split(), *settings)
+    assert code == 1 and re.fullmatch(f"{stage}: .*Too many levels of symbolic links: '{name}'\n", errors), errors
 
 
 @pytest.mark.parametrize("stage", GOOD)
@@ -1562,7 +1580,8 @@ def test_a_checkpoint_that_this_version_cannot_read_is_refused_by_name_and_code_
         (content | dict(step="1", settings=[], model={"wte.weight": 1}), "it has no valid step, settings$"),
         (content | dict(model={"wte.weight": 1}), "it has no valid model$"),
         (content | dict(format_version=2), "has checkpoint format 2, of a newer fgpt; .*: update it"),
-        (content | dict(config=dict(n_layers=1)), "its config is not one of this version"),
+        (content | dict(config=dict(n_layers=1)), "its config is not one of this version .*n_layers"),
+        (content | dict(config=content["config"] | dict(n_embd=2.5)), r"its config is not .* \(n_embd\)"),
         (content | dict(model={}), "its weights do not match its config, they are fewer"),
         (
             content | dict(model={"wte.weight": torch.zeros(10**5)}),
@@ -2928,6 +2947,23 @@ def test_weights_kept_on_the_way_are_listed_never_deleted_and_no_run_in_use(stor
     assert (out / "step_00000002.pt").read_bytes() == before
 
 
+def test_a_run_whose_shards_lost_their_records_knows_its_tokenizer(story, own_vocabulary, tmp_path):
+    vocabulary = own_vocabulary / "tok"
+    files = dict(source=story / "text.txt", val_source=story / "held_out.txt", out_dir=tmp_path / "data")
+    prepare(**files, tokenizer=vocabulary)
+    pretrain(tmp_path, tmp_path / "out", max_steps=1)
+    for path in tmp_path.glob("data/*"):
+        if path.suffix != ".bin":
+            path.unlink()
+    pretrain(tmp_path, tmp_path / "out", max_steps=2, init_from="resume")
+    pretrain(tmp_path, tmp_path / "new", max_steps=1, init_from=f"{tmp_path}/out/best.pt")
+    stored = [load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("out", "new")]
+    assert [content["step"] for content in stored] == [2, 1]
+    assert stored[0]["vocabulary"] == stored[1]["vocabulary"] == Tokenizer(str(vocabulary)).vocabulary
+    with pytest.raises(BadInput, match="was made with the bpe-.* tokenizer, not bytes: leave --tokenizer= out"):
+        pretrain(tmp_path, tmp_path / "out", max_steps=3, init_from="resume", tokenizer="bytes")
+
+
 def test_on_other_data_best_pt_is_found_again(story, tmp_path):
     pretrain(story, tmp_path / "run", max_steps=8)
     files = dict(source=f"{story}/held_out.txt", val_source=story / "text.txt", out_dir=tmp_path / "data")
@@ -3783,6 +3819,12 @@ def test_show_prints_the_supervised_text_between_brackets():
     assert marked == "<|user|>é?<|assistant|>⟦日<|endoftext|>⟧<|user|>b<|assistant|>⟦c<|endoftext|>⟧"
 
 
+def test_a_terminal_that_cannot_show_a_character_gets_a_question_mark(tmp_path):
+    source = f"--source={write_instructions(tmp_path)}"
+    command = ["prepare_instruct.py", source, "--tokenizer=bytes", f"--out_dir={tmp_path}/rows", "--show=9"]
+    assert "Say h?llo ??." in run(*command, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+
+
 def test_named_sources_are_fetched_and_read_again_without_a_network(tmp_path, monkeypatch):
     alpaca = [{"instruction": f"A {i}", "input": "", "output": "yes"} for i in range(30)]
     alpaca += [{"instruction": "Long", "input": "x" * 999, "output": "yes"}]
@@ -4110,6 +4152,39 @@ def test_the_log_probs_of_the_reference_are_computed_once_but_again_for_another_
     prefer(trained, pair_rows, out, overwrite=True, checkpoint=str(other))
     first = log_rows(out)[1]
     assert (first["val_preference_accuracy"], first["val_reward_margin"]) == (0.5, 0)
+
+
+REFERENCE_DAMAGE = dict(half=lambda old: old[: len(old) // 2], empty=lambda old: b"", one_bit=flipped)
+
+
+@pytest.mark.parametrize("damage", REFERENCE_DAMAGE)
+def test_damaged_log_probs_of_the_reference_are_computed_again(trained, pair_rows, tmp_path, capsys, damage):
+    prefer(trained, pair_rows, tmp_path / "whole", epochs=1)
+    out = tmp_path / "out"
+    prefer(trained, pair_rows, out, epochs=1, max_minutes=1e-9)
+    before = (out / "reference.npz").read_bytes()
+    (out / "reference.npz").write_bytes(REFERENCE_DAMAGE[damage](before))
+    prefer(trained, pair_rows, out, epochs=1, init_from="resume")
+    assert "reference.npz is damaged" in capsys.readouterr().out
+    with np.load(out / "reference.npz") as now, np.load(io.BytesIO(before)) as then:
+        assert all(np.array_equal(now[name], then[name]) for name in then)
+    assert same_run(tmp_path / "whole", out)
+
+
+def test_a_model_that_is_not_finetuned_is_warned_of_when_it_learns_preferences(trained, pair_rows, tmp_path, capsys):
+    write_checkpoint(tmp_path / "chat.pt", load_model(trained / "best.pt")[0], stage="finetune")
+    for checkpoint in (f"{trained}/best.pt", f"{tmp_path}/chat.pt"):
+        prefer(trained, pair_rows, tmp_path / "out", epochs=1, overwrite=True, checkpoint=checkpoint)
+        assert ("is not finetuned" in capsys.readouterr().out) == (checkpoint != f"{tmp_path}/chat.pt")
+
+
+def test_a_finished_finetuning_whose_log_is_lost_is_resumed_without_what_the_log_knew(trained, chat_rows, tmp_path):
+    tune(trained, chat_rows, tmp_path, epochs=1)
+    (tmp_path / "log.jsonl").unlink()
+    for epochs in (1, 2):
+        tune(trained, chat_rows, tmp_path, epochs=epochs, init_from="resume", eval_interval=1)
+        samples = (tmp_path / "samples.md").read_text(encoding="utf-8")
+        assert "| What is 2 + 2? |" in samples and "val_loss" not in samples
 
 
 @pytest.mark.parametrize("stage", [tune, prefer])
@@ -5228,7 +5303,7 @@ def test_the_real_run_prepares_trains_scores_and_finetunes(asked):
     for _, *words in commands[: len(stages)]:
         read_settings(words)  # they exist
     assert {"config/fgpt_modern.py", "--out_dir=out/mine", "--max_tokens=1024"} <= set(commands[2])
-    assert "--init_from=resume" not in commands[2] and commands[4][-1] == "--style=harness"
+    assert "--init_from=resume" in commands[2] and commands[4][-1] == "--style=harness"
 
 
 def test_the_real_run_resumes_what_was_begun_and_finetunes_anew_what_was_trained_further(asked, tmp_path):

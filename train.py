@@ -5,13 +5,14 @@ HellaSwag on the way if asked.
     torchrun --nproc_per_node=8 train.py config/fgpt_712m.py --batch_size=0
 
 Writes into out_dir: log.jsonl (a line of units, then a line per step), ckpt.pt
-(everything needed to resume) and best.pt (the weights with the lowest
-validation loss). Stopped by Ctrl-C, SIGTERM or --max_minutes, it saves first.
-If the run is killed at any moment, the same command with --init_from=resume
-continues from ckpt.pt as if nothing had happened. --init_from=FILE starts a new
-run from the weights of a checkpoint, which also decide its sizes. Under
-torchrun each process computes its share of every batch, and the first one
-writes; on several nodes out_dir must be on a shared disk.
+(everything needed to resume), ckpt_before.pt (what it was before) and best.pt
+(the weights with the lowest validation loss). Stopped by Ctrl-C, SIGTERM or
+--max_minutes, it saves first. If the run is killed at any moment, the same
+command with --init_from=resume continues from ckpt.pt as if nothing had
+happened. --init_from=FILE starts a new run from the weights of a checkpoint,
+which also decide its sizes. Under torchrun each process computes its share of
+every batch, and the first one writes; on several nodes out_dir must be on a
+shared disk.
 """
 
 import math
@@ -42,7 +43,7 @@ from run import (
     sum_gradients,
     sum_over_ranks,
 )
-from tokenizer import Tokenizer, tokenizer_in
+from tokenizer import Tokenizer, tokenizer_in, tokenizer_of
 
 # files
 data_dir = "data/fineweb"  # folder of train and val shards
@@ -139,17 +140,18 @@ def main():
         "pretrain", settings, n_steps, UNITS, LABELS, may_change=MAY_CHANGE, fixed=FIXED, upgrade=upgrade_settings
     )
     start = None  # the model that a new run takes its weights from
+    known = run.stored  # the checkpoint that decides the tokenizer
     if init_from not in ("scratch", "resume"):
-        start, about_start = load_model(init_from)
-        take_sizes(settings, start.config, about_start["tokenizer"])
-        if about_start["stage"] != "pretrain":
+        start, known = load_model(init_from)
+        take_sizes(settings, start.config)
+        if known["stage"] != "pretrain":
             print(f"{init_from} was finetuned: trained on text it becomes a model that continues text")
     elif run.stored:
         take_stored(settings, run.stored_settings)
     block_size = settings["block_size"]
     n_rows = rows_per_step(tokens_per_step, block_size, batch_size)
     device = pick_device(settings["device"], deterministic)
-    tokenizer, train, val = load_data(settings)
+    tokenizer, train, val = load_data(settings, known)
     hellaswag, items = load_hellaswag(hellaswag_interval > 0, hellaswag_source, hellaswag_limit)
     settings["device"] = device.type
     settings["dtype"] = pick_dtype(dtype or run.stored_settings.get("dtype", ""), device, settings["n_embd"])
@@ -158,6 +160,7 @@ def main():
     model = make_model(settings, tokenizer).to(device)
     if start:
         load_weights(model, start, init_from)
+        start = None  # its memory is free now
     model.checkpoint_activations = activation_checkpointing
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
     if batch_size == 0:
@@ -222,7 +225,7 @@ def check(settings):
     check_settings(settings, AT_LEAST_1, rules)
 
 
-def take_sizes(settings, config, tokenizer):
+def take_sizes(settings, config):
     """Change the settings that a run's first weights decide, in place; only block_size may be smaller than theirs.
 
     BadInput for a setting that is neither theirs nor the default.
@@ -233,7 +236,7 @@ def take_sizes(settings, config, tokenizer):
     flags = FAMILIES["modern"].keys() - {"zero_init"}  # which is about new weights
     if any(getattr(config, flag) != getattr(of_family, flag) for flag in flags):
         raise BadInput(f"{path}: the model is of no family that train.py makes ({', '.join(FAMILIES)})")
-    decided = {name: getattr(config, name) for name in SIZES} | {"family": family, "tokenizer": tokenizer}
+    decided = {name: getattr(config, name) for name in SIZES} | {"family": family}
     problems = []
     for name, value in decided.items():
         asked = settings[name]
@@ -249,7 +252,7 @@ def take_sizes(settings, config, tokenizer):
 
 def take_stored(settings, stored):
     """Change the sizes that were not asked for to those of the run that is resumed, in place."""
-    for name in (*SIZES, "family", "tokenizer"):
+    for name in (*SIZES, "family"):
         if settings[name] == DEFAULTS[name]:
             settings[name] = stored.get(name, settings[name])
 
@@ -277,21 +280,13 @@ def rows_per_step(tokens_per_step, block_size, batch_size):
     return tokens_per_step // block_size
 
 
-def load_data(settings):
-    """(Tokenizer, training windows, validation windows) of a folder of shards. BadInput when they do not fit."""
+def load_data(settings, checkpoint=None):
+    """(Tokenizer, training windows, validation windows) of a folder of shards. BadInput when they do not fit.
+
+    checkpoint: the content of the one that the weights come from, which decides the tokenizer.
+    """
     folder = settings["data_dir"]
-    name = settings["tokenizer"]
-    stored = read_meta(folder).get("tokenizer")
-    if stored:
-        tokenizer = tokenizer_in(folder, stored)
-        is_the_same = name in ("", stored) or (Path(name).exists() and Tokenizer(name).name == stored)
-        if not is_the_same:
-            raise BadInput(
-                f"{folder} was made with the {stored} tokenizer, not {name}: prepare the text with "
-                f"--tokenizer={name}, or train another model, without --tokenizer="
-            )
-    else:
-        tokenizer = Tokenizer(name or "gpt2")
+    tokenizer = load_tokenizer(folder, settings["tokenizer"], checkpoint)
     shards = {split: find_shards(folder, split) for split in ("train", "val")}
     train = Windows(shards["train"], settings["block_size"], tokenizer.n_vocab, settings["seed"])
     val = Windows(shards["val"], settings["block_size"], tokenizer.n_vocab, seed=0)  # the same for every run
@@ -312,6 +307,26 @@ def load_data(settings):
     if tokenizer.name != "bytes" and looks_like_bytes(train.shards[0]):
         print(f"warning: {train.paths[0]} has no token above 258: was it made with --tokenizer=bytes?")
     return tokenizer, train, val
+
+
+def load_tokenizer(folder, name, checkpoint):
+    """The tokenizer of a checkpoint, of a folder of shards, or of this name, in this order.
+
+    BadInput when they contradict each other; a name may be "".
+    """
+    of_data = read_meta(folder).get("tokenizer")
+    if checkpoint:
+        tokenizer = tokenizer_of(checkpoint)
+    elif of_data:
+        tokenizer = tokenizer_in(folder, of_data)
+    else:
+        tokenizer = Tokenizer(name or "gpt2")
+    if of_data not in (None, tokenizer.name):
+        remedy = "prepare the text again with --tokenizer= the checkpoint"
+        raise BadInput(f"{folder} was made with the {of_data} tokenizer, the model has {tokenizer.name}: {remedy}")
+    if name not in ("", tokenizer.name) and Tokenizer(name).name != tokenizer.name:
+        raise BadInput(f"the tokenizer of {folder} is {tokenizer.name}, not {name}: leave --tokenizer= out")
+    return tokenizer
 
 
 def load_hellaswag(wanted, source, limit):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The real run, from start to end: FineWeb-Edu, the 712M model, HellaSwag, an assistant. Needs a GPU, the Hub, GitHub,
-# about 60 GB of disk, and days: run it in tmux. Not yet run to the end.
+# about 70 GB of disk, and days: run it in tmux. Not yet run to the end.
 #
 #   bash runs/fgpt_712m.sh                              one GPU, 10 billion tokens
 #   GPUS=8 bash runs/fgpt_712m.sh                       eight GPUs (or 2, 4, 16 ...)
@@ -36,9 +36,7 @@ if [ ! -e data/fgpt_instruct/meta.json ]; then
     stage python prepare_instruct.py --source=raschka,alpaca,smoltalk:50000 --max_tokens=1025 --val_fraction=0.02 \
         --out_dir=data/fgpt_instruct
 fi
-start=()
-if [ -d "out/$name" ]; then start=(--init_from=resume); fi
-run train.py "$config" --batch_size=0 --out_dir="out/$name" "${start[@]}" "$@"
+run train.py "$config" --batch_size=0 --out_dir="out/$name" --init_from=resume "$@"
 run hellaswag.py --checkpoint="out/$name/best.pt"
 run hellaswag.py --checkpoint="out/$name/best.pt" --style=harness
 start=(--init_from=resume)

@@ -439,9 +439,7 @@ def vocabulary_from_hf(tokenizer_json, n_vocab):
     specials = {entry["content"]: entry["id"] for entry in tokenizer_json["added_tokens"]}
     n_ordinary = n_vocab - len(SPECIALS)
     if specials != {text: n_ordinary + i for i, text in enumerate(SPECIALS)}:
-        raise BadInput(
-            f"tokenizer.json, with {n_vocab} ids, is neither of a tokenizer of fgpt nor one that it exported"
-        )
+        raise BadInput(f"the {n_vocab} ids of tokenizer.json are not those of a tokenizer that fgpt exported")
     vocab = tokenizer_json["model"]["vocab"]
     tokens = sorted((text for text in vocab if text not in specials), key=vocab.get)
     return vocabulary_text(map(unspell, tokens))
