@@ -94,19 +94,23 @@ def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="d
     folder = quote(subset.strip("/"))
     site = hub_endpoint() if kind == "models" else f"{hub_endpoint()}/{kind}"
     page = f"{hub_endpoint()}/api/{kind}/{repo}/tree/{ref}/{folder}".rstrip("/") + "?recursive=true"
-    entries = []
+    entries = {}
     while page:
-        some, page = fetch_json(page)
-        entries += some
+        some, next_page = fetch_json(page)
+        check_listing(some, page)
+        n_before = len(entries)
+        entries |= {entry["path"]: entry for entry in some}
+        if next_page and len(entries) == n_before:
+            raise OSError(f"{page}: the listing repeats itself: {CHECK}")
+        page = next_page
     files = []
-    for entry in entries:
-        path = entry["path"]
+    for path, entry in entries.items():
         if entry["type"] == "file" and wanted(path):
             url = f"{site}/{repo}/resolve/{ref}/{quote(path)}"
             file = {"name": f"{repo}/{path}", "url": url, "size": entry["size"], "revision": revision}
             files.append({**file, "checksum": entry.get("lfs", entry)["oid"]})
     if not files:
-        endings = ", ".join(sorted({Path(entry["path"]).suffix for entry in entries})) or "none"
+        endings = ", ".join(sorted({Path(path).suffix for path in entries})) or "none"
         raise FileNotFoundError(
             f"{repo}/{subset}: no usable file (it has {endings}): name another folder or repository"
         )
@@ -123,11 +127,37 @@ def fetch_json(url):
         response = request(url)
         try:
             return response.json(), response.links.get("next", {}).get("url")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise OSError(f"{url}: the answer is not a listing: {CHECK}") from None
         except requests.RequestException as error:
             tqdm.write(f"{url}: the answer broke off ({type(error).__name__})", file=sys.stderr)
     raise OSError(f"{url}: the answer broke off three times: run the same command later")
+
+
+def check_listing(entries, url):
+    """OSError unless this is a list of entries."""
+    if not isinstance(entries, list):
+        raise OSError(f"{url}: the answer is not a listing: {CHECK}")
+    for entry in entries:
+        if not is_entry(entry):
+            raise OSError(f"{url}: a damaged entry in the listing, {entry!r:.300}: {CHECK}")
+
+
+def is_entry(entry):
+    """Whether an entry of a listing has a path and a type and, if it is a file, a size and a checksum."""
+    if not isinstance(entry, dict):
+        return False
+    path = entry.get("path")
+    if not isinstance(path, str) or not re.fullmatch(r"[^\x00-\x1f\ud800-\udfff]+", path):  # surrogates cannot be UTF-8
+        return False
+    if entry.get("type") != "file":
+        return isinstance(entry.get("type"), str)
+    size = entry.get("size")
+    if type(size) is not int or size < 0:  # not isinstance: True is no size
+        return False
+    blob = entry.get("lfs", entry)
+    oid = blob.get("oid") if isinstance(blob, dict) else None
+    return isinstance(oid, str) and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", oid) is not None
 
 
 def request(url, start=0, method="GET", contact_retries=CONTACT_RETRIES, **options):

@@ -226,9 +226,10 @@ def hub(files, monkeypatch):
 
     Listings have one entry a page; files in LFS are redirected to another host name, which refuses a token. Yields
     versions: commit -> files, main is the last one. faults: path -> what goes wrong in its next requests, one after
-    the other. log: (method, path, Range header) of all requests. stalled: set when a response stalls, until it is over.
+    the other. listing: content of every listing instead, with a link to itself as the next page. log: (method, path,
+    Range header) of all requests. stalled: set when a response stalls, until it is over.
     """
-    server = SimpleNamespace(versions={"a" * 40: files}, faults={}, log=[])
+    server = SimpleNamespace(versions={"a" * 40: files}, faults={}, listing=None, log=[])
     server.stalled, server.over = threading.Event(), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
@@ -263,6 +264,8 @@ def hub(files, monkeypatch):
             if is_in_lfs(paths[page]):
                 entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest()}
             here = f"http://{self.headers['Host']}{self.path.partition('?')[0]}"
+            if server.listing is not None and len(server.log) < 1000:  # a test that fails ends, too
+                return self.answer(200, {"Link": f'<{here}>; rel="next"'}, server.listing)
             is_last = page + 1 == len(paths)
             more = {} if is_last else {"Link": f'<{here}?recursive=true&cursor={page + 1}>; rel="next"'}
             self.answer(200, more, json.dumps([entry]).encode())
@@ -1618,8 +1621,21 @@ def test_a_broken_network_gets_ten_minutes_and_a_first_contact_half_a_minute(tmp
         assert least < sum(waits) < most
 
 
-def test_a_listing_that_breaks_off_is_asked_for_again(monkeypatch):
+def test_a_listing_that_breaks_off_is_asked_for_again_and_one_of_another_shape_or_without_end_is_one_line(monkeypatch):
+    entry = {"type": "file", "path": "a.bin", "size": 1, "lfs": {"oid": "a" * 64}}
+    odd = [None, True, -1, 1.5, "", "\0", "\ud800", {}, [[]]]
+    damaged = [{name: entry[name] for name in entry if name != lost} for lost in entry]
+    damaged += [entry | {name: value} for name in ("path", "size", "lfs") for value in odd]
+    damaged += [entry | {"lfs": {"oid": value}} for value in [*odd, int("1" * 40)]]
+    damaged += [entry | {"type": None}]
+    rows = [(value, "is not a listing") for value in odd if value != [[]]]
+    rows += [([entry, value], "damaged entry") for value in [*odd, *damaged]]
+    rows += [([], "repeats itself"), ([entry], "repeats itself")]
+    rows = [(b"[" * 100_000, "is not a listing"), *((json.dumps(value).encode(), said) for value, said in rows)]
     with hub({"a.json": b"[1, 2, 3]"}, monkeypatch) as server:
+        for server.listing, said in rows:
+            with pytest.raises(OSError, match=f"^http://127.*{said}.*: check the network .*HF_ENDPOINT and HF_TOKEN$"):
+                hub_py.list_hub("me/data")
         url = f"http://127.0.0.1:{server.port}/datasets/me/data/resolve/main/a.json"
         server.faults["a.json"] = ["drop"] * 5
         with pytest.raises(OSError, match=f"^{url}: the answer broke off three times: run the same command later"):
