@@ -273,7 +273,7 @@ def hub(files, monkeypatch):
         def send_file(self, path, content):
             fault = server.faults[path].pop(0) if server.faults.get(path) else None
             if isinstance(fault, tuple):
-                return self.answer(fault[0], {"Retry-After": fault[1]})
+                return self.answer(fault[0], {"Location" if fault[0] == 302 else "Retry-After": fault[1]}, b"x")
             if fault == "html":
                 return self.answer(200, {"Content-Type": "text/html"}, b"Sign in")
             if fault == "corrupt":
@@ -286,6 +286,14 @@ def hub(files, monkeypatch):
             else:
                 code, body = 206, content[start:]
                 headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+            if fault == "longer":
+                body += b"more"
+            if fault == "gzip":
+                body = gzip.compress(content)[start:]
+                headers["Content-Encoding"] = "gzip"
+            if fault == "elsewhere":  # also where no part was asked for
+                code, body = 206, content[7:]
+                headers["Content-Range"] = f"bytes 7-{len(content) - 1}/{len(content)}"
             self.answer(code, headers, body, len(body) // 2 if fault in ("drop", "stall") else None)
             if fault == "stall":
                 server.stalled.set()
@@ -1525,33 +1533,36 @@ def blob(server, **changes):
 
 ODD_WAITS = ["", "0", "soon", "-5", "9" * 5000, "Wed, 21 Oct 2015 07:28:00 GMT", "Fri, 31 Dec 99999 23:59:59 GMT"]
 BUSY = st.tuples(st.sampled_from([408, 429, 500, 503, 529]), st.sampled_from(ODD_WAITS))
-PASSING_FAULTS = st.lists(st.sampled_from(["drop", "stall", "corrupt", "no range"]) | BUSY, max_size=5)
-FINAL_FAULT = st.lists(st.sampled_from([(404, ""), (416, ""), "html"]), max_size=1)
+PASSING_FAULTS = ["drop", "stall", "corrupt", "no range", "longer", "gzip", "elsewhere"]
+PASSING_FAULTS = st.lists(st.sampled_from(PASSING_FAULTS) | BUSY, max_size=5)
+NOWHERE = [(302, address) for address in ("", "http://[", "http://\xff", "file:///etc/passwd")]
+FINAL_FAULT = st.lists(st.sampled_from([(204, ""), (404, ""), (416, ""), "html", *NOWHERE]), max_size=1)
 RIGHT_LEFT_OVER = st.integers(0, len(BLOB)).map(lambda n: BLOB[:n])
 WRONG_LEFT_OVER = st.sampled_from([b"x" * 1000, WRONG, BLOB + b"more", b"x" * 400_000])
 
 
-@hypothesis_settings(max_examples=60)
-@given(PASSING_FAULTS, FINAL_FAULT, RIGHT_LEFT_OVER | WRONG_LEFT_OVER)
+@hypothesis_settings(max_examples=80)
+@given(st.sampled_from([BLOB, BLOB, BLOB, b""]), PASSING_FAULTS, FINAL_FAULT, RIGHT_LEFT_OVER | WRONG_LEFT_OVER)
 def test_any_faults_and_left_over_lead_to_the_right_bytes_or_to_one_line_and_a_prefix_to_resume_from(
-    tmp_path, monkeypatch, waits, passing, final, left
+    tmp_path, monkeypatch, waits, content, passing, final, left
 ):
     monkeypatch.setattr(hub_py, "STALL_SECONDS", 0.05)
-    with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        path, temporary = hub_py.place(blob(server), tmp_path)
+    with hub({"blob.bin": content}, monkeypatch) as server:
+        (file,) = hub_py.list_hub("me/data")
+        path, temporary = hub_py.place(file, tmp_path)
         path.write_bytes(WRONG)  # damaged on the disk
         temporary.write_bytes(left)
         server.faults["blob.bin"] = passing + final
         try:
-            hub_py.download(blob(server), tmp_path)
+            hub_py.download(file, tmp_path)
         except OSError as error:
             assert len(str(error).splitlines()) == 1
-            assert final or passing.count("corrupt") + (not BLOB.startswith(left)) > 2  # the rest is survived
-            if BLOB.startswith(left):
-                assert not temporary.exists() or BLOB.startswith(temporary.read_bytes())
+            assert final or passing.count("corrupt") + (not content.startswith(left)) > 2  # the rest is survived
+            if content.startswith(left):
+                assert not temporary.exists() or content.startswith(temporary.read_bytes())
             server.faults["blob.bin"] = []
-            hub_py.download(blob(server), tmp_path)
-    assert path.read_bytes() == BLOB
+            hub_py.download(file, tmp_path)
+    assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
     assert all(0 <= wait <= 300 for wait in waits)
 
@@ -1564,6 +1575,10 @@ def test_a_download_resumes_where_it_broke_off_and_fetches_nothing_twice(tmp_pat
             (BLOB[:1000], [], ["bytes=1000-"]),
             (BLOB[:1000], ["no range"], ["bytes=1000-"]),  # everything came, from the start
             (BLOB[:1000], [(416, "")], ["bytes=1000-", None]),
+            (BLOB[:1000], ["gzip"], ["bytes=1000-", None]),
+            (BLOB[:1000], ["elsewhere"], ["bytes=1000-", None]),
+            (b"", ["elsewhere"], [None, None]),  # a part, though all was asked for
+            (b"", ["longer"], [None]),  # what is more than the listing says is left
             (BLOB, [], []),
             (b"", ["corrupt", "corrupt"], [None] * 3),
         ):
@@ -1585,6 +1600,7 @@ def test_an_error_says_what_to_do_and_comes_after_ten_minutes_where_waiting_may_
             ([(401, "")], 0, "HTTP 401: .*set HF_TOKEN"),
             ([(403, "")], 0, "HTTP 403: .*accept the terms"),
             ([(404, "")], 0, "HTTP 404: .*check its name .*folder and revision"),
+            ([(302, "")], 0, "HTTP 302: check the name"),  # a redirect to nowhere
             (["html"], 0, "a web page came .*proxy"),
             (["corrupt"] * 3, 0, f"wrong content, checksum {wrong}, not {right}, three times: .*{later}"),
             (["drop"] * 99, 10, f"broke off at 196,608 of 300,000 bytes, no progress: {later}, it resumes"),
