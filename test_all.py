@@ -3929,17 +3929,40 @@ def free_port():
         return s.getsockname()[1]
 
 
-def test_the_page_is_served_to_this_machine_alone_unless_told_otherwise_and_takes_no_files():
+def test_the_page_is_served_to_this_machine_alone_unless_told_otherwise():
     serve = functools.partial(space_app.launch, tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1)
     for host, elsewhere in (("", pytest.raises(ConnectionRefusedError)), ("0.0.0.0", nullcontext())):
         page, address = serve(host, port := free_port())
         with elsewhere:  # 127.0.0.2 is this machine too, and stands for its other addresses
             socket.create_connection(("127.0.0.2", port), timeout=5).close()
-        upload = requests.post(f"http://127.0.0.1:{port}/gradio_api/upload", files={"files": b"of a stranger"})
-        assert upload.status_code == 413  # nobody fills the disk
         with pytest.raises(OSError, match="set another --port="):
             serve(host, port)
         page.close(verbose=False)
+
+
+def test_what_the_page_does_not_ask_for_is_refused_without_a_traceback(capfd):
+    page, address = space_app.launch(tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1, "", free_port())
+    numbers = {function["api_name"]: function["id"] for function in page.config["dependencies"]}
+
+    def ask(path, code, *, method="POST", said="", **options):
+        response = requests.request(method, f"{address}{path}", timeout=60, **options)
+        assert (response.status_code, said in response.text) == (code, True), path
+
+    def call(name, *data):
+        return dict(fn_index=numbers[name], data=data, session_hash="stranger")
+
+    ask("gradio_api/upload", 404, files={"files": b"of a stranger"})
+    for path in ("config", f"static/{'x' * 5000}", "gradio_api/file=/etc/hosts", "gradio_api/queue/data?session_hash="):
+        ask(path, 404, method="GET")
+    for name in ("run/predict", "api/predict", "call/_submit_fn"):  # they would pass the queue by
+        ask(f"gradio_api/{name}", 404, json=call("_submit_fn", "Hi", [], 9, 0, 0))
+    for file in ("/etc/hosts", "http://127.0.0.1:9/", "x" * 5000):  # Gradio would download a file of another site
+        data = [dict(role="user", content=[dict(path=file, meta={"_type": "gradio.FileData"})])]
+        said = "This page takes no files."
+        ask("gradio_api/run/predict", 500, said=said, json=call("_pop_last_user_message_1", data))
+        ask("gradio_api/queue/join", 400, said=said, json=call("_clear_and_save_textbox", data))
+    page.close(verbose=False)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_space_tells_nothing_of_the_machine_it_was_made_on(tmp_path):
@@ -4005,6 +4028,7 @@ class Site:
         self.let = self.gate.release
         self.ended = threading.Event()
         self.prompts = []  # what it was asked
+        self.refused = []  # what the page asked for in vain
         self.model = tiny(block_size=160, n_vocab=self.tokenizer.n_vocab, vocab_size=self.tokenizer.n_vocab)
         self.model.generate = self.write
         stored = dict(stage=stage, tokens=12_345)
@@ -4024,6 +4048,7 @@ class Site:
     def visit(self):
         """A new visitor's page."""
         page = self.browser.new_page()
+        page.on("response", lambda response: self.refused.append(response.url) if response.status == 404 else None)
         page.goto(self.address)
         return page
 
@@ -4043,6 +4068,7 @@ def serve(chromium, monkeypatch):
         site.browser.close()
         site.let(1000)
         site.server.close(verbose=False)
+        assert not site.refused
 
 
 def expect(found):
