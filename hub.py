@@ -94,19 +94,23 @@ def list_hub(repo, subset="", revision="main", wanted=lambda path: True, kind="d
     folder = quote(subset.strip("/"))
     site = hub_endpoint() if kind == "models" else f"{hub_endpoint()}/{kind}"
     page = f"{hub_endpoint()}/api/{kind}/{repo}/tree/{ref}/{folder}".rstrip("/") + "?recursive=true"
-    entries = []
+    entries = {}
     while page:
-        some, page = fetch_json(page)
-        entries += some
+        some, next_page = fetch_json(page)
+        check_listing(some, page)
+        n_before = len(entries)
+        entries |= {entry["path"]: entry for entry in some}
+        if next_page and len(entries) == n_before:
+            raise OSError(f"{page}: the listing repeats itself: {CHECK}")
+        page = next_page
     files = []
-    for entry in entries:
-        path = entry["path"]
+    for path, entry in entries.items():
         if entry["type"] == "file" and wanted(path):
             url = f"{site}/{repo}/resolve/{ref}/{quote(path)}"
             file = {"name": f"{repo}/{path}", "url": url, "size": entry["size"], "revision": revision}
             files.append({**file, "checksum": entry.get("lfs", entry)["oid"]})
     if not files:
-        endings = ", ".join(sorted({Path(entry["path"]).suffix for entry in entries})) or "none"
+        endings = ", ".join(sorted({Path(path).suffix for path in entries})) or "none"
         raise FileNotFoundError(
             f"{repo}/{subset}: no usable file (it has {endings}): name another folder or repository"
         )
@@ -123,11 +127,37 @@ def fetch_json(url):
         response = request(url)
         try:
             return response.json(), response.links.get("next", {}).get("url")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise OSError(f"{url}: the answer is not a listing: {CHECK}") from None
         except requests.RequestException as error:
             tqdm.write(f"{url}: the answer broke off ({type(error).__name__})", file=sys.stderr)
     raise OSError(f"{url}: the answer broke off three times: run the same command later")
+
+
+def check_listing(entries, url):
+    """OSError unless this is a list of entries."""
+    if not isinstance(entries, list):
+        raise OSError(f"{url}: the answer is not a listing: {CHECK}")
+    for entry in entries:
+        if not is_entry(entry):
+            raise OSError(f"{url}: a damaged entry in the listing, {entry!r:.300}: {CHECK}")
+
+
+def is_entry(entry):
+    """Whether an entry of a listing has a path and a type and, if it is a file, a size and a checksum."""
+    if not isinstance(entry, dict):
+        return False
+    path = entry.get("path")
+    if not isinstance(path, str) or not re.fullmatch(r"[^\x00-\x1f\ud800-\udfff]+", path):  # surrogates cannot be UTF-8
+        return False
+    if entry.get("type") != "file":
+        return isinstance(entry.get("type"), str)
+    size = entry.get("size")
+    if type(size) is not int or size < 0:  # not isinstance: True is no size
+        return False
+    blob = entry.get("lfs", entry)
+    oid = blob.get("oid") if isinstance(blob, dict) else None
+    return isinstance(oid, str) and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", oid) is not None
 
 
 def request(url, start=0, method="GET", contact_retries=CONTACT_RETRIES, **options):
@@ -135,26 +165,22 @@ def request(url, start=0, method="GET", contact_retries=CONTACT_RETRIES, **optio
 
     The token goes to the Hub alone: requests drops it when a redirect leads to another host. OSError as `fetch_json`.
     """
-    headers = {"Accept-Encoding": "identity"}  # ranges and sizes are those of the file
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if token and is_hub(url):
-        headers["Authorization"] = f"Bearer {token}"
-    if start:
-        headers["Range"] = f"bytes={start}-"
     timeout = (10, STALL_SECONDS)  # seconds to connect, and of silence after that
     retries = AnnouncedRetry(RETRIES, connect=contact_retries, status_forcelist=RETRY_CODES, backoff_factor=FIRST_WAIT)
     try:
         with requests.Session() as session:
             session.mount("http://", HTTPAdapter(max_retries=retries))
             session.mount("https://", HTTPAdapter(max_retries=retries))
+            headers = headers_for(url, start)
             response = session.request(method, url, headers=headers, timeout=timeout, stream=True, **options)
     except requests.exceptions.RetryError as error:
         reason = error.args[0].reason  # "too many 503 error responses"
         raise OSError(f"{url}: {reason}: run the same command later, it resumes") from None
-    except requests.RequestException as error:  # its text may contain the token
-        raise OSError(f"{url}: no answer ({type(error).__name__}): {CHECK}") from None
+    except (requests.RequestException, ValueError) as error:  # a ValueError is that of a malformed address
+        raise OSError(f"{url}: no answer ({type(error).__name__}): {CHECK}") from None  # its text may contain the token
     code = response.status_code
-    if code >= 400 and not (code == 416 and start):  # 416: the server has no such range
+    has_answered = code in (200, 206) or response.next  # a redirect that was not to be followed
+    if not has_answered and not (code == 416 and start):  # 416: the server has no such range
         advice = "refused, perhaps because of too many requests: try again later"
         if is_hub(url):
             advice = ADVICE.get(code, "check the name, folder and revision")
@@ -162,6 +188,16 @@ def request(url, start=0, method="GET", contact_retries=CONTACT_RETRIES, **optio
     if "text/html" in response.headers.get("Content-Type", ""):
         raise OSError(f"{url}: a web page came instead of data: {CHECK}")
     return response
+
+
+def headers_for(url, start):
+    headers = {"Accept-Encoding": "identity"}  # ranges and sizes are those of the file
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token and is_hub(url):
+        headers["Authorization"] = f"Bearer {token}"
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    return headers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -200,10 +236,11 @@ def place(file, folder):
 
 def receive(url, path, size, bar):
     """Get what is missing of a file, over as many connections as it takes. OSError after RETRIES without progress."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     longest = size_of(path)
     n_in_vain = 0
     while size_of(path) < size:
-        receive_some(url, path, bar)
+        receive_some(url, path, size, bar)
         n_bytes = size_of(path)
         if n_bytes >= size:
             return
@@ -217,19 +254,29 @@ def receive(url, path, size, bar):
         seconds = FIRST_WAIT * 2 ** min(n_in_vain, 6)
         tqdm.write(f"{message}: resuming in {seconds:,.0f} s", file=sys.stderr)
         time.sleep(seconds)
+    path.touch()  # nothing is asked for where the size is 0
 
 
-def receive_some(url, path, bar):
+def receive_some(url, path, size, bar):
     """Append the data of one connection to a file; start over if the server cannot continue where it ends."""
-    with request(url, size_of(path), contact_retries=RETRIES) as response:
-        if response.status_code == 416:
-            path.unlink()
+    start = size_of(path)
+    with request(url, start, contact_retries=RETRIES) as response:
+        if response.status_code != 200 and not continues(response, start):
+            path.unlink(missing_ok=True)
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open_alone(path, keep=response.status_code == 206) as target, suppress(requests.RequestException):
             for chunk in response.iter_content(1 << 16):  # of a chunk that breaks off nothing is kept
-                target.write(chunk)
+                target.write(chunk[: size - target.tell()])
                 bar.update(target.tell() - bar.n)
+                if target.tell() == size:  # whatever else the server sends
+                    break
+
+
+def continues(response, start):
+    """Whether a response is a part of the file itself, not of compressed content, from byte `start` on."""
+    headers = response.headers
+    is_plain = headers.get("Content-Encoding", "identity") == "identity"
+    return is_plain and headers.get("Content-Range", "").startswith(f"bytes {start}-")
 
 
 def open_alone(path, keep=False):

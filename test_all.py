@@ -237,9 +237,10 @@ def hub(files, monkeypatch):
 
     Listings have one entry a page; files in LFS are redirected to another host name, which refuses a token. Yields
     versions: commit -> files, main is the last one. faults: path -> what goes wrong in its next requests, one after
-    the other. log: (method, path, Range header) of all requests. stalled: set when a response stalls, until it is over.
+    the other. listing: content of every listing instead, with a link to itself as the next page. log: (method, path,
+    Range header) of all requests. stalled: set when a response stalls, until it is over.
     """
-    server = SimpleNamespace(versions={"a" * 40: files}, faults={}, log=[])
+    server = SimpleNamespace(versions={"a" * 40: files}, faults={}, listing=None, log=[])
     server.stalled, server.over = threading.Event(), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
@@ -274,6 +275,8 @@ def hub(files, monkeypatch):
             if is_in_lfs(paths[page]):
                 entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest()}
             here = f"http://{self.headers['Host']}{self.path.partition('?')[0]}"
+            if server.listing is not None and len(server.log) < 1000:  # a test that fails ends, too
+                return self.answer(200, {"Link": f'<{here}>; rel="next"'}, server.listing)
             is_last = page + 1 == len(paths)
             more = {} if is_last else {"Link": f'<{here}?recursive=true&cursor={page + 1}>; rel="next"'}
             self.answer(200, more, json.dumps([entry]).encode())
@@ -281,7 +284,7 @@ def hub(files, monkeypatch):
         def send_file(self, path, content):
             fault = server.faults[path].pop(0) if server.faults.get(path) else None
             if isinstance(fault, tuple):
-                return self.answer(fault[0], {"Retry-After": fault[1]})
+                return self.answer(fault[0], {"Location" if fault[0] == 302 else "Retry-After": fault[1]}, b"x")
             if fault == "html":
                 return self.answer(200, {"Content-Type": "text/html"}, b"Sign in")
             if fault == "corrupt":
@@ -294,6 +297,14 @@ def hub(files, monkeypatch):
             else:
                 code, body = 206, content[start:]
                 headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+            if fault == "longer":
+                body += b"more"
+            if fault == "gzip":
+                body = gzip.compress(content)[start:]
+                headers["Content-Encoding"] = "gzip"
+            if fault == "elsewhere":  # also where no part was asked for
+                code, body = 206, content[7:]
+                headers["Content-Range"] = f"bytes 7-{len(content) - 1}/{len(content)}"
             self.answer(code, headers, body, len(body) // 2 if fault in ("drop", "stall") else None)
             if fault == "stall":
                 server.stalled.set()
@@ -1645,33 +1656,36 @@ def blob(server, **changes):
 
 ODD_WAITS = ["", "0", "soon", "-5", "9" * 5000, "Wed, 21 Oct 2015 07:28:00 GMT", "Fri, 31 Dec 99999 23:59:59 GMT"]
 BUSY = st.tuples(st.sampled_from([408, 429, 500, 503, 529]), st.sampled_from(ODD_WAITS))
-PASSING_FAULTS = st.lists(st.sampled_from(["drop", "stall", "corrupt", "no range"]) | BUSY, max_size=5)
-FINAL_FAULT = st.lists(st.sampled_from([(404, ""), (416, ""), "html"]), max_size=1)
+PASSING_FAULTS = ["drop", "stall", "corrupt", "no range", "longer", "gzip", "elsewhere"]
+PASSING_FAULTS = st.lists(st.sampled_from(PASSING_FAULTS) | BUSY, max_size=5)
+NOWHERE = [(302, address) for address in ("", "http://[", "http://\xff", "file:///etc/passwd")]
+FINAL_FAULT = st.lists(st.sampled_from([(204, ""), (404, ""), (416, ""), "html", *NOWHERE]), max_size=1)
 RIGHT_LEFT_OVER = st.integers(0, len(BLOB)).map(lambda n: BLOB[:n])
 WRONG_LEFT_OVER = st.sampled_from([b"x" * 1000, WRONG, BLOB + b"more", b"x" * 400_000])
 
 
-@hypothesis_settings(max_examples=60)
-@given(PASSING_FAULTS, FINAL_FAULT, RIGHT_LEFT_OVER | WRONG_LEFT_OVER)
+@hypothesis_settings(max_examples=80)
+@given(st.sampled_from([BLOB, BLOB, BLOB, b""]), PASSING_FAULTS, FINAL_FAULT, RIGHT_LEFT_OVER | WRONG_LEFT_OVER)
 def test_any_faults_and_left_over_lead_to_the_right_bytes_or_to_one_line_and_a_prefix_to_resume_from(
-    tmp_path, monkeypatch, waits, passing, final, left
+    tmp_path, monkeypatch, waits, content, passing, final, left
 ):
     monkeypatch.setattr(hub_py, "STALL_SECONDS", 0.05)
-    with hub({"blob.bin": BLOB}, monkeypatch) as server:
-        path, temporary = hub_py.place(blob(server), tmp_path)
+    with hub({"blob.bin": content}, monkeypatch) as server:
+        (file,) = hub_py.list_hub("me/data")
+        path, temporary = hub_py.place(file, tmp_path)
         path.write_bytes(WRONG)  # damaged on the disk
         temporary.write_bytes(left)
         server.faults["blob.bin"] = passing + final
         try:
-            hub_py.download(blob(server), tmp_path)
+            hub_py.download(file, tmp_path)
         except OSError as error:
             assert len(str(error).splitlines()) == 1
-            assert final or passing.count("corrupt") + (not BLOB.startswith(left)) > 2  # the rest is survived
-            if BLOB.startswith(left):
-                assert not temporary.exists() or BLOB.startswith(temporary.read_bytes())
+            assert final or passing.count("corrupt") + (not content.startswith(left)) > 2  # the rest is survived
+            if content.startswith(left):
+                assert not temporary.exists() or content.startswith(temporary.read_bytes())
             server.faults["blob.bin"] = []
-            hub_py.download(blob(server), tmp_path)
-    assert path.read_bytes() == BLOB
+            hub_py.download(file, tmp_path)
+    assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
     assert all(0 <= wait <= 300 for wait in waits)
 
@@ -1684,6 +1698,10 @@ def test_a_download_resumes_where_it_broke_off_and_fetches_nothing_twice(tmp_pat
             (BLOB[:1000], [], ["bytes=1000-"]),
             (BLOB[:1000], ["no range"], ["bytes=1000-"]),  # everything came, from the start
             (BLOB[:1000], [(416, "")], ["bytes=1000-", None]),
+            (BLOB[:1000], ["gzip"], ["bytes=1000-", None]),
+            (BLOB[:1000], ["elsewhere"], ["bytes=1000-", None]),
+            (b"", ["elsewhere"], [None, None]),  # a part, though all was asked for
+            (b"", ["longer"], [None]),  # what is more than the listing says is left
             (BLOB, [], []),
             (b"", ["corrupt", "corrupt"], [None] * 3),
         ):
@@ -1705,6 +1723,7 @@ def test_an_error_says_what_to_do_and_comes_after_ten_minutes_where_waiting_may_
             ([(401, "")], 0, "HTTP 401: .*set HF_TOKEN"),
             ([(403, "")], 0, "HTTP 403: .*accept the terms"),
             ([(404, "")], 0, "HTTP 404: .*check its name .*folder and revision"),
+            ([(302, "")], 0, "HTTP 302: check the name"),  # a redirect to nowhere
             (["html"], 0, "a web page came .*proxy"),
             (["corrupt"] * 3, 0, f"wrong content, checksum {wrong}, not {right}, three times: .*{later}"),
             (["drop"] * 99, 10, f"broke off at 196,608 of 300,000 bytes, no progress: {later}, it resumes"),
@@ -1741,8 +1760,21 @@ def test_a_broken_network_gets_ten_minutes_and_a_first_contact_half_a_minute(tmp
         assert least < sum(waits) < most
 
 
-def test_a_listing_that_breaks_off_is_asked_for_again(monkeypatch):
+def test_a_listing_that_breaks_off_is_asked_for_again_and_one_of_another_shape_or_without_end_is_one_line(monkeypatch):
+    entry = {"type": "file", "path": "a.bin", "size": 1, "lfs": {"oid": "a" * 64}}
+    odd = [None, True, -1, 1.5, "", "\0", "\ud800", {}, [[]]]
+    damaged = [{name: entry[name] for name in entry if name != lost} for lost in entry]
+    damaged += [entry | {name: value} for name in ("path", "size", "lfs") for value in odd]
+    damaged += [entry | {"lfs": {"oid": value}} for value in [*odd, int("1" * 40)]]
+    damaged += [entry | {"type": None}]
+    rows = [(value, "is not a listing") for value in odd if value != [[]]]
+    rows += [([entry, value], "damaged entry") for value in [*odd, *damaged]]
+    rows += [([], "repeats itself"), ([entry], "repeats itself")]
+    rows = [(b"[" * 100_000, "is not a listing"), *((json.dumps(value).encode(), said) for value, said in rows)]
     with hub({"a.json": b"[1, 2, 3]"}, monkeypatch) as server:
+        for server.listing, said in rows:
+            with pytest.raises(OSError, match=f"^http://127.*{said}.*: check the network .*HF_ENDPOINT and HF_TOKEN$"):
+                hub_py.list_hub("me/data")
         url = f"http://127.0.0.1:{server.port}/datasets/me/data/resolve/main/a.json"
         server.faults["a.json"] = ["drop"] * 5
         with pytest.raises(OSError, match=f"^{url}: the answer broke off three times: run the same command later"):
@@ -4491,17 +4523,40 @@ def free_port():
         return s.getsockname()[1]
 
 
-def test_the_page_is_served_to_this_machine_alone_unless_told_otherwise_and_takes_no_files():
+def test_the_page_is_served_to_this_machine_alone_unless_told_otherwise():
     serve = functools.partial(space_app.launch, tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1)
     for host, elsewhere in (("", pytest.raises(ConnectionRefusedError)), ("0.0.0.0", nullcontext())):
         page, address = serve(host, port := free_port())
         with elsewhere:  # 127.0.0.2 is this machine too, and stands for its other addresses
             socket.create_connection(("127.0.0.2", port), timeout=5).close()
-        upload = requests.post(f"http://127.0.0.1:{port}/gradio_api/upload", files={"files": b"of a stranger"})
-        assert upload.status_code == 413  # nobody fills the disk
         with pytest.raises(OSError, match="set another --port="):
             serve(host, port)
         page.close(verbose=False)
+
+
+def test_what_the_page_does_not_ask_for_is_refused_without_a_traceback(capfd):
+    page, address = space_app.launch(tiny(), Tokenizer("bytes"), dict(stage="finetune"), 1, "", free_port())
+    numbers = {function["api_name"]: function["id"] for function in page.config["dependencies"]}
+
+    def ask(path, code, *, method="POST", said="", **options):
+        response = requests.request(method, f"{address}{path}", timeout=60, **options)
+        assert (response.status_code, said in response.text) == (code, True), path
+
+    def call(name, *data):
+        return dict(fn_index=numbers[name], data=data, session_hash="stranger")
+
+    ask("gradio_api/upload", 404, files={"files": b"of a stranger"})
+    for path in ("config", f"static/{'x' * 5000}", "gradio_api/file=/etc/hosts", "gradio_api/queue/data?session_hash="):
+        ask(path, 404, method="GET")
+    for name in ("run/predict", "api/predict", "call/_submit_fn"):  # they would pass the queue by
+        ask(f"gradio_api/{name}", 404, json=call("_submit_fn", "Hi", [], 9, 0, 0))
+    for file in ("/etc/hosts", "http://127.0.0.1:9/", "x" * 5000):  # Gradio would download a file of another site
+        data = [dict(role="user", content=[dict(path=file, meta={"_type": "gradio.FileData"})])]
+        said = "This page takes no files."
+        ask("gradio_api/run/predict", 500, said=said, json=call("_pop_last_user_message_1", data))
+        ask("gradio_api/queue/join", 400, said=said, json=call("_clear_and_save_textbox", data))
+    page.close(verbose=False)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_space_tells_nothing_of_the_machine_it_was_made_on(tmp_path):
@@ -4567,6 +4622,7 @@ class Site:
         self.let = self.gate.release
         self.ended = threading.Event()
         self.prompts = []  # what it was asked
+        self.refused = []  # what the page asked for in vain
         self.model = tiny(block_size=160, n_vocab=self.tokenizer.n_vocab, vocab_size=self.tokenizer.n_vocab)
         self.model.generate = self.write
         stored = dict(stage=stage, tokens=12_345)
@@ -4586,6 +4642,7 @@ class Site:
     def visit(self):
         """A new visitor's page."""
         page = self.browser.new_page()
+        page.on("response", lambda response: self.refused.append(response.url) if response.status == 404 else None)
         page.goto(self.address)
         return page
 
@@ -4605,6 +4662,7 @@ def serve(chromium, monkeypatch):
         site.browser.close()
         site.let(1000)
         site.server.close(verbose=False)
+        assert not site.refused
 
 
 def expect(found):

@@ -34,6 +34,10 @@ from tokenizer import tokenizer_of
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 try:
     import gradio as gr
+    from gradio_client.utils import is_file_obj_with_meta, traverse
+    from starlette.middleware import Middleware
+    from starlette.requests import Request
+    from starlette.responses import PlainTextResponse
 
     HAS_GRADIO = True
 except ImportError:  # main says so; --assemble does not need it
@@ -64,6 +68,12 @@ METRICS = {
     "hellaswag_acc": "HellaSwag acc {:.1%}",
     "hellaswag_acc_norm": "acc_norm {:.1%}",
 }
+ASKED_FOR = re.compile(  # what the pages ask their server for, of all that Gradio serves
+    r"(GET|HEAD) /?"
+    r"|GET /(favicon\.ico|manifest\.json|theme\.css|(assets|static)/[\w./-]{1,200})"
+    r"|GET /gradio_api/(app_id|queue/data|startup-events|heartbeat/\w+)"
+    r"|POST /gradio_api/(cancel|reset|queue/join|run/predict)"
+)
 CSS = """
 .chat .message-content * {white-space: pre-wrap}
 .column:has(.stop-button) .chat [aria-label=Clear] {display: none} /* what is being written would come back */
@@ -152,19 +162,52 @@ def launch(model, tokenizer, stored, queue_size, host, port):
     """Start to serve the page of a checkpoint; returns (page, its address)."""
     make_page = completion_page if stored["stage"] == "pretrain" else chat_page
     page = make_page(model, tokenizer, about(model, stored), queue_size)
-    page.queue(default_concurrency_limit=1)
-    # fonts of the reader's machine; no history in the browser, no statistics, no uploads
+    page.queue(default_concurrency_limit=1, api_open=False)
+    refuse_files(page)
+    # fonts of the reader's machine; no history in the browser
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
         _, address, _ = page.launch(
             server_name=host or None, server_port=port, share=False, ssr_mode=False, quiet=True,
-            prevent_thread_lock=True, theme=theme, css=CSS, run_history=False, enable_monitoring=False,
-            max_file_size=1, footer_links=[],
+            prevent_thread_lock=True, theme=theme, css=CSS, run_history=False, footer_links=[],
+            app_kwargs=dict(middleware=[Middleware(only_what_is_asked_for, page)]),
         )  # fmt: skip
     except OSError:  # its text names settings of Gradio
         where = f"{host or 'this machine'}, port {port}"
         raise OSError(f"cannot listen at {where}: set another --port= or --host=") from None
     return page, address
+
+
+def refuse_files(page):
+    """Make a page refuse a request whose data name a file: Gradio would download it, or print a traceback."""
+    preprocess_data = page.preprocess_data
+
+    async def preprocess_without_files(function, inputs, *more, **options):
+        files = []
+        traverse(inputs, files.append, is_file_obj_with_meta)
+        if files:
+            raise gr.Error("This page takes no files.", print_exception=False)
+        return await preprocess_data(function, inputs, *more, **options)
+
+    page.preprocess_data = preprocess_without_files
+
+
+def only_what_is_asked_for(app, page):
+    """A middleware that answers 404 to requests that the page does not make, such as uploads and calls of the model."""
+
+    async def serve(scope, receive, send):
+        answer = app
+        if scope["type"] == "http":
+            request = Request(scope)
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            is_needed = ASKED_FOR.fullmatch(f"{request.method} {path}")
+            if path == "/gradio_api/queue/data":  # Gradio prints tracebacks for a session that it does not know
+                is_needed = request.query_params.get("session_hash") in page._queue.pending_messages_per_session
+            if not is_needed:
+                answer = PlainTextResponse("Not found", 404)
+        await answer(scope, receive, send)
+
+    return serve
 
 
 def about(model, stored):
