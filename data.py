@@ -256,6 +256,14 @@ def read_meta(folder):
     return meta
 
 
+def sources_of(folder):
+    """Names of what a stage's data_dir was made from: files' folders, or datasets; the data_dir itself if unknown."""
+    path = Path(folder) / "meta.json"
+    meta = read_json(path, dict) if path.exists() else {}
+    names = {name.rpartition("/")[0] or name for name in meta.get("sources", [])}
+    return sorted(names) or [str(folder)]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the order: a batch is a pure function of (seed, step)
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data import sources_of
 from finetune import (
     MAY_CHANGE,
     QUESTIONS,
@@ -113,8 +114,8 @@ def main():
     check(settings, AT_LEAST_1, rules)
     join_processes(settings["device"])
     device = pick_device(settings["device"], deterministic)
-    model, tokenizer, stage = load_base(settings, device)
-    if stage == "pretrain":
+    model, tokenizer, base = load_base(settings, device)
+    if base["stage"] == "pretrain":
         print(f"warning: {checkpoint} is not finetuned: preferences are for models that answer (finetune.py)")
     splits = load_conversations(data_dir, tokenizer, model.config.block_size, preferences=True)
     train, val = Pairs(splits[0]), Pairs(splits[1])
@@ -137,7 +138,7 @@ def main():
         train.reference, val.reference = stored
     print(f"{len(train):,} pairs, {n_steps:,} steps of {pairs_per_step}; {len(val):,} for validation")
     print(f"on {settings['device']} in {settings['dtype']}")
-    run.restore(model, optimizers, tokenizer.name, data, tokenizer.vocabulary)
+    run.restore(model, optimizers, tokenizer.name, data, tokenizer.vocabulary, sources_of(data_dir), base)
     if stored is None and rank_and_world()[0] == 0:  # only now: a run that is refused writes nothing
         with whole_file(reference_file) as file:
             np.savez(file, train.reference.numpy(), val.reference.numpy(), belongs_to=belongs_to)

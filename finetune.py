@@ -26,7 +26,7 @@ from configurator import BadInput, check_settings, configure, settings_of
 import numpy as np
 import torch
 
-from data import read_json
+from data import read_json, sources_of
 from model import IGNORE, make_optimizers
 from run import (
     TRACKERS,
@@ -114,7 +114,7 @@ def main():
     check(settings, AT_LEAST_1, [(score_hellaswag or hellaswag_limit == 0, "hellaswag_limit needs --score_hellaswag")])
     join_processes(settings["device"])
     device = pick_device(settings["device"], deterministic)
-    model, tokenizer, _ = load_base(settings, device)
+    model, tokenizer, base = load_base(settings, device)
     train, val = load_conversations(data_dir, tokenizer, model.config.block_size)
     hellaswag, items = load_hellaswag(score_hellaswag, hellaswag_source, hellaswag_limit)
     n_steps = epochs * -(-len(train) // rows_per_step)
@@ -126,7 +126,8 @@ def main():
     before = answer(model, tokenizer, QUESTIONS, answer_tokens, autocast)  # before `restore` changes the weights
     print(f"{len(train):,} conversations, {n_steps:,} steps of {rows_per_step}; {len(val):,} for validation")
     print(f"on {settings['device']} in {settings['dtype']}")
-    run.restore(model, optimizers, tokenizer.name, fingerprint(checkpoint, data_dir), tokenizer.vocabulary)
+    data = fingerprint(checkpoint, data_dir)
+    run.restore(model, optimizers, tokenizer.name, data, tokenizer.vocabulary, sources_of(data_dir), base)
     batches = prefetch(partial(batch_at, train, rows_per_step, seed), run.step, device)
 
     def evaluate(step):
@@ -178,12 +179,12 @@ def check(settings, at_least_1, rules=()):
 
 
 def load_base(settings, device):
-    """(the model to start from, its tokenizer, the stage that trained it)."""
+    """(the model to start from, its tokenizer, the checkpoint's other entries)."""
     model, stored = load_model(settings["checkpoint"], device)
     model.checkpoint_activations = settings["activation_checkpointing"]
     tokenizer = tokenizer_of(stored)
     model.config.n_vocab = tokenizer.n_vocab  # an imported GPT-2 has rows for the chat tokens that it does not use yet
-    return model, tokenizer, stored["stage"]
+    return model, tokenizer, stored
 
 
 def load_conversations(folder, tokenizer, block_size, preferences=False):

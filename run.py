@@ -47,11 +47,16 @@ except ImportError:  # Windows
 FORMAT_VERSION = 1  # of checkpoint files; load_checkpoint must read files of all earlier versions too
 # entries of a checkpoint: those that all have, those that some have, and those without which no run is resumed
 ENTRIES = {"format_version": int, "config": dict, "model": dict, "stage": str, "tokenizer": str, "step": int}
-MORE_ENTRIES = {"tokens": int, "settings": dict, "metrics": dict, "vocabulary": str, "state": dict, "optimizers": list}
+MORE_ENTRIES = {
+    "tokens": int, "settings": dict, "metrics": dict, "vocabulary": str, "state": dict, "optimizers": list,
+    "sources": list, "before": list,
+}  # fmt: skip
 RESUMED_FROM = ("optimizers", "state", "settings", "data")
 PARENT = os.getppid()  # under torchrun its process id; another one later means that it was killed
 LOCK = "lock"  # the file of out_dir that a running process has locked: its process id and host
 LOCKED = {}  # the locks of this process: path -> open file
+STARTED_FROM = "init_from.txt"  # the file of out_dir that names the weights that a run started from
+STAGE = ("stage", "step", "metrics", "settings", "sources")  # what a checkpoint says about the stage that wrote it
 PREVIOUS = "ckpt_before.pt"  # what ckpt.pt was before it was last written, should that be damaged
 BF16_WIDTH = 128  # on CPUs, narrower networks lose about as much by casting as their products gain
 BF16_WIDTH_DECODING = 512  # token by token, where weights are read rather than multiplied
@@ -140,6 +145,9 @@ class Run:
         if not names:  # no run yet, or one that was killed before its first checkpoint
             print(f"{self.folder} has no checkpoint yet: the run starts")
             return None
+        if STARTED_FROM in names and not (self.folder / "ckpt.pt").exists():
+            remedy = "start it again with its --init_from= and --overwrite=True"
+            raise FileNotFoundError(f"{self.folder} has no checkpoint yet: {remedy}")
         stored = load_checkpoint(self.folder / "ckpt.pt")
         missing = [name for name in RESUMED_FROM if name not in stored]
         if missing:
@@ -176,15 +184,16 @@ class Run:
         """Delete unfinished files, and those of an earlier run, which a later resume must not find."""
         stale = list(self.folder.glob("*.pt.tmp"))
         if self.stored is None:
-            stale += [self.folder / name for name in ("ckpt.pt", PREVIOUS, "best.pt", "log.jsonl")]
+            stale += [self.folder / name for name in ("ckpt.pt", PREVIOUS, "best.pt", "log.jsonl", STARTED_FROM)]
         for path in stale:
             path.unlink(missing_ok=True)
 
-    def restore(self, model, optimizers, tokenizer, data, vocabulary=""):
+    def restore(self, model, optimizers, tokenizer, data, vocabulary="", sources=(), base=None):
         """Load the checkpoint, or write that of step 0, so that a run can be resumed from its first moment.
 
         model: has a `config`, a dataclass, and flops_per_token(). tokenizer: its name. data: fingerprints, by which a
         resumed run recognizes its data. vocabulary: what the tokenizer consists of, where its name is not enough.
+        sources: names of what the data were made from. base: the content of the checkpoint that a new run starts from.
         OSError when resuming would change the run. From here on signals and max_minutes stop the run after a step.
         """
         rank, world = rank_and_world()
@@ -198,9 +207,15 @@ class Run:
             "settings": self.settings,
             "data": data,
             "processes": world,
+            "sources": list(sources),
+            "before": [],  # the stages that the weights have been through before this run, the last one first
         }
         if vocabulary:
             self.about["vocabulary"] = vocabulary
+        if base is not None:
+            self.about["before"] = [{name: base[name] for name in STAGE if name in base}, *base.get("before", [])]
+        elif self.stored is not None:
+            self.about["before"] = self.stored.get("before", [])
         if self.stored is not None:
             self.check_same_run()
         is_new = self.stored is None
@@ -210,6 +225,8 @@ class Run:
             self.refuse_used(self.enter())  # again: it may not have existed, and another run may have begun
         if rank == 0:
             self.remove_stale()
+        if is_new and rank == 0 and self.settings["init_from"] != "scratch":
+            (self.folder / STARTED_FROM).write_text(self.settings["init_from"], encoding="utf-8")
         if not is_new:
             self.load()
         if self.tracker.name and not self.progress.tracked_as:
@@ -790,8 +807,7 @@ def load_model(path, device="cpu"):
         raise OSError(f"{path}: its weights do not match its config ({reason:.200})") from None
     content.pop("optimizers", None)
     is_of_a_run = content["stage"] == "pretrain" and "data" in content  # an imported model has no data
-    starts_from_scratch = content.get("settings", {}).get("init_from", "scratch") in ("scratch", "resume")
-    if is_of_a_run and starts_from_scratch and content["step"] == 0:
+    if is_of_a_run and not content.get("before") and content["step"] == 0:
         print(f"warning: {path} is NOT TRAINED, of step 0; try ckpt.pt in the same folder", file=sys.stderr)
     return model.to(device).eval(), content
 

@@ -441,9 +441,9 @@ def die_at(patch, owner, function, call, after=False):
     """Let the process die before, or after, call number `call` of a function."""
     real, numbers = getattr(owner, function), itertools.count(1)
 
-    def mortal(*arguments):
+    def mortal(*arguments, **named):
         dies = next(numbers) == call
-        result = None if dies and not after else real(*arguments)
+        result = None if dies and not after else real(*arguments, **named)
         if dies:
             raise Died
         return result
@@ -795,7 +795,7 @@ BAD_INPUT = [
     ("train.py", {}, "--out_dir=base --init_from=resume --force=True --n_layer=3",
      r"\(n_layer was 2, is now 3; .*\): use the old ones$"),
     ("train.py", {"base/ckpt.pt": stored(tokenizer="gpt2")}, "--out_dir=base --init_from=resume --force=True",
-     r"the tokenizer was gpt2, is now bytes\): use the old ones$"),
+     "data was made with the bytes tokenizer, the model has gpt2: prepare the text again"),
     # prepare_instruct.py
     ("prepare_instruct.py", {}, "--val_fraction=1.0", "val_fraction must be between 0 and 1, not 1.0"),
     ("prepare_instruct.py", {}, "--max_tokens=0", "max_tokens must be at least 1"),
@@ -2960,8 +2960,25 @@ def test_a_run_starts_from_given_weights_on_other_text_and_is_exported_again(tmp
     start, _ = load_model(tmp_path / "gpt2.pt")
     idx = torch.arange(16)[None]
     assert model.config.block_size == 16 and torch.equal(model(idx)[..., :50257], start(idx))
-    other, _ = export(load_model(out / "best.pt")[0], tmp_path / "again", tokenizer="gpt2", stage="pretrain")
-    assert type(other).__name__ == "GPT2LMHeadModel"
+    convert("export", f"--checkpoint={out}/ckpt.pt", f"--out={tmp_path}/again")
+    assert type(GPT2LMHeadModel.from_pretrained(tmp_path / "again")).__name__ == "GPT2LMHeadModel"
+    card = (tmp_path / "again/README.md").read_text(encoding="utf-8")
+    assert f"- data: {tmp_path} (licence not known" in card and f"## Imported from {tmp_path}/hf" in card
+
+
+def test_a_run_from_given_weights_that_dies_before_its_first_checkpoint_is_not_resumed_from_new_ones(
+    story, trained, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        die_at(patch, run_py, "save_checkpoint", 1)
+        with pytest.raises(Died):
+            pretrain(story, out, init_from=str(trained / "best.pt"), max_steps=1)
+    with pytest.raises(OSError, match=f"{out} has no checkpoint yet: start it again with its --init_from="):
+        pretrain(story, out, init_from="resume", max_steps=1)
+    pretrain(story, out, init_from=str(trained / "best.pt"), max_steps=1, overwrite=True)
+    pretrain(story, out, init_from="resume", max_steps=2)
+    assert [stage["stage"] for stage in load_checkpoint(out / "ckpt.pt")["before"]] == ["pretrain"]
 
 
 def test_weights_kept_on_the_way_are_listed_never_deleted_and_no_run_in_use(story, tmp_path, capsys):
@@ -2992,7 +3009,7 @@ def test_a_run_whose_shards_lost_their_records_knows_its_tokenizer(story, own_vo
     stored = [load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("out", "new")]
     assert [content["step"] for content in stored] == [2, 1]
     assert stored[0]["vocabulary"] == stored[1]["vocabulary"] == Tokenizer(str(vocabulary)).vocabulary
-    with pytest.raises(BadInput, match="was made with the bpe-.* tokenizer, not bytes: leave --tokenizer= out"):
+    with pytest.raises(BadInput, match="the tokenizer of .* is bpe-.*, not bytes: leave --tokenizer= out"):
         pretrain(tmp_path, tmp_path / "out", max_steps=3, init_from="resume", tokenizer="bytes")
 
 
@@ -5024,9 +5041,11 @@ def test_the_model_card_tells_stages_results_and_the_licences_of_the_data(tmp_pa
     (folder / "files.json").write_text(json.dumps([file]))
     write_jsonl(Path("mine.jsonl"), chats())
     call(prepare_instruct, source="mine.jsonl,alpaca:3", tokenizer="bytes", out_dir="chat", val_fraction=0.3)
-    base = dict(data_dir="base", checkpoint="gone.pt", learning_rate=0.004)
-    export(tiny(), Path("a"), stage="pretrain", step=1234, metrics=dict(hellaswag_acc=0.3), settings=base)
-    export(tiny(), Path("b"), settings=dict(data_dir="chat", checkpoint="a.pt", epochs=2))
+    base = dict(data_dir="base", learning_rate=0.004)
+    before = dict(stage="pretrain", step=1234, metrics=dict(hellaswag_acc=0.3), settings=base)
+    before["sources"] = data_py.sources_of("base")
+    settings = dict(data_dir="chat", checkpoint="a.pt", epochs=2)
+    export(tiny(), Path("b"), settings=settings, sources=data_py.sources_of("chat"), before=[before])
     card = Path("b/README.md").read_text(encoding="utf-8")
     for told in (
         "- data: alpaca (CC BY-NC 4.0, not for commercial use",
@@ -5035,9 +5054,10 @@ def test_the_model_card_tells_stages_results_and_the_licences_of_the_data(tmp_pa
         "## Stage pretrain, step 1,234",
         "- hellaswag_acc: 0.3000",
         "- data: HuggingFaceFW/fineweb-edu/sample/10BT (ODC-By 1.0)",
-        "It started from gone.pt, which is not on this machine",
     ):
         assert told in card
+    export(tiny(), Path("c"), settings=settings)  # of an earlier version
+    assert "It started from a.pt: add that model's data" in Path("c/README.md").read_text(encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

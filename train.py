@@ -25,7 +25,7 @@ from configurator import BadInput, check_settings, configure, settings_of
 
 import torch
 
-from data import Windows, find_shards, looks_like_bytes, read_meta
+from data import Windows, find_shards, looks_like_bytes, read_meta, sources_of
 from model import FAMILIES, GPT, OPTIMIZERS, GPTConfig, make_optimizers
 from run import (
     TRACKERS,
@@ -167,7 +167,9 @@ def main():
         stored_size = run.stored_settings.get("batch_size", 0)
         settings["batch_size"] = find_batch_size(model, optimizers, stored_size, n_rows, autocast)
     describe(model, optimizers, settings, tokenizer, train, val, n_steps)
-    run.restore(model, optimizers, tokenizer.name, train.fingerprint() + val.fingerprint(), tokenizer.vocabulary)
+    data = train.fingerprint() + val.fingerprint()
+    base = None if init_from in ("scratch", "resume") else known
+    run.restore(model, optimizers, tokenizer.name, data, tokenizer.vocabulary, sources_of(data_dir), base)
 
     micro_batch = settings["batch_size"]
     n_val = min(len(val), max(1, eval_tokens // block_size))
@@ -221,6 +223,10 @@ def check(settings):
         (decay_fraction <= 1, "decay_fraction must be at most 1"),
         (final_lr_fraction <= 1, "final_lr_fraction must be at most 1"),
         (compile in (None, True, False), "compile must be None, True or False"),
+        (
+            Path(init_from).resolve().parent != Path(out_dir).resolve(),
+            f"out_dir {out_dir} is the folder of {init_from}, which would be overwritten: choose another",
+        ),
     ]
     check_settings(settings, AT_LEAST_1, rules)
 

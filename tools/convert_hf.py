@@ -23,7 +23,7 @@ import torch
 from data import read_json, write_json
 from hub import download, is_repo, list_hub
 from model import FAMILIES, GPT, GPTConfig
-from run import load_checkpoint, load_model, save_checkpoint
+from run import load_model, save_checkpoint
 from tokenizer import SPECIALS, Tokenizer, tokenizer_of, vocabulary_text
 
 checkpoint = "out/fgpt_712m/best.pt"  # export: file of train.py, finetune.py or dpo.py
@@ -315,26 +315,22 @@ def card(gpt, stored, name):
 
 
 def stages_of(stored):
-    """Markdown of how a checkpoint was made: its stage, then those of the checkpoints that it started from."""
-    settings = stored["settings"]
-    lines = ["", f"## Stage {stored['stage']}, step {stored['step']:,}", ""]
-    lines += [f"- {name}: {value:.4f}" for name, value in stored.get("metrics", {}).items()]
-    if "data_dir" in settings:
-        lines += [f"- data: {source} ({licence_of(source)})" for source in sources_of(settings["data_dir"])]
-    lines.append("- settings: " + ", ".join(f"`{name}={value!r}`" for name, value in settings.items()))
-    base = settings.get("checkpoint")
-    if base and Path(base).is_file():
-        lines += stages_of(load_checkpoint(base))
-    elif base:
-        lines += ["", f"It started from {base}, which is not on this machine: add that model's data and settings."]
+    """Markdown of how a checkpoint was made: its stage, then those that its weights have been through before."""
+    lines = []
+    stages = [stored, *stored.get("before", [])]
+    for stage in stages:
+        settings = stage.get("settings", {})
+        if "model" in settings:
+            lines += ["", f"## Imported from {settings['model']}", "", "- data and licence: see there"]
+            continue
+        lines += ["", f"## Stage {stage['stage']}, step {stage['step']:,}", ""]
+        lines += [f"- {name}: {value:.4f}" for name, value in stage.get("metrics", {}).items()]
+        lines += [f"- data: {source} ({licence_of(source)})" for source in stage.get("sources", [])]
+        lines.append("- settings: " + ", ".join(f"`{name}={value!r}`" for name, value in settings.items()))
+    base = stages[-1].get("settings", {}).get("checkpoint")
+    if base:  # of an earlier version, which did not keep what was before
+        lines += ["", f"It started from {base}: add that model's data and settings."]
     return lines
-
-
-def sources_of(folder):
-    """The folders or names of what a stage's data_dir was made from, or the data_dir itself."""
-    path = Path(folder) / "meta.json"
-    names = read_json(path).get("sources", []) if path.exists() else []
-    return sorted({name.rpartition("/")[0] or name for name in names}) or [str(folder)]
 
 
 def licence_of(source):
