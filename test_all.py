@@ -2765,7 +2765,7 @@ def test_weights_kept_on_the_way_are_listed_never_deleted_and_no_run_in_use(stor
     assert torch.equal(kept["model"]["wte.weight"], load_checkpoint(out / "best.pt")["model"]["wte.weight"])
     before = (out / "step_00000002.pt").read_bytes()
     pretrain(story, out, max_steps=1, overwrite=True)
-    for name in ("ckpt.pt", "best.pt", "log.jsonl"):
+    for name in ("ckpt.pt", "ckpt_before.pt", "best.pt", "log.jsonl"):
         (out / name).unlink()
     pretrain(story, out, max_steps=1)
     assert (out / "step_00000002.pt").read_bytes() == before
