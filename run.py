@@ -758,7 +758,8 @@ def what_else(path):
     found = [other for other in others if other.exists()]
     if not found:
         return "copy or train it again"
-    return f"use {found[0]} (to resume from it, rename it to ckpt.pt)"
+    hint = " (to resume from it, rename it to ckpt.pt)" if found[0].name == PREVIOUS else ""
+    return f"use {found[0]}{hint}"
 
 
 def load_model(path, device="cpu"):

@@ -635,9 +635,9 @@ BAD_INPUT = [
     ("train.py", {}, "--dtype=native", "dtype 'native' cannot be used: set float32 or bfloat16, or leave it out"),
     # sample.py: its checkpoint
     ("sample.py", {"base/best.pt": lambda old: old[: len(old) // 2]}, "",
-     "base/best.pt is damaged or not a checkpoint: use base/ckpt.pt .to"),
+     "base/best.pt is damaged or not a checkpoint: use base/ckpt.pt$"),
     ("sample.py", {"base/best.pt": stored(stage=None)}, "", "best.pt is not a checkpoint of fgpt: .* no valid stage$"),
-    ("sample.py", {"base/best.pt": flipped}, "", "base/best.pt is damaged .*: use base/ckpt.pt .to resume"),
+    ("sample.py", {"base/best.pt": flipped}, "", "base/best.pt is damaged .*: use base/ckpt.pt$"),
     ("sample.py", {"alone/best.pt": "bits"}, "--checkpoint=alone/best.pt", "is damaged .*: copy or train it again$"),
     ("hellaswag.py", {"base/best.pt": flipped}, "", "base/best.pt is damaged"),
     ("finetune.py", {"base/best.pt": flipped}, "", "base/best.pt is damaged"),
