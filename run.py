@@ -770,15 +770,13 @@ def load_checkpoint(path, device="cpu"):
 
 
 def what_else(path):
-    """What to do about a damaged checkpoint: the run's best other file, where there is one."""
-    previous = path.with_name(PREVIOUS)
-    if path.name == "ckpt.pt" and previous.exists():
-        return f"use the one before it: rename {previous} to {path.name}"
-    for name in ("ckpt.pt", PREVIOUS, "best.pt"):
-        other = path.with_name(name)
-        if name != path.name and other.exists():
-            return f"use {other}"
-    return "copy or train it again"
+    """What to do about a damaged checkpoint: use another file of its run, the last one first."""
+    others = [path.with_name(name) for name in ("ckpt.pt", PREVIOUS, "best.pt") if name != path.name]
+    found = [other for other in others if other.exists()]
+    if not found:
+        return "copy or train it again"
+    hint = " (to resume from it, rename it to ckpt.pt)" if found[0].name == PREVIOUS else ""
+    return f"use {found[0]}{hint}"
 
 
 def load_model(path, device="cpu"):

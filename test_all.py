@@ -785,7 +785,7 @@ BAD_INPUT = [
     ("train.py", {}, "--out_dir=base --overwrite=True --n_head=3", "n_embd 32 is not divisible by n_head 3"),
     ("train.py", {"new/best.pt": b"best"}, "--init_from=resume", "new/ckpt.pt: no such checkpoint"),
     ("train.py", {"base/ckpt.pt": flipped}, "--out_dir=base --init_from=resume",
-     "base/ckpt.pt is damaged .*: use the one before it: rename base/ckpt_before.pt to ckpt.pt$"),
+     "base/ckpt.pt is damaged .*: use base/ckpt_before.pt .to resume from it, rename it to ckpt.pt.$"),
     ("train.py", {"base/ckpt.pt": stored(optimizers=None)},
      "--out_dir=base --init_from=resume --force=True", "ckpt.pt has no optimizers .is it a copy of best.pt"),
     ("train.py", {"base/ckpt.pt": stored(stage="finetune")},
@@ -2990,7 +2990,7 @@ def test_weights_kept_on_the_way_are_listed_never_deleted_and_no_run_in_use(stor
     assert torch.equal(kept["model"]["wte.weight"], load_checkpoint(out / "best.pt")["model"]["wte.weight"])
     before = (out / "step_00000002.pt").read_bytes()
     pretrain(story, out, max_steps=1, overwrite=True)
-    for name in ("ckpt.pt", "best.pt", "log.jsonl"):
+    for name in ("ckpt.pt", "ckpt_before.pt", "best.pt", "log.jsonl"):
         (out / name).unlink()
     pretrain(story, out, max_steps=1)
     assert (out / "step_00000002.pt").read_bytes() == before
