@@ -229,7 +229,9 @@ class Run:
             (self.folder / STARTED_FROM).write_text(self.settings["init_from"], encoding="utf-8")
         if not is_new:
             self.load()
-        if self.tracker.name and not self.progress.tracked_as:
+        if self.progress.tracked_as:
+            self.tracker.last_step = last_step_of(self.folder / "log.jsonl")
+        elif self.tracker.name:
             self.progress.tracked_as = f"{self.folder.name}-{secrets.token_hex(4)}"
         if is_new:
             self.save(must=True)
@@ -433,7 +435,7 @@ class Run:
         except OSError as error:
             if must:
                 raise
-            print_line(f"warning: no new {path} ({error}); training continues and will try again")
+            print_line(f"warning: no new {path} ({error}); training continues")
             return False
 
     def line_of(self, row):
@@ -484,11 +486,14 @@ class Tracker:
     def __init__(self, name):
         self.name = name
         self.module = None
+        self.last_step = -1  # of the rows that are there already
         if name and rank_and_world()[0] == 0:
             try:
                 self.module = importlib.import_module(name)
             except ImportError:
                 raise OSError(f"{name} is not installed: pip install {name}, or leave --tracker= out") from None
+            except Exception as error:  # whatever is wrong with it
+                self.give_up(error)
 
     def start(self, run_name, settings):
         """Begin the tracked run of this name, or continue it."""
@@ -496,9 +501,10 @@ class Tracker:
         self.call("init", project="fgpt", name=run_name, config=settings, resume="allow", **more)
 
     def log(self, row):
-        """Log a row of the log at its step."""
-        figures = {name: value for name, value in row.items() if name != "step"}
-        self.call("log", figures, step=row["step"])
+        """Log a row of the log at its step, unless it is there already: a resumed run repeats a few steps."""
+        if row["step"] > self.last_step:
+            figures = {name: value for name, value in row.items() if name != "step"}
+            self.call("log", figures, step=row["step"])
 
     def call(self, function, *arguments, **more):
         """One of the tracker's functions init, log, finish."""
@@ -506,9 +512,13 @@ class Tracker:
             return
         try:
             getattr(self.module, function)(*arguments, **more)
-        except Exception as error:  # whatever a service raises
-            print_line(f"warning: {self.name} failed ({type(error).__name__}: {error}); training goes on without it")
-            self.module = None
+        except (Exception, SystemExit) as error:  # whatever a service raises
+            self.give_up(error)
+
+    def give_up(self, error):
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print_line(f"warning: {self.name} failed ({reason:.200}); training goes on without it")
+        self.module = None
 
 
 def lock_folder(folder):
@@ -611,6 +621,12 @@ def open_log(path, n_bytes, step, units):
     if n_bytes == 0:
         log.write(header_of(units))
     return log
+
+
+def last_step_of(path):
+    """The step of the last row of a log, before it is cut to a checkpoint; -1 where there is none."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return max((row_of(line).get("step", -1) for line in lines[-1:]), default=-1)
 
 
 def repair_log(path, old, step, units):

@@ -2996,6 +2996,24 @@ def test_weights_kept_on_the_way_are_listed_never_deleted_and_no_run_in_use(stor
     assert (out / "step_00000002.pt").read_bytes() == before
 
 
+def test_finetuning_and_dpo_keep_weights_on_the_way_too(trained, chat_rows, pair_rows, tmp_path):
+    tune(trained, chat_rows, tmp_path / "chat", epochs=1, keep_every=1)
+    prefer(tmp_path / "chat", pair_rows, tmp_path / "dpo", epochs=1, keep_every=1)
+    for name in ("chat", "dpo"):
+        assert load_checkpoint(tmp_path / name / "step_00000001.pt")["step"] == 1
+
+
+def test_given_weights_decide_all_sizes_and_the_family(story, tmp_path):
+    model = tiny("modern", rope_theta=500.0, head_dim=24, mlp_dim=40)
+    write_checkpoint(tmp_path / "a.pt", model)
+    pretrain(story, tmp_path / "run", init_from=str(tmp_path / "a.pt"), max_steps=1, family="gpt2")
+    assert load_model(tmp_path / "run/best.pt")[0].config == model.config
+    mixed = tiny("gpt2", qk_norm=True)
+    write_checkpoint(tmp_path / "b.pt", mixed)
+    with pytest.raises(BadInput, match="b.pt: the model is of no family that train.py makes"):
+        pretrain(story, tmp_path / "mixed", init_from=str(tmp_path / "b.pt"))
+
+
 def test_a_run_whose_shards_lost_their_records_knows_its_tokenizer(story, own_vocabulary, tmp_path):
     vocabulary = own_vocabulary / "tok"
     files = dict(source=story / "text.txt", val_source=story / "held_out.txt", out_dir=tmp_path / "data")
@@ -3042,6 +3060,18 @@ def test_a_run_is_shown_on_trackio_and_continued_there(story, tmp_path):
     assert said.splitlines()[-1] == "32 [0, 1, 2, 3, 4] True"
 
 
+def test_rows_that_a_resumed_run_repeats_are_not_tracked_twice(story, tmp_path, monkeypatch):
+    steps = []
+    service = SimpleNamespace(init=lambda **_: None, log=lambda _, step: steps.append(step), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    out = tmp_path / "run"
+    pretrain(story, out, max_steps=2)
+    pretrain(story, out, max_steps=4, init_from="resume", tracker="wandb", checkpoint_interval=1)
+    (out / "ckpt_before.pt").replace(out / "ckpt.pt")  # as if it had died in step 4
+    pretrain(story, out, max_steps=5, init_from="resume", tracker="wandb")
+    assert steps == [3, 4, 5] and [row["step"] for row in log_rows(out)[1:]] == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_tracker_that_fails_is_a_warning_and_changes_nothing(story, tmp_path, monkeypatch, capsys):
     calls = []
 
@@ -3055,6 +3085,9 @@ def test_a_tracker_that_fails_is_a_warning_and_changes_nothing(story, tmp_path, 
     pretrain(story, tmp_path / "with", max_steps=3, tracker="wandb")
     assert capsys.readouterr().out.count("warning: wandb failed (ConnectionError: the service is down)") == 1
     assert len(calls) == 2 and same_run(tmp_path / "without", tmp_path / "with")
+    service.init = lambda **settings: sys.exit("no key")
+    pretrain(story, tmp_path / "exits", max_steps=1, tracker="wandb")
+    assert "warning: wandb failed (SystemExit: no key); training goes on" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(OSError, match="wandb is not installed: pip install wandb"):
         pretrain(story, tmp_path / "missing", tracker="wandb")
@@ -4397,8 +4430,10 @@ def test_at_a_keyboard_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path, monkey
 
 
 def test_without_a_prompt_several_samples_are_documents_from_nothing(trained, capsys):
-    call(sample, checkpoint=f"{trained}/best.pt", num_samples=3, max_new_tokens=5, device="cpu")
-    assert capsys.readouterr().out.count("--- ") == 3
+    call(sample, checkpoint=f"{trained}/best.pt", num_samples=3, max_new_tokens=5, temperature=0.0, device="cpu")
+    model, tokenizer = load_model(trained / "best.pt")[0], Tokenizer("bytes")
+    ids = [int(i) for i in model.generate([[tokenizer.eot]], 5, temperature=0.0, stop=tokenizer.eot)]
+    assert capsys.readouterr().out == "".join(f"--- {i} of 3\n{tokenizer.decode(ids)}\n" for i in (1, 2, 3))
 
 
 def test_a_pipe_that_closes_early_ends_a_script_quietly(trained):

@@ -57,7 +57,6 @@ MODULES = ("configurator.py", "model.py", "muon.py", "run.py", "sample.py", "tok
 GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken names its copies by these
 N_BARS = 10
 UPDATE_SECONDS = 0.05  # between updates of the page: with one for each token, a small model was three times slower
-LONGEST_TOKEN = 128  # characters, of GPT-2's vocabulary: longer texts are refused without encoding them
 COMPUTING = threading.Lock()  # held during each step of the model: a step outlives the answer that was stopped
 VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 UNITS = {"pretrain": "token", "finetune": "answer token", "dpo": "pair"}  # what each stage counts
@@ -360,7 +359,7 @@ def question_ids(model, tokenizer, question, history, max_new_tokens):
 
 def check_length(tokenizer, text, block_size):
     """BadInput for a text that cannot fit, whatever its tokens are: nobody makes the server encode a whole book."""
-    if len(text) > block_size * (LONGEST_TOKEN if tokenizer.bpe else 1):
+    if len(text) > block_size * tokenizer.token_bytes().max():
         raise BadInput(f"that is {len(text):,} characters; the context holds {block_size:,} tokens: shorten the text")
 
 
