@@ -225,7 +225,7 @@ class Run:
             self.refuse_used(self.enter())  # again: it may not have existed, and another run may have begun
         if rank == 0:
             self.remove_stale()
-        if is_new and rank == 0 and self.settings["init_from"] != "scratch":
+        if is_new and rank == 0 and self.settings["init_from"] not in ("scratch", "resume"):
             (self.folder / STARTED_FROM).write_text(self.settings["init_from"], encoding="utf-8")
         if not is_new:
             self.load()
