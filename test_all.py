@@ -3592,7 +3592,7 @@ for bucket in (2**25, 5000):  # the gradients of all parameters in one call, or 
         steps.append(train.train_step(train.next_token_loss, network, optimizers, batch, n_targets, 1, 1.0, autocast))
     results = [torch.tensor(steps), network.state_dict()["h.0.attn.c_attn.weight"]]
     matrices = torch.randn(5, 6, 9)
-    results.append(muon.orthogonalize_shared(matrices) if world > 1 else muon.orthogonalize(matrices))
+    results.append(muon.orthogonalize_distributed(matrices) if world > 1 else muon.orthogonalize(matrices))
     torch.save(results, f"{folder}/{bucket}.{rank}.of.{world}")
 print("printed by", rank)
 """
