@@ -42,7 +42,7 @@ from run import (
     row_of,
     sum_over_ranks,
 )
-from tokenizer import tokenizer_of
+from tokenizer import tokenizer_of_checkpoint
 from train import UNITS as TRAIN_UNITS
 from train import load_hellaswag, lr_scale, next_token_loss, set_learning_rates, train_step
 
@@ -182,7 +182,7 @@ def load_base(settings, device):
     """(the model to start from, its tokenizer, the checkpoint's other entries)."""
     model, stored = load_model(settings["checkpoint"], device)
     model.checkpoint_activations = settings["activation_checkpointing"]
-    tokenizer = tokenizer_of(stored)
+    tokenizer = tokenizer_of_checkpoint(stored)
     model.config.n_vocab = tokenizer.n_vocab  # an imported GPT-2 has rows for the chat tokens that it does not use yet
     return model, tokenizer, stored
 

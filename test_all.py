@@ -84,7 +84,7 @@ from model import FAMILIES, GPT, GPTConfig, make_optimizers  # noqa: E402
 from muon import Muon  # noqa: E402
 from run import load_checkpoint, load_model, save_checkpoint  # noqa: E402
 from space import app as space_app  # noqa: E402
-from tokenizer import Tokenizer, tokenizer_in, tokenizer_of, vocabulary_text  # noqa: E402
+from tokenizer import Tokenizer, tokenizer_of_checkpoint, tokenizer_of_shards, vocabulary_text  # noqa: E402
 from tools import bench, contamination, convert_hf, plot, race, summary, toyworld  # noqa: E402
 
 STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "dpo.py", "sample.py"]
@@ -1182,17 +1182,17 @@ def own_vocabulary(tmp_path_factory):
 def test_a_vocabulary_of_ones_own_that_is_lost_another_one_or_too_large_is_refused(own_vocabulary, tmp_path):
     name = Tokenizer(str(own_vocabulary / "tok")).name
     shutil.copytree(own_vocabulary / "tok", tmp_path, dirs_exist_ok=True)
-    assert tokenizer_in(tmp_path, name).name == name
+    assert tokenizer_of_shards(tmp_path, name).name == name
     path = tmp_path / "vocabulary.tiktoken"
     path.write_text(path.read_text() + "YWJjZGVmZ2g= 297\n")
     with pytest.raises(OSError, match=f"{path}: must be the vocabulary of {name}, with which the shards were made"):
-        tokenizer_in(tmp_path, name)
+        tokenizer_of_shards(tmp_path, name)
     path.write_text(vocabulary_text([*(bytes([i]) for i in range(256)), *(b"%d" % i for i in range(1000, 66300))]))
     with pytest.raises(OSError, match=f"{path}: has 65,556 tokens; .*at most 65,536"):
         Tokenizer(str(path))
     path.unlink()
     with pytest.raises(OSError, match=f"{path}: must be the vocabulary of {name}"):
-        tokenizer_in(tmp_path, name)
+        tokenizer_of_shards(tmp_path, name)
 
 
 @given(st.text(max_size=40))
@@ -1223,9 +1223,9 @@ def test_a_vocabulary_of_ones_own_travels_from_shards_to_checkpoints_chats_space
     import_(tmp_path / "hf", tmp_path / "again.pt")
     for checkpoint in ("chat/ckpt.pt", "space/best.pt", "again.pt"):
         stored = load_checkpoint(tmp_path / checkpoint)
-        assert tokenizer_of(stored).vocabulary == ours.vocabulary and stored["tokenizer"] == ours.name
+        assert tokenizer_of_checkpoint(stored).vocabulary == ours.vocabulary and stored["tokenizer"] == ours.name
     # one with as many ids as `bytes`
-    own = Tokenizer("own", vocabulary_text(bytes([i]) for i in reversed(range(256))))
+    own = Tokenizer("custom", vocabulary_text(bytes([i]) for i in reversed(range(256))))
     write_checkpoint(tmp_path / "few.pt", tiny(), tokenizer=own.name, vocabulary=own.vocabulary)
     convert("export", f"--checkpoint={tmp_path}/few.pt", f"--out={tmp_path}/few")
     import_(tmp_path / "few", tmp_path / "few_again.pt")

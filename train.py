@@ -43,7 +43,7 @@ from run import (
     sum_gradients,
     sum_over_ranks,
 )
-from tokenizer import Tokenizer, tokenizer_in, tokenizer_of
+from tokenizer import Tokenizer, tokenizer_of_checkpoint, tokenizer_of_shards
 
 # files
 data_dir = "data/fineweb"  # folder of train and val shards
@@ -322,9 +322,9 @@ def load_tokenizer(folder, name, checkpoint):
     """
     of_data = read_meta(folder).get("tokenizer")
     if checkpoint:
-        tokenizer = tokenizer_of(checkpoint)
+        tokenizer = tokenizer_of_checkpoint(checkpoint)
     elif of_data:
-        tokenizer = tokenizer_in(folder, of_data)
+        tokenizer = tokenizer_of_shards(folder, of_data)
     else:
         tokenizer = Tokenizer(name or "gpt2")
     if of_data not in (None, tokenizer.name):

@@ -24,7 +24,7 @@ from data import read_json, write_json
 from hub import download, is_repo, list_hub
 from model import FAMILIES, GPT, GPTConfig
 from run import load_model, save_checkpoint
-from tokenizer import SPECIALS, Tokenizer, tokenizer_of, vocabulary_text
+from tokenizer import SPECIALS, Tokenizer, tokenizer_of_checkpoint, vocabulary_text
 
 checkpoint = "out/fgpt_712m/best.pt"  # export: file of train.py, finetune.py or dpo.py
 model = ""  # import: folder, or owner/name of a model on the Hub
@@ -139,7 +139,7 @@ def export_model(checkpoint, folder, dtype, overwrite):
         raise BadInput(f"dtype must be float32 or bfloat16, not {dtype!r}")
     save = safetensors().save
     gpt, stored = load_model(checkpoint)
-    tokenizer = tokenizer_of(stored)
+    tokenizer = tokenizer_of_checkpoint(stored)
     config = config_to_hf(gpt.config, tokenizer.eot, stored["stage"], dtype)
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(f"{folder} exists and is not empty: choose another --out, or --overwrite=True")
@@ -411,7 +411,7 @@ def tokenizer_from_hf(folder, n_vocab):
     tokenizer = Tokenizer(TOKENIZERS[n_vocab]) if n_vocab in TOKENIZERS else None
     is_found = tokenizer is not None and has_vocabulary(folder, tokenizer)
     if not is_found and path.exists():
-        tokenizer = Tokenizer("own", vocabulary_from_hf(read_json(path, TOKENIZER_JSON), n_vocab))
+        tokenizer = Tokenizer("custom", vocabulary_from_hf(read_json(path, TOKENIZER_JSON), n_vocab))
         is_found = has_vocabulary(folder, tokenizer)
     if not is_found:
         known = ", ".join(map(str, TOKENIZERS))
