@@ -33,6 +33,7 @@ from run import (
     Run,
     autocast_for,
     due,
+    is_first_process,
     join_processes,
     load_model,
     pick_device,
@@ -142,7 +143,7 @@ def main():
         return metrics
 
     if run.step == 0:
-        run.log_start(evaluate(0))
+        run.log_step_0(evaluate(0))
     while not run.over():
         started = time.perf_counter()
         idx, targets = batch = next(batches)
@@ -151,7 +152,7 @@ def main():
         result = train_step(next_token_loss, model, optimizers, batch, n_targets, batch_size, grad_clip, autocast)
         row = run.count(result, n_targets, idx.numel(), seconds=time.perf_counter() - started)
         run.end_step(row | rates | evaluate(run.step))
-    if rank_and_world()[0] == 0:
+    if is_first_process():
         write_samples(out_dir, before, tokenizer, device, autocast, answer_tokens)
     run.finish("samples.md")
 

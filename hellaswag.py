@@ -48,6 +48,7 @@ from data import read_records
 from model import n_shared
 from run import (
     autocast_for,
+    is_first_process,
     join_processes,
     leave_processes,
     load_model,
@@ -88,7 +89,7 @@ def main():
     tokenizer = tokenizer_of_checkpoint(stored)
     items = load_items(source, limit)
     result = evaluate(model, tokenizer, items, autocast, style, chat)
-    if rank_and_world()[0] == 0:
+    if is_first_process():
         report(result, stored["step"], dtype, model.config.block_size)
     leave_processes()
 

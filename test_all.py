@@ -2801,7 +2801,7 @@ def test_max_minutes_are_minutes(tmp_path, monkeypatch):
     with small_run(tmp_path, max_minutes=0.5) as a_run:
         told = []
         for now[0] in (1001.0, 1029.0, 1031.0):
-            told.append(a_run.is_told_to_stop())
+            told.append(a_run.must_stop())
     assert told == [False, False, True]
 
 
@@ -3089,7 +3089,7 @@ def test_a_tracker_that_fails_is_a_warning_and_changes_nothing(story, tmp_path, 
     assert len(calls) == 2 and same_run(tmp_path / "without", tmp_path / "with")
     service.init = lambda **settings: sys.exit("no key")
     pretrain(story, tmp_path / "exits", max_steps=1, tracker="wandb")
-    assert "warning: wandb failed (SystemExit: no key); training goes on" in capsys.readouterr().out
+    assert "warning: wandb failed (SystemExit: no key); training continues" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(OSError, match="wandb is not installed: pip install wandb"):
         pretrain(story, tmp_path / "missing", tracker="wandb")
@@ -3300,10 +3300,10 @@ def test_a_run_that_dies_and_is_resumed_equals_one_that_did_not(stage, death, tm
 def get_a_signal_twice(folder, number):
     settings = dict(out_dir=str(folder), init_from="scratch", overwrite=False, max_minutes=0.0)
     a_run = run_py.Run("test", settings, 1, {}, {})
-    a_run.catch_signals(a_run.note_signal)
-    print(a_run.is_told_to_stop(), flush=True)
+    a_run.handle_signals(a_run.on_signal)
+    print(a_run.must_stop(), flush=True)
     os.kill(os.getpid(), number)
-    print(a_run.is_told_to_stop(), flush=True)
+    print(a_run.must_stop(), flush=True)
     os.kill(os.getpid(), number)
     print("still there", flush=True)
 
@@ -3323,21 +3323,21 @@ def test_a_full_disk_is_reported_and_the_next_checkpoint_is_written(story, tmp_p
     out = tmp_path / "out"
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     kept = []
-    write = run_py.Run.write
+    write = run_py.Run.write_checkpoint
 
-    def full_for_a_while(self, name, must=False, **entries):
+    def full_for_a_while(self, name, required=False, **entries):
         if not 2 <= entries["step"] <= 5:
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
             assert entries["step"] != 6 or entries["state"]["best_step"] == 0  # best.pt of step 4 failed
-            return write(self, name, must, **entries)
+            return write(self, name, required, **entries)
         before = (out / name).read_bytes()
         size = (out / "log.jsonl").stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, unlimited[1]))
-        written = write(self, name, must, **entries)
+        written = write(self, name, required, **entries)
         kept.append(not written and (out / name).read_bytes() == before)
         return written
 
-    monkeypatch.setattr(run_py.Run, "write", full_for_a_while)
+    monkeypatch.setattr(run_py.Run, "write_checkpoint", full_for_a_while)
     try:
         pretrain(story, out, **changes)
     finally:
@@ -3372,7 +3372,7 @@ def test_a_checkpoint_that_reads_back_otherwise_does_not_replace_the_one_before(
         file.write(flipped(whole.getvalue()))
 
     monkeypatch.setattr(torch, "save", save_with_an_error)
-    with pytest.raises(OSError, match="reads back otherwise"):
+    with pytest.raises(OSError, match="did not return what was written"):
         write_checkpoint(path, tiny(), step=2)
     assert load_checkpoint(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
@@ -3480,7 +3480,7 @@ def test_a_run_is_resumed_only_with_the_settings_that_its_weights_depend_on(tmp_
     free += "checkpoint_interval keep_every tracker tokenizer"
     settings = train.DEFAULTS | dict(out_dir=str(tmp_path))
     a_run = run_py.Run("pretrain", settings, 1, {}, {}, train.MAY_CHANGE, train.FIXED)
-    a_run.about = {"data": [], "processes": 1, "tokenizer": "bytes"}
+    a_run.common_entries = {"data": [], "processes": 1, "tokenizer": "bytes"}
     refused = set()
     for name in settings:
         a_run.stored = {"settings": settings | {name: "another"}, "data": [], "tokenizer": "bytes"}

@@ -32,9 +32,11 @@ from run import (
     Run,
     autocast_for,
     due,
+    is_first_process,
     is_out_of_memory,
     join_processes,
     load_model,
+    n_processes,
     pick_device,
     pick_dtype,
     prefetch,
@@ -187,7 +189,7 @@ def main():
         return metrics
 
     if run.step == 0:
-        run.log_start(evaluate(0))
+        run.log_step_0(evaluate(0))
     while not run.over():
         started = time.perf_counter()
         idx, targets = batch = next(batches)
@@ -276,7 +278,7 @@ def load_weights(model, start, path):
 
 def rows_per_step(tokens_per_step, block_size, batch_size):
     """Rows of a global batch. BadInput if they do not divide into micro-batches; batch_size 0: still to be found."""
-    world = rank_and_world()[1]
+    world = n_processes()
     unit = block_size * max(1, batch_size) * world
     if tokens_per_step % unit:
         factors = "block_size x batch_size"
@@ -370,7 +372,7 @@ def find_batch_size(model, optimizers, stored_size, n_rows, autocast):
     Tries the divisors of a process's rows from the largest down, until one fits into the memory of every process.
     Measured without torch.compile, which needs less. BadInput when not even one row fits.
     """
-    n_rows //= rank_and_world()[1]
+    n_rows //= n_processes()
     if stored_size and n_rows % stored_size == 0:
         return stored_size
     device = next(model.parameters()).device
@@ -423,7 +425,7 @@ def describe(model, optimizers, settings, tokenizer, train, val, n_steps):
     n_epoch = len(train) * T
     print(f"{n_epoch:,} training and {len(val) * T:,} validation tokens, tokenizer {tokenizer.name}, windows of {T}")
     step = f"a step: {settings['tokens_per_step']:,} tokens, {settings['batch_size']} windows at a time"
-    world = rank_and_world()[1]
+    world = n_processes()
     if world > 1:
         step += f", shared by {world} processes"
     print(step)
@@ -535,7 +537,7 @@ def validation_loss(model, windows, n_windows, batch_size, token_bytes, autocast
 
 def print_sample(model, tokenizer, prompt, step, autocast):
     """Print 64 tokens after the prompt. Their own random generator keeps them from affecting training."""
-    if rank_and_world()[0] > 0:
+    if not is_first_process():
         return
     generator = torch.Generator(next(model.parameters()).device).manual_seed(step)
     prompt_ids = [tokenizer.eot, *tokenizer.encode(prompt)][-model.config.block_size // 2 :]
