@@ -16,6 +16,7 @@ which counts half.
 """
 
 import json
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -119,7 +120,7 @@ def main():
         print(f"warning: {checkpoint} is not finetuned: preferences are for models that answer (finetune.py)")
     splits = load_conversations(data_dir, tokenizer, model.config.block_size, preferences=True)
     train, val = Pairs(splits[0]), Pairs(splits[1])
-    n_steps = epochs * -(-len(train) // pairs_per_step)
+    n_steps = epochs * math.ceil(len(train) / pairs_per_step)
     optimizers = make_optimizers(model, "adamw", learning_rate, weight_decay=weight_decay, beta2=beta2)
     run = Run("dpo", settings, n_steps, UNITS, LABELS, may_change=MAY_CHANGE, upgrade=upgrade_settings)
     settings["device"] = device.type

@@ -15,6 +15,7 @@ before and after (by best.pt).
 
 import functools
 import hashlib
+import math
 import re
 import time
 from collections import Counter
@@ -118,7 +119,7 @@ def main():
     model, tokenizer, base = load_base(settings, device)
     train, val = load_conversations(data_dir, tokenizer, model.config.block_size)
     hellaswag, items = load_hellaswag(score_hellaswag, hellaswag_source, hellaswag_limit)
-    n_steps = epochs * -(-len(train) // rows_per_step)
+    n_steps = epochs * math.ceil(len(train) / rows_per_step)
     optimizers = make_optimizers(model, "adamw", learning_rate, weight_decay=weight_decay, beta2=beta2)
     run = Run("finetune", settings, n_steps, UNITS, LABELS, may_change=MAY_CHANGE, upgrade=upgrade_settings)
     settings["device"] = device.type
@@ -277,7 +278,7 @@ class Conversations:
 
 def batch_at(rows, n_rows, seed, step):
     """The global batch of a step, a pure function of (seed, step), from rows with `lengths` and `batch`."""
-    epoch, position = divmod(step, -(-len(rows) // n_rows))
+    epoch, position = divmod(step, math.ceil(len(rows) / n_rows))
     return rows.batch(epoch_order(rows, n_rows, seed, epoch)[position])
 
 

@@ -5051,7 +5051,7 @@ def test_a_model_without_a_counterpart_is_not_exported():
     for family, changes in (("modern", dict(qk_norm=False)), ("gpt2", dict(swiglu=True)), ("gpt2", dict(head_dim=24))):
         [(name, value)] = changes.items()
         with pytest.raises(BadInput, match=f"transformers has no counterpart of a {family} model with {name}={value}"):
-            convert_hf.family_of(GPTConfig(**FAMILIES[family] | changes))
+            convert_hf.check_family(GPTConfig(**FAMILIES[family] | changes))
 
 
 def test_a_model_in_several_files_is_fetched_from_the_hub_and_verified(tmp_path, monkeypatch):

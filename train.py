@@ -26,7 +26,7 @@ from configurator import BadInput, check_settings, configure, settings_of
 import torch
 
 from data import Windows, find_shards, looks_like_bytes, read_meta, sources_of
-from model import FAMILIES, GPT, OPTIMIZERS, GPTConfig, make_optimizers
+from model import FAMILIES, GPT, OPTIMIZERS, GPTConfig, family_of, flags_unlike_family, make_optimizers, round_up
 from run import (
     TRACKERS,
     Run,
@@ -239,12 +239,9 @@ def take_sizes(settings, config):
     BadInput for a setting that is neither theirs nor the default.
     """
     path = settings["init_from"]
-    family = "modern" if config.rotary else "gpt2"
-    of_family = GPTConfig(**FAMILIES[family])
-    flags = FAMILIES["modern"].keys() - {"zero_init"}  # which is about new weights
-    if any(getattr(config, flag) != getattr(of_family, flag) for flag in flags):
+    if flags_unlike_family(config):
         raise BadInput(f"{path}: the model is of no family that train.py makes ({', '.join(FAMILIES)})")
-    decided = {name: getattr(config, name) for name in SIZES} | {"family": family}
+    decided = {name: getattr(config, name) for name in SIZES} | {"family": family_of(config)}
     problems = []
     for name, value in decided.items():
         asked = settings[name]
@@ -349,7 +346,7 @@ def load_hellaswag(wanted, source, limit):
 def make_model(settings, tokenizer):
     """A GPT with new weights for the settings' sizes and the tokenizer's vocabulary. BadInput if they do not fit."""
     sizes = {name: settings[name] for name in ("block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim")}
-    sizes["vocab_size"] = -(-tokenizer.n_vocab // 64) * 64  # GPUs multiply rows in multiples of 64 fastest
+    sizes["vocab_size"] = round_up(tokenizer.n_vocab, 64)  # GPUs multiply matrices of such sizes fastest
     sizes["n_vocab"] = tokenizer.n_vocab
     sizes["rope_theta"] = settings["rope_theta"]
     try:
