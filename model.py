@@ -316,7 +316,9 @@ class Attention(nn.Module):
 
     def forward(self, x, rope=None, cache=None):
         B, T, _ = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
+        q, k, v = (
+            part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).chunk(3, -1)
+        )  # (B, H, T, D)
         if self.q_norm is not None:
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -334,7 +336,9 @@ class Attention(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).to(v.dtype)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            pad = (0, -self.head_dim % 8)  # cuDNN's attention needs multiples of 8, others pad on their own
+            q, k, v = (F.pad(part, pad) for part in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.head_dim**-0.5)[..., : self.head_dim]
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
@@ -362,10 +366,11 @@ def cross_entropy_sum(x, weight, targets, n_vocab):
 
     x (N, C), weight (V, C), targets (N,). The padding rows are multiplied too, as GPUs are slow at odd widths.
     Above LOGITS_AT_ONCE logits, one chunk of rows at a time, whose logits are computed again for the backward pass:
-    16 x 1024 rows of 50,304 fp32 logits and their gradient would be 6.6 GB.
+    16 x 1024 rows of 50,304 fp32 logits and their gradient would be 6.6 GB. A compiled model keeps them in bf16, so
+    computing them twice, 3% of a step's products, would save too little.
     """
     rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
-    if len(x) <= rows:
+    if len(x) <= rows or torch.compiler.is_compiling():
         return chunk_loss(x, weight, targets, n_vocab)
     chunks = zip(x.split(rows), targets.split(rows), strict=True)
     return sum(checkpoint(chunk_loss, x_, weight, targets_, n_vocab, use_reentrant=False) for x_, targets_ in chunks)

@@ -32,6 +32,7 @@ from run import (
     Run,
     autocast_for,
     due,
+    fixed_shapes,
     is_first_process,
     is_out_of_memory,
     join_processes,
@@ -167,7 +168,7 @@ def main():
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
     if batch_size == 0:
         stored_size = run.stored_settings.get("batch_size", 0)
-        settings["batch_size"] = find_batch_size(model, optimizers, stored_size, n_rows, autocast)
+        settings["batch_size"] = find_batch_size(model, optimizers, stored_size, n_rows, autocast, settings["compile"])
     describe(model, optimizers, settings, tokenizer, train, val, n_steps)
     data = train.fingerprint() + val.fingerprint()
     base = None if init_from in ("scratch", "resume") else known
@@ -363,11 +364,12 @@ def upgrade_settings(stored):
         stored["schedule"] = "trapezoid"
 
 
-def find_batch_size(model, optimizers, stored_size, n_rows, autocast):
+def find_batch_size(model, optimizers, stored_size, n_rows, autocast, compiled):
     """The micro-batch for n_rows a step: the checkpoint's stored_size if it divides them, else the largest that fits.
 
     Tries the divisors of a process's rows from the largest down, until one fits into the memory of every process.
-    Measured without torch.compile, which needs less. BadInput when not even one row fits.
+    Measured without torch.compile, which needs less but for the logits, which it keeps. BadInput when not even one row
+    fits.
     """
     n_rows //= n_processes()
     if stored_size and n_rows % stored_size == 0:
@@ -377,7 +379,7 @@ def find_batch_size(model, optimizers, stored_size, n_rows, autocast):
     if device.type == "cpu":  # there, what does not fit is swapped, without an error
         sizes = [size for size in sizes if size * model.config.block_size <= CPU_TOKENS] or [1]
     for size in sizes:
-        n_full = sum_over_ranks(torch.tensor(0.0 if fits(model, optimizers, size, autocast) else 1.0))
+        n_full = sum_over_ranks(torch.tensor(0.0 if fits(model, optimizers, size, autocast, compiled) else 1.0))
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)  # so that the log shows the peak of training
@@ -386,7 +388,7 @@ def find_batch_size(model, optimizers, stored_size, n_rows, autocast):
     raise BadInput("not even one row fits into memory: --activation_checkpointing=True or a smaller model")
 
 
-def fits(model, optimizers, batch_size, autocast):
+def fits(model, optimizers, batch_size, autocast, compiled):
     """Whether a forward and backward pass of batch_size rows fits, beside the optimizers' states and gradients."""
     try:
         reserved = []
@@ -396,6 +398,9 @@ def fits(model, optimizers, batch_size, autocast):
                 reserved += [torch.empty_like(p) for _ in range(n_copies)]
         idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=reserved[0].device)
         with autocast():
+            if compiled:
+                logits = (batch_size, model.config.block_size, model.config.vocab_size)
+                reserved.append(torch.empty(logits, dtype=model.compute_dtype(), device=idx.device))
             loss = model(idx, idx)
         loss.backward()
         return True
@@ -443,7 +448,8 @@ def next_token_batch(windows, n_rows, step):
 
 def next_token_loss(model, idx, targets):
     """Sum over the targets of -log p, nats. For another loss start from the logits, `model(idx)` (B, T, vocab_size)."""
-    return model(idx, targets)
+    with fixed_shapes():
+        return model(idx, targets)
 
 
 def lr_scale(step, n_steps, warmup_steps, schedule="trapezoid", decay_fraction=0.7, final_lr_fraction=0.0):
