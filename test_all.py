@@ -2835,7 +2835,7 @@ def test_the_largest_micro_batch_is_found_stored_and_used_again(story, tmp_path,
     monkeypatch.setattr(GPT, "forward", forward)
     sizes = dict(tokens_per_step=12 * 32, batch_size=0)
     pretrain(story, tmp_path / "found", max_steps=2, **sizes)
-    assert tried == [12, 6, 4, 3] + 2 * [3, 3, 3, 3] and "3 windows at a time" in capsys.readouterr().out
+    assert tried == [12, 6, 4, 3] + 2 * [3, 3, 3, 3] and "3 rows at a time" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "found/ckpt.pt")["settings"]["batch_size"] == 3
     pretrain(story, tmp_path / "found", max_steps=3, **sizes, init_from="resume")
     assert tried[12:] == [3, 3, 3, 3]
@@ -2859,7 +2859,7 @@ def test_a_run_says_at_the_start_what_it_will_do_and_logs_its_memory(story, tmp_
     epoch = len(data_py.Windows(data_py.find_shards(story / "data", "train"), 32, 259, seed=0)) * 32
     flops = model.flops_per_token() * 4 * 256
     assert f"4 steps: 1,024 tokens ({1024 / epoch:.3g} epochs), {flops:.3g} FLOPs" in said
-    assert f"{epoch:,} training" in said and "a step: 256 tokens, 4 windows at a time" in said
+    assert f"{epoch:,} training" in said and "a step: 256 tokens, 4 rows at a time" in said
     assert re.search(r"step 4/4 \| loss .* \| val .* tok/s \| 0:00:00 left", said)
     memory = [json.loads(line).get("peak_memory") for line in open(tmp_path / "log.jsonl")]
     assert 0.05 < memory[2] <= memory[-1] < 20

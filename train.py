@@ -5,14 +5,14 @@ HellaSwag on the way if asked.
     torchrun --nproc_per_node=8 train.py config/fgpt_712m.py --batch_size=0
 
 Writes into out_dir: log.jsonl (a line of units, then a line per step), ckpt.pt
-(everything needed to resume), ckpt_before.pt (what it was before) and best.pt
-(the weights with the lowest validation loss). Stopped by Ctrl-C, SIGTERM or
---max_minutes, it saves first. If the run is killed at any moment, the same
-command with --init_from=resume continues from ckpt.pt as if nothing had
-happened. --init_from=FILE starts a new run from the weights of a checkpoint,
-which also decide its sizes. Under torchrun each process computes its share of
-every batch, and the first one writes; on several nodes out_dir must be on a
-shared disk.
+(everything needed to resume), ckpt_before.pt (the ckpt.pt before the current
+one) and best.pt (the weights with the lowest validation loss). Ctrl-C, SIGTERM
+and --max_minutes stop the run after it has saved. A run that was stopped, or
+killed at any moment, continues from ckpt.pt as if nothing had happened when you
+run the same command with --init_from=resume. --init_from=FILE starts a new run
+from the weights of a checkpoint, which also decides the sizes of the model.
+Under torchrun each process computes its share of every batch, and the first one
+writes; on several nodes out_dir must be on a shared disk.
 """
 
 import math
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import BadInput, check_settings, configure, settings_of
+from configurator import BadInput, check_settings, configure, one_line, settings_of
 
 import torch
 
@@ -67,7 +67,7 @@ rope_theta = 10000.0  # base of rotary positions (modern)
 # optimization
 optimizer = "muon"  # muon (AdamW for embeddings and norms) or adamw
 tokens_per_step = 524288  # global batch, tokens
-batch_size = 16  # sequences per forward pass; gradients are accumulated up to tokens_per_step; 0: as many as fit
+batch_size = 16  # rows (of block_size tokens) per forward pass; accumulated up to tokens_per_step; 0: as many as fit
 max_steps = 19073  # length of the run, optimizer steps
 max_tokens = 0  # length of the run, tokens; replaces max_steps unless 0
 learning_rate = 3e-3  # peak of AdamW
@@ -87,7 +87,7 @@ hellaswag_interval = 0  # steps between HellaSwag scores; 0: never
 hellaswag_source = ""  # HellaSwag-format file; empty: the real one
 hellaswag_limit = 0  # items to score; 0: all
 sample_interval = 0  # steps between printed samples; 0: never
-sample_prompt = "The "  # the text that they continue
+sample_prompt = "The "  # text that the samples continue
 log_interval = 10  # steps between printed lines
 checkpoint_interval = 500  # steps between writes of ckpt.pt
 keep_every = 0  # steps between weights that are kept, as step_00001000.pt; 0: none
@@ -128,42 +128,31 @@ MAY_CHANGE = {  # on resuming: these do not affect the weights, or only lengthen
     "hellaswag_limit", "sample_interval", "sample_prompt", "tokenizer",
 }  # fmt: skip
 SIZES = ("block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "rope_theta")
-# not even --force may change these: the stored tensors have these shapes
+# not even --force may change these, as the shapes of the stored tensors depend on them
 FIXED = {"family", "block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "optimizer"}
 CPU_TOKENS = 8192  # largest micro-batch that --batch_size=0 finds on a CPU
 
 
 def main():
-    # the module-level names are what the user asked for; `settings` also gets what is chosen here
-    settings = settings_of(globals())
+    settings = settings_of(globals())  # as the user set them; below, what is chosen for the user is filled in
     check(settings)
     join_processes(settings["device"])
     n_steps = math.ceil(max_tokens / tokens_per_step) if max_tokens else max_steps
     run = Run(
         "pretrain", settings, n_steps, UNITS, LABELS, may_change=MAY_CHANGE, fixed=FIXED, upgrade=upgrade_settings
     )
-    start = None  # the model that a new run takes its weights from
-    known = run.stored  # the checkpoint that decides the tokenizer
-    if init_from not in ("scratch", "resume"):
-        start, known = load_model(init_from)
-        take_sizes(settings, start.config)
-        if known["stage"] != "pretrain":
-            print(f"{init_from} was finetuned: trained on text it becomes a model that continues text")
-    elif run.stored:
-        take_stored(settings, run.stored_settings)
-    block_size = settings["block_size"]
-    n_rows = rows_per_step(tokens_per_step, block_size, batch_size)
+    start, base = load_start()  # the model and checkpoint that a new run starts from; None without --init_from=FILE
+    choose_sizes(settings, start, run.stored_settings)
+    n_rows = rows_per_step(tokens_per_step, settings["block_size"], batch_size)
     device = pick_device(settings["device"], deterministic)
-    tokenizer, train, val = load_data(settings, known)
+    tokenizer, train, val = load_data(settings, base or run.stored)
     hellaswag, items = load_hellaswag(hellaswag_interval > 0, hellaswag_source, hellaswag_limit)
-    settings["device"] = device.type
-    settings["dtype"] = pick_dtype(dtype or run.stored_settings.get("dtype", ""), device, settings["n_embd"])
-    settings["compile"] = device.type == "cuda" if compile is None else compile
+    choose_machine_settings(settings, device, run.stored_settings)
     autocast = autocast_for(device, settings["dtype"])
     model = make_model(settings, tokenizer).to(device)
     if start:
         load_weights(model, start, init_from)
-        start = None  # its memory is free now
+        start = None  # free its memory
     model.checkpoint_activations = activation_checkpointing
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_learning_rate, weight_decay, beta2)
     if batch_size == 0:
@@ -171,16 +160,16 @@ def main():
         settings["batch_size"] = find_batch_size(model, optimizers, stored_size, n_rows, autocast, settings["compile"])
     describe(model, optimizers, settings, tokenizer, train, val, n_steps)
     data = train.fingerprint() + val.fingerprint()
-    base = None if init_from in ("scratch", "resume") else known
     run.restore(model, optimizers, tokenizer.name, data, tokenizer.vocabulary, sources_of(data_dir), base)
 
     micro_batch = settings["batch_size"]
-    n_val = min(len(val), max(1, eval_tokens // block_size))
+    n_val = min(len(val), max(1, eval_tokens // settings["block_size"]))  # rows
     token_bytes = tokenizer.token_bytes()
     compiled = torch.compile(model) if settings["compile"] else model  # evaluation and samples use the raw model
     batches = prefetch(partial(next_token_batch, train, n_rows), run.step, device)
 
     def evaluate(step):
+        """The metrics that are due at this step, a dict."""
         metrics = {}
         if due(step, eval_interval, n_steps):
             metrics |= validation_loss(model, val, n_val, micro_batch, token_bytes, autocast)
@@ -234,10 +223,38 @@ def check(settings):
     check_settings(settings, AT_LEAST_1, rules)
 
 
-def take_sizes(settings, config):
-    """Change the settings that a run's first weights decide, in place; only block_size may be smaller than theirs.
+def upgrade_settings(stored):
+    """Convert the settings of a checkpoint of an earlier version, in place."""
+    if stored["schedule"] == "constant":
+        stored["schedule"] = "trapezoid"
 
-    BadInput for a setting that is neither theirs nor the default.
+
+def load_start():
+    """(model, other entries of its checkpoint) of --init_from=FILE; (None, None) without."""
+    if init_from in ("scratch", "resume"):
+        return None, None
+    start, base = load_model(init_from)
+    if base["stage"] != "pretrain":
+        print(f"{init_from} was finetuned: trained on text it becomes a model that continues text")
+    return start, base
+
+
+def choose_sizes(settings, start, stored):
+    """Change the settings that decide the model's sizes, in place, to those of the run's first weights, if it has any.
+
+    start: the model that a new run starts from, or None. stored: settings of the run to resume, {} for a new one.
+    """
+    if start:
+        take_sizes(settings, start.config)
+    for name in (*SIZES, "family"):
+        if name in stored and settings[name] == DEFAULTS[name]:
+            settings[name] = stored[name]
+
+
+def take_sizes(settings, config):
+    """Change the settings that the config of a run's first weights decides, in place; block_size may be set smaller.
+
+    BadInput for another setting that is neither the config's nor the default.
     """
     path = settings["init_from"]
     if flags_unlike_family(config):
@@ -256,26 +273,8 @@ def take_sizes(settings, config):
         raise BadInput(f"{path} has {', '.join(problems)}: leave out what the file decides")
 
 
-def take_stored(settings, stored):
-    """Change the sizes that were not asked for to those of the run that is resumed, in place."""
-    for name in (*SIZES, "family"):
-        if settings[name] == DEFAULTS[name]:
-            settings[name] = stored.get(name, settings[name])
-
-
-def load_weights(model, start, path):
-    """Copy the weights of a start model into the model: of learned positions as many as it has."""
-    weights = start.state_dict()
-    if "wpe.weight" in weights:
-        weights["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise BadInput(f"{path}: its weights do not fit ({' '.join(str(error).split()):.200})") from None
-
-
 def rows_per_step(tokens_per_step, block_size, batch_size):
-    """Rows of a global batch. BadInput if they do not divide into micro-batches; batch_size 0: still to be found."""
+    """Rows of a global batch. BadInput if they do not divide into micro-batches. batch_size 0: not chosen yet."""
     world = n_processes()
     unit = block_size * max(1, batch_size) * world
     if tokens_per_step % unit:
@@ -287,9 +286,9 @@ def rows_per_step(tokens_per_step, block_size, batch_size):
 
 
 def load_data(settings, checkpoint=None):
-    """(Tokenizer, training windows, validation windows) of a folder of shards. BadInput when they do not fit.
+    """(Tokenizer, training Windows, validation Windows) for data_dir. BadInput when they do not fit together.
 
-    checkpoint: the content of the one that the weights come from, which decides the tokenizer.
+    checkpoint: entries of the checkpoint that the weights come from, which decides the tokenizer, or None.
     """
     folder = settings["data_dir"]
     tokenizer = load_tokenizer(folder, settings["tokenizer"], checkpoint)
@@ -315,41 +314,48 @@ def load_data(settings, checkpoint=None):
     return tokenizer, train, val
 
 
-def load_tokenizer(folder, name, checkpoint):
-    """The tokenizer of a checkpoint, of a folder of shards, or of this name, in this order.
+def load_tokenizer(folder, source, checkpoint):
+    """The tokenizer of the checkpoint, else of the folder of shards, else the one of --tokenizer= (`source`).
 
-    BadInput when they contradict each other; a name may be "".
+    BadInput when they contradict each other. checkpoint may be None, source "".
     """
-    of_data = read_meta(folder).get("tokenizer")
+    name_in_meta = read_meta(folder).get("tokenizer")
     if checkpoint:
         tokenizer = tokenizer_of_checkpoint(checkpoint)
-    elif of_data:
-        tokenizer = tokenizer_of_shards(folder, of_data)
+    elif name_in_meta:
+        tokenizer = tokenizer_of_shards(folder, name_in_meta)
     else:
-        tokenizer = Tokenizer(name or "gpt2")
-    if of_data not in (None, tokenizer.name):
+        tokenizer = Tokenizer(source or "gpt2")
+    if name_in_meta not in (None, tokenizer.name):
         remedy = "prepare the text again with --tokenizer= the checkpoint"
-        raise BadInput(f"{folder} was made with the {of_data} tokenizer, the model has {tokenizer.name}: {remedy}")
-    if name not in ("", tokenizer.name) and Tokenizer(name).name != tokenizer.name:
-        raise BadInput(f"the tokenizer of {folder} is {tokenizer.name}, not {name}: leave --tokenizer= out")
+        raise BadInput(f"{folder} was made with the {name_in_meta} tokenizer, the model has {tokenizer.name}: {remedy}")
+    if source not in ("", tokenizer.name) and Tokenizer(source).name != tokenizer.name:
+        raise BadInput(f"the tokenizer of {folder} is {tokenizer.name}, not {source}: leave --tokenizer= out")
     return tokenizer
 
 
-def load_hellaswag(wanted, source, limit):
-    """(the module hellaswag, its items), both None when they are not wanted: the module imports much else."""
-    if not wanted:
+def load_hellaswag(is_needed, source, limit):
+    """(the module hellaswag, its items), or (None, None) if it is not needed: it imports much else."""
+    if not is_needed:
         return None, None
     import hellaswag
 
     return hellaswag, hellaswag.load_items(source, limit)
 
 
+def choose_machine_settings(settings, device, stored):
+    """Fill in device, dtype and compile, in place. stored: settings of the run to resume, which keeps its dtype."""
+    settings["device"] = device.type
+    settings["dtype"] = pick_dtype(settings["dtype"] or stored.get("dtype", ""), device, settings["n_embd"])
+    if settings["compile"] is None:
+        settings["compile"] = device.type == "cuda"
+
+
 def make_model(settings, tokenizer):
     """A GPT with new weights for the settings' sizes and the tokenizer's vocabulary. BadInput if they do not fit."""
-    sizes = {name: settings[name] for name in ("block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim")}
+    sizes = {name: settings[name] for name in SIZES}
     sizes["vocab_size"] = round_up(tokenizer.n_vocab, 64)  # GPUs multiply matrices of such sizes fastest
     sizes["n_vocab"] = tokenizer.n_vocab
-    sizes["rope_theta"] = settings["rope_theta"]
     try:
         config = GPTConfig(**FAMILIES[settings["family"]], **sizes)
     except ValueError as error:
@@ -358,49 +364,61 @@ def make_model(settings, tokenizer):
     return GPT(config)
 
 
-def upgrade_settings(stored):
-    """Change the settings of a checkpoint by an earlier version, in place, to today's."""
-    if stored["schedule"] == "constant":
-        stored["schedule"] = "trapezoid"
+def load_weights(model, start, path):
+    """Copy the weights of the model that the run starts from; the positions beyond the model's block_size are left out.
+
+    BadInput, naming the path of its checkpoint, if they do not fit.
+    """
+    weights = start.state_dict()
+    if "wpe.weight" in weights:
+        weights["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise BadInput(f"{path}: its weights do not fit ({one_line(error):.200})") from None
 
 
 def find_batch_size(model, optimizers, stored_size, n_rows, autocast, compiled):
-    """The micro-batch for n_rows a step: the checkpoint's stored_size if it divides them, else the largest that fits.
+    """The micro-batch, in rows: stored_size, of the run to resume, if it divides n_rows, else the largest that fits.
 
-    Tries the divisors of a process's rows from the largest down, until one fits into the memory of every process.
-    Measured without torch.compile, which needs less but for the logits, which it keeps. BadInput when not even one row
-    fits.
+    Tries the divisors of the rows that each process has in a step, from the largest down, until one fits into the
+    memory of every process. BadInput when not even one row fits.
     """
-    n_rows //= n_processes()
-    if stored_size and n_rows % stored_size == 0:
+    my_rows = n_rows // n_processes()
+    if stored_size and my_rows % stored_size == 0:
         return stored_size
     device = next(model.parameters()).device
-    sizes = [size for size in range(n_rows, 0, -1) if n_rows % size == 0]
-    if device.type == "cpu":  # there, what does not fit is swapped, without an error
+    sizes = [size for size in range(my_rows, 0, -1) if my_rows % size == 0]
+    if device.type == "cpu":  # when a CPU's memory is full there is no error: the system swaps
         sizes = [size for size in sizes if size * model.config.block_size <= CPU_TOKENS] or [1]
     for size in sizes:
-        n_full = sum_over_ranks(torch.tensor(0.0 if fits(model, optimizers, size, autocast, compiled) else 1.0))
+        is_too_large = not fits(model, optimizers, size, autocast, compiled)
+        n_too_large = sum_over_ranks(torch.tensor(float(is_too_large)))  # number of processes
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)  # so that the log shows the peak of training
-        if n_full == 0:
+        if n_too_large == 0:
             return size
     raise BadInput("not even one row fits into memory: --activation_checkpointing=True or a smaller model")
 
 
 def fits(model, optimizers, batch_size, autocast, compiled):
-    """Whether a forward and backward pass of batch_size rows fits, beside the optimizers' states and gradients."""
+    """Whether a forward and backward pass of batch_size rows fits, in addition to gradients and optimizer states.
+
+    Tries without torch.compile, which needs less memory, except that it keeps the logits.
+    """
     try:
-        reserved = []
+        reserved = []  # as much memory as gradients and optimizer states will take
         for opt in optimizers:
             n_copies = 3 if isinstance(opt, torch.optim.AdamW) else 2  # the gradient, and one or two moments
-            for p in (p for group in opt.param_groups for p in group["params"]):
-                reserved += [torch.empty_like(p) for _ in range(n_copies)]
+            for group in opt.param_groups:
+                for p in group["params"]:
+                    reserved += [torch.empty_like(p) for _ in range(n_copies)]
         idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=reserved[0].device)
         with autocast():
             if compiled:
-                logits = (batch_size, model.config.block_size, model.config.vocab_size)
-                reserved.append(torch.empty(logits, dtype=model.compute_dtype(), device=idx.device))
+                shape = (*idx.shape, model.config.vocab_size)  # of the logits
+                reserved.append(torch.empty(shape, dtype=model.compute_dtype(), device=idx.device))
             loss = model(idx, idx)
         loss.backward()
         return True
@@ -413,27 +431,29 @@ def fits(model, optimizers, batch_size, autocast, compiled):
 
 
 def describe(model, optimizers, settings, tokenizer, train, val, n_steps):
-    """Print what is about to happen."""
+    """Print the settings, the model and its parameter groups, the data, and how much the run will compute."""
     changed = [f"{name}={value}" for name, value in settings_of(globals()).items() if value != DEFAULTS[name]]
     print(f"settings that are not the default: {' '.join(changed) or 'none'}")
     print(f"on {settings['device']} in {settings['dtype']}, {'compiled' if settings['compile'] else 'not compiled'}")
     print(f"{model.n_params():,} parameters, {model.flops_per_token():.3g} FLOPs/token")
     for opt in optimizers:
         for group in opt.param_groups:
-            n = sum(p.numel() for p in group["params"])
+            n_elements = sum(p.numel() for p in group["params"])
+            sizes = f"{len(group['params']):4} tensors {n_elements:13,}"
             rates = f"learning rate {group['initial_lr']:g}, weight decay {group['weight_decay']:g}"
-            print(f"  {type(opt).__name__:5} {group['name']:16} {len(group['params']):4} tensors {n:13,}  {rates}")
+            print(f"  {type(opt).__name__:5} {group['name']:16} {sizes}  {rates}")
     T = train.block_size
-    n_epoch = len(train) * T
-    print(f"{n_epoch:,} training and {len(val) * T:,} validation tokens, tokenizer {tokenizer.name}, windows of {T}")
-    step = f"a step: {settings['tokens_per_step']:,} tokens, {settings['batch_size']} windows at a time"
-    world = n_processes()
-    if world > 1:
-        step += f", shared by {world} processes"
+    tokens_per_epoch = len(train) * T
+    splits = f"{tokens_per_epoch:,} training and {len(val) * T:,} validation tokens"
+    print(f"{splits}, tokenizer {tokenizer.name}, rows of {T}")
+    step = f"a step: {settings['tokens_per_step']:,} tokens, {settings['batch_size']} rows at a time"
+    if n_processes() > 1:
+        step += f", shared by {n_processes()} processes"
     print(step)
     n_tokens = n_steps * settings["tokens_per_step"]
+    epochs = n_tokens / tokens_per_epoch
     flops = n_tokens * model.flops_per_token()
-    print(f"{n_steps:,} steps: {n_tokens:,} tokens ({n_tokens / n_epoch:.3g} epochs), {flops:.3g} FLOPs", flush=True)
+    print(f"{n_steps:,} steps: {n_tokens:,} tokens ({epochs:.3g} epochs), {flops:.3g} FLOPs", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -447,16 +467,16 @@ def next_token_batch(windows, n_rows, step):
 
 
 def next_token_loss(model, idx, targets):
-    """Sum over the targets of -log p, nats. For another loss start from the logits, `model(idx)` (B, T, vocab_size)."""
+    """Sum of -log p over the targets, nats. For another loss, start from the logits: model(idx) (B, T, vocab_size)."""
     with fixed_shapes():
         return model(idx, targets)
 
 
 def lr_scale(step, n_steps, warmup_steps, schedule="trapezoid", decay_fraction=0.7, final_lr_fraction=0.0):
-    """Share of the peak learning rate that step 0 <= step < n_steps uses.
+    """The learning rate of a step (0 <= step < n_steps) as a share of its peak.
 
-    After a linear warm-up, "cosine" decays to the end; "trapezoid" stays at the peak, then decays linearly over the
-    last decay_fraction of the run, though never during the warm-up.
+    After a linear warm-up, "cosine" decays until the end of the run; "trapezoid" stays at the peak, then decays
+    linearly over the last decay_fraction of the run, but not before the end of the warm-up.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -470,7 +490,7 @@ def lr_scale(step, n_steps, warmup_steps, schedule="trapezoid", decay_fraction=0
 
 
 def set_learning_rates(optimizers, scale):
-    """Set every group to `scale` times its peak; returns the rates, as the log names them."""
+    """Set the rate of every parameter group to `scale` times its peak. Returns the rates for the log, {name: rate}."""
     for opt in optimizers:
         for group in opt.param_groups:
             group["lr"] = group["initial_lr"] * scale
@@ -485,11 +505,11 @@ class StepResult(NamedTuple):
 
 
 def train_step(loss_of, model, optimizers, batch, n_targets, batch_size, grad_clip, autocast):
-    """One optimizer step on a global batch, of which every process takes its share, batch_size rows at a time.
+    """One optimizer step on a global batch; each process computes its share of the rows, batch_size rows at a time.
 
-    batch: a tuple of tensors whose first dimension is rows. loss_of(model, *batch) returns the sum of the loss over the
-    targets in these rows; n_targets is their number in the global batch, so shares and micro-batches with unequal
-    numbers of targets are weighted right. Returns a StepResult, the same in every process.
+    batch: a tuple of tensors whose first dimension is rows. loss_of(model, *rows): the sum of the loss over the targets
+    in some rows. n_targets: number of targets in the global batch; the sums are divided by it, so that each target
+    counts the same, however many targets a micro-batch has. Returns a StepResult, the same in every process.
     """
     rank, world = rank_and_world()
     device = next(model.parameters()).device
@@ -498,12 +518,12 @@ def train_step(loss_of, model, optimizers, batch, n_targets, batch_size, grad_cl
     for start in range(0, len(my_rows[0]), batch_size):
         rows = [part[start : start + batch_size].to(device, non_blocking=True) for part in my_rows]
         with autocast():
-            loss = loss_of(model, *rows) / max(1, n_targets)  # a batch may have none
+            loss = loss_of(model, *rows) / max(1, n_targets)  # a batch may have no targets
         loss.backward()
         total += loss.detach()
     sum_gradients(model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    # the one time in a step that the host waits for the device
+    # the only time in a step that the CPU waits for the GPU
     loss, norm = torch.stack((sum_over_ranks(total), norm)).tolist()
     applied = math.isfinite(loss) and math.isfinite(norm)
     for opt in optimizers:
@@ -522,7 +542,7 @@ def train_step(loss_of, model, optimizers, batch, n_targets, batch_size, grad_cl
 def validation_loss(model, windows, n_windows, batch_size, token_bytes, autocast):
     """Mean loss over the first n_windows of `windows`: {"val_loss": nats/token, "val_bpb": bits/byte}.
 
-    token_bytes: (n_vocab,) bytes of text that each token stands for.
+    token_bytes: (n_vocab,) number of bytes of text that each token stands for.
     """
     rank, world = rank_and_world()
     device = next(model.parameters()).device
@@ -539,7 +559,7 @@ def validation_loss(model, windows, n_windows, batch_size, token_bytes, autocast
 
 
 def print_sample(model, tokenizer, prompt, step, autocast):
-    """Print 64 tokens after the prompt. Their own random generator keeps them from affecting training."""
+    """Print the prompt and 64 tokens after it, drawn with a separate random generator, so training is not affected."""
     if not is_first_process():
         return
     generator = torch.Generator(next(model.parameters()).device).manual_seed(step)
