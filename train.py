@@ -195,7 +195,10 @@ def main():
         n_tokens = targets.numel()
         scale = lr_scale(run.step, n_steps, warmup_steps, schedule, decay_fraction, final_lr_fraction)
         rates = set_learning_rates(optimizers, scale)
-        result = train_step(next_token_loss, compiled, optimizers, batch, n_tokens, micro_batch, grad_clip, autocast)
+        with fixed_shapes():
+            result = train_step(
+                next_token_loss, compiled, optimizers, batch, n_tokens, micro_batch, grad_clip, autocast
+            )
         row = run.count(result, n_targets=n_tokens, n_inputs=idx.numel(), seconds=time.perf_counter() - started)
         row |= rates
         row |= evaluate(run.step)
@@ -365,7 +368,7 @@ def upgrade_settings(stored):
         stored["schedule"] = "trapezoid"
 
 
-def find_batch_size(model, optimizers, stored_size, n_rows, autocast, compiled):
+def find_batch_size(model, optimizers, stored_size, n_rows, autocast, compiled=False):
     """The micro-batch for n_rows a step: the checkpoint's stored_size if it divides them, else the largest that fits.
 
     Tries the divisors of a process's rows from the largest down, until one fits into the memory of every process.
@@ -449,8 +452,7 @@ def next_token_batch(windows, n_rows, step):
 
 def next_token_loss(model, idx, targets):
     """Sum over the targets of -log p, nats. For another loss start from the logits, `model(idx)` (B, T, vocab_size)."""
-    with fixed_shapes():
-        return model(idx, targets)
+    return model(idx, targets)
 
 
 def lr_scale(step, n_steps, warmup_steps, schedule="trapezoid", decay_fraction=0.7, final_lr_fraction=0.0):
