@@ -1,12 +1,12 @@
 """Settings for a stage script: Python config files and --name=value arguments over its module-level names.
 
 A script ends with `configure(globals()); main()`. Its settings are its lower-case module-level names that hold a
-plain value; the command line changes them in order, the last one wins:
+plain value. The command line changes them from left to right; the last value wins:
 
     python train.py config/shakespeare.py --learning_rate=1e-3 --out_dir=out/try
 
-A config file is Python that is executed with the current settings visible, so it may compute. It is code: run only
-those you trust. Names in it that start with `_`, modules, functions and classes are its own business.
+A config file is Python. It sees the current settings and may compute with them. It is code: run only those you trust.
+Names that start with `_`, modules, functions and classes in it are not taken for settings.
 """
 
 import ast
@@ -19,14 +19,15 @@ import traceback
 import types
 from pathlib import Path
 
-# PyTorch's CPU threads spin while they wait for each other. When another process needs the core, that made a step of a
-# small model 50 times slower: spin briefly, then sleep. The variable must be set before torch is imported, so scripts
-# import this file first.
+# PyTorch's CPU threads spin while they wait for each other. When another process needs the core, that makes a step of a
+# small model up to 50 times slower, so let them spin briefly, then sleep. The variable must be set before torch is
+# imported: scripts import this file first.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 PLAIN = (bool, int, float, str, tuple, list, type(None))  # types that a setting may have
 
-RENAMED = {  # a setting of nanoGPT and others: ours that do the job; the first that the script has is suggested
+# What to suggest for settings that people know from nanoGPT and other projects.
+RENAMED = {  # their name: our names for it; the first one that the script has is suggested
     "max_iters": ("max_steps", "epochs"),
     "max_steps": ("epochs",),
     "num_epochs": ("epochs",),
@@ -45,16 +46,13 @@ RENAMED = {  # a setting of nanoGPT and others: ours that do the job; the first 
     "gradient_accumulation_steps": ("tokens_per_step", "rows_per_step", "pairs_per_step"),
     "wandb_log": ("tracker",),
 }
-NO_COUNTERPART = {  # a setting of nanoGPT: a setting without which the answer is of no use, and the answer
+NO_COUNTERPART = {  # their name: (a setting of ours, the hint to give in scripts that have this setting)
     "dropout": ("max_steps", "there is no dropout; best.pt keeps the weights with the lowest validation loss"),
     "bias": ("family", "the family decides: gpt2 has biases, modern has none"),
     "vocab_size": ("family", "the tokenizer decides"),
     "always_save_checkpoint": ("out_dir", "ckpt.pt is always written, best.pt at the lowest validation loss"),
     "min_lr": ("final_lr_fraction", "use final_lr_fraction, a share of learning_rate"),
-    "lr_decay_iters": (
-        "decay_fraction",
-        "use decay_fraction, the share of the run in which the rate decays",
-    ),
+    "lr_decay_iters": ("decay_fraction", "use decay_fraction, the share of the run in which the rate decays"),
     "decay_lr": ("decay_fraction", "decay_fraction=0 keeps the rate constant"),
     "eval_iters": ("eval_tokens", "use eval_tokens, a number of tokens"),
     "eval_only": ("out_dir", "hellaswag.py scores a checkpoint"),
@@ -74,7 +72,7 @@ def configure(namespace):
     """Apply sys.argv to the settings in `namespace` (a script's globals()), in place.
 
     Prints the settings and exits 0 on --help; prints one line to stderr and exits 2 when an argument is wrong.
-    From here on, bad input that the script finds is one line as well (see `one_line_errors`).
+    Also installs `one_line_errors`, so that bad input that the script finds later is shown as one line too.
     """
     sys.excepthook = one_line_errors
     if hasattr(sys.stdout, "reconfigure"):
@@ -89,7 +87,7 @@ def configure(namespace):
         try:
             apply_argument(argument, settings, defaults)
         except (BadInput, OSError) as error:
-            problems.append(" ".join(str(error).split()))
+            problems.append(one_line(error))
     if problems:
         print(f"{Path(sys.argv[0]).name}: {'; '.join(problems)}", file=sys.stderr)
         raise SystemExit(2)
@@ -121,11 +119,11 @@ def apply_argument(argument, settings, defaults):
         value = text
     else:
         value = parse_literal(text)
-    settings[name] = check_type(name, value, default)
+    settings[name] = to_setting(name, value, default)
 
 
 def parse_literal(text):
-    """The Python literal that the text spells, or the text itself."""
+    """The text parsed as a Python literal; the text itself if it is not one."""
     try:
         return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -145,12 +143,12 @@ def apply_file(path, settings, defaults):
         raise BadInput(f"{path}, line {line}: {type(error).__name__}: {error}") from None
     problems = []
     for name, value in names.items():
-        private = name.startswith("_") or callable(value) or isinstance(value, types.ModuleType)
-        if private and name not in settings:
+        is_for_the_file = name.startswith("_") or callable(value) or isinstance(value, types.ModuleType)
+        if is_for_the_file and name not in settings:  # a setting that was set to a function is an error
             continue
         try:
             check_known(name, defaults)
-            settings[name] = check_type(name, value, defaults[name])
+            settings[name] = to_setting(name, value, defaults[name])
         except BadInput as error:
             problems.append(str(error))
     if problems:
@@ -158,7 +156,7 @@ def apply_file(path, settings, defaults):
 
 
 def check_known(name, defaults):
-    """BadInput for a name that is not a setting; it says which setting does the job, or is spelled almost like it."""
+    """BadInput for a name that is not a setting, with a hint at the setting that was probably meant."""
     if name in defaults:
         return
     renamed = [known for known in RENAMED.get(name, ()) if known in defaults]
@@ -175,23 +173,30 @@ def check_known(name, defaults):
     raise BadInput(f"unknown setting {name}: {hint}")
 
 
+def to_setting(name, value, default):
+    """The value as the setting stores it: a float where the default is one, ~ expanded in paths. BadInput if unfit."""
+    check_type(name, value, default)
+    if isinstance(default, float):
+        return float(value)
+    if isinstance(default, str) and name not in ("prompt", "sample_prompt"):
+        return expand_home(value)
+    return value
+
+
 def check_type(name, value, default):
-    """The value to store. BadInput for a wrong type; an int is fine for a float, and anything for a default of None.
+    """BadInput for a value of another type than the default's; a default of None takes anything, a float an int too.
 
     A float must be finite: with NaN all comparisons are false, and a rate or a time limit is never infinite.
     """
-    if default is not None and type(value) is not type(default) and (type(value), type(default)) != (int, float):
+    is_int_for_float = type(value) is int and type(default) is float
+    if default is not None and type(value) is not type(default) and not is_int_for_float:
         raise BadInput(f"{name} must be {type(default).__name__} (default {default!r}), not {value!r}")
-    if isinstance(default, float):
-        if not -sys.float_info.max <= value <= sys.float_info.max:
-            raise BadInput(f"{name} must be a finite number, not {value}")
-        return float(value)
-    is_path = isinstance(default, str) and name not in ("prompt", "sample_prompt")
-    return expand_home(value) if is_path else value
+    if type(default) is float and not -sys.float_info.max <= value <= sys.float_info.max:
+        raise BadInput(f"{name} must be a finite number, not {value}")
 
 
 def expand_home(text):
-    """The text with ~ at its beginning, or after a comma, as the home folder: shells leave it as it is after `=`."""
+    """Replace ~ at the beginning of a path, or of each of several with commas between: shells do not after `=`."""
     return re.sub(r"(^|,\s*)~(?=/|,|$)", lambda found: f"{found[1]}{Path.home()}", text)
 
 
@@ -214,7 +219,7 @@ def help_text(namespace, settings):
     """The script's docstring, then name, default and comment of every setting, in 80 columns."""
     lines = [(namespace.get("__doc__") or "").strip(), "", "settings (--name=value):"]
     source = Path(namespace["__file__"]).read_text(encoding="utf-8")
-    comments = dict(re.findall(r"^(\w+) = [^\n]*?  # ([^\n]*)$", source, flags=re.MULTILINE))
+    comments = dict(re.findall(r"^(\w+) = .*?  # (.*)$", source, flags=re.MULTILINE))  # name = value  # comment
     for name, value in settings.items():
         head = f"  --{name}={value if isinstance(value, str) else repr(value)}"
         body = textwrap.wrap(comments.get(name, ""), 80 - 34) or [""]
@@ -236,14 +241,20 @@ def one_line_errors(kind, error, trace):
     out_of_memory = kind.__name__ == "OutOfMemoryError"  # torch's, which is not imported here
     if kind is KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
-    elif kind is BrokenPipeError:  # the reader of the output, such as head, has stopped reading
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest of it is flushed when Python exits
+    elif kind is BrokenPipeError:  # whoever reads the output, such as `head`, has closed the pipe
+        # Python flushes stdout when it exits, which would raise this error again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif os.environ.get("FGPT_TRACEBACK"):
         sys.__excepthook__(kind, error, trace)
     elif out_of_memory:
         remedy = "use a smaller batch, or in train.py --activation_checkpointing=True (with --force=True to resume)"
         print(f"{script}: the GPU's memory is full: {remedy}", file=sys.stderr)
     elif issubclass(kind, BadInput | OSError | FloatingPointError):
-        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{script}: {one_line(error)}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def one_line(error):
+    """An exception's message without line breaks."""
+    return " ".join(str(error).split())

@@ -16,6 +16,7 @@ which counts half.
 """
 
 import json
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -46,11 +47,11 @@ from run import (
     autocast_for,
     broadcast_from_first,
     due,
+    is_first_process,
     join_processes,
     pick_device,
     pick_dtype,
     prefetch,
-    rank_and_world,
     sum_over_ranks,
     whole_file,
 )
@@ -119,7 +120,7 @@ def main():
         print(f"warning: {checkpoint} is not finetuned: preferences are for models that answer (finetune.py)")
     splits = load_conversations(data_dir, tokenizer, model.config.block_size, preferences=True)
     train, val = Pairs(splits[0]), Pairs(splits[1])
-    n_steps = epochs * -(-len(train) // pairs_per_step)
+    n_steps = epochs * math.ceil(len(train) / pairs_per_step)
     optimizers = make_optimizers(model, "adamw", learning_rate, weight_decay=weight_decay, beta2=beta2)
     run = Run("dpo", settings, n_steps, UNITS, LABELS, may_change=MAY_CHANGE, upgrade=upgrade_settings)
     settings["device"] = device.type
@@ -139,7 +140,7 @@ def main():
     print(f"{len(train):,} pairs, {n_steps:,} steps of {pairs_per_step}; {len(val):,} for validation")
     print(f"on {settings['device']} in {settings['dtype']}")
     run.restore(model, optimizers, tokenizer.name, data, tokenizer.vocabulary, sources_of(data_dir), base)
-    if stored is None and rank_and_world()[0] == 0:  # only now: a run that is refused writes nothing
+    if stored is None and is_first_process():  # only now: a run that is refused writes nothing
         with whole_file(reference_file) as file:
             np.savez(file, train.reference.numpy(), val.reference.numpy(), belongs_to=belongs_to)
     batches = prefetch(partial(batch_at, train, pairs_per_step, seed), run.step, device)
@@ -156,7 +157,7 @@ def main():
         return {}
 
     if run.step == 0:
-        run.log_start(evaluate(0))
+        run.log_step_0(evaluate(0))
     while not run.over():
         started = time.perf_counter()
         batch = next(batches)
@@ -165,7 +166,7 @@ def main():
         result = train_step(loss_of, model, optimizers, batch, len(ids), batch_size, grad_clip, autocast)
         row = run.count(result, len(ids), ids.numel(), seconds=time.perf_counter() - started)
         run.end_step(row | rates | evaluate(run.step))
-    if rank_and_world()[0] == 0:
+    if is_first_process():
         write_samples(out_dir, before, tokenizer, device, autocast, answer_tokens)
     run.finish("samples.md")
 

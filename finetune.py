@@ -15,6 +15,7 @@ before and after (by best.pt).
 
 import functools
 import hashlib
+import math
 import re
 import time
 from collections import Counter
@@ -33,6 +34,7 @@ from run import (
     Run,
     autocast_for,
     due,
+    is_first_process,
     join_processes,
     load_model,
     pick_device,
@@ -42,7 +44,7 @@ from run import (
     row_of,
     sum_over_ranks,
 )
-from tokenizer import tokenizer_of
+from tokenizer import tokenizer_of_checkpoint
 from train import UNITS as TRAIN_UNITS
 from train import find_batch_size, load_hellaswag, lr_scale, next_token_loss, set_learning_rates, train_step
 
@@ -116,7 +118,7 @@ def main():
     model, tokenizer, base = load_base(settings, device)
     train, val = load_conversations(data_dir, tokenizer, model.config.block_size)
     hellaswag, items = load_hellaswag(score_hellaswag, hellaswag_source, hellaswag_limit)
-    n_steps = epochs * -(-len(train) // rows_per_step)
+    n_steps = epochs * math.ceil(len(train) / rows_per_step)
     optimizers = make_optimizers(model, "adamw", learning_rate, weight_decay=weight_decay, beta2=beta2)
     run = Run("finetune", settings, n_steps, UNITS, LABELS, may_change=MAY_CHANGE, upgrade=upgrade_settings)
     settings["device"] = device.type
@@ -146,7 +148,7 @@ def main():
         return metrics
 
     if run.step == 0:
-        run.log_start(evaluate(0))
+        run.log_step_0(evaluate(0))
     while not run.over():
         started = time.perf_counter()
         idx, targets = batch = next(batches)
@@ -155,7 +157,7 @@ def main():
         result = train_step(next_token_loss, model, optimizers, batch, n_targets, micro_batch, grad_clip, autocast)
         row = run.count(result, n_targets, idx.numel(), seconds=time.perf_counter() - started)
         run.end_step(row | rates | evaluate(run.step))
-    if rank_and_world()[0] == 0:
+    if is_first_process():
         write_samples(out_dir, before, tokenizer, device, autocast, answer_tokens)
     run.finish("samples.md")
 
@@ -186,7 +188,7 @@ def load_base(settings, device):
     """(the model to start from, its tokenizer, the checkpoint's other entries)."""
     model, stored = load_model(settings["checkpoint"], device)
     model.checkpoint_activations = settings["activation_checkpointing"]
-    tokenizer = tokenizer_of(stored)
+    tokenizer = tokenizer_of_checkpoint(stored)
     model.config.n_vocab = tokenizer.n_vocab  # an imported GPT-2 has rows for the chat tokens that it does not use yet
     return model, tokenizer, stored
 
@@ -280,7 +282,7 @@ class Conversations:
 
 def batch_at(rows, n_rows, seed, step):
     """The global batch of a step, a pure function of (seed, step), from rows with `lengths` and `batch`."""
-    epoch, position = divmod(step, -(-len(rows) // n_rows))
+    epoch, position = divmod(step, math.ceil(len(rows) / n_rows))
     return rows.batch(epoch_order(rows, n_rows, seed, epoch)[position])
 
 

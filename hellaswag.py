@@ -48,6 +48,7 @@ from data import read_records
 from model import n_shared
 from run import (
     autocast_for,
+    is_first_process,
     join_processes,
     leave_processes,
     load_model,
@@ -56,7 +57,7 @@ from run import (
     rank_and_world,
     sum_over_ranks,
 )
-from tokenizer import tokenizer_of
+from tokenizer import tokenizer_of_checkpoint
 
 checkpoint = "out/fgpt_712m/best.pt"  # the model to score
 source = ""  # .jsonl, .parquet or .json file; empty: the Hub's validation split, kept in data/hellaswag
@@ -85,10 +86,10 @@ def main():
         raise BadInput(f"{checkpoint} is not finetuned: --chat=True is for models that answer")
     dtype = pick_dtype(settings["dtype"], device, model.config.n_embd)
     autocast = autocast_for(device, dtype)
-    tokenizer = tokenizer_of(stored)
+    tokenizer = tokenizer_of_checkpoint(stored)
     items = load_items(source, limit)
     result = evaluate(model, tokenizer, items, autocast, style, chat)
-    if rank_and_world()[0] == 0:
+    if is_first_process():
         report(result, stored["step"], dtype, model.config.block_size)
     leave_processes()
 

@@ -60,7 +60,7 @@ class GPTConfig:
         if self.mlp_dim == 0:
             self.mlp_dim = 4 * self.n_embd
             if self.swiglu:
-                self.mlp_dim = -(-8 * self.n_embd // 3 // 64) * 64
+                self.mlp_dim = round_up(8 * self.n_embd / 3, 64)
         if min(self.head_dim, self.mlp_dim) < 1:
             raise ValueError(f"head_dim {self.head_dim} and mlp_dim {self.mlp_dim} must not be negative")
         if self.rotary and self.head_dim % 2:
@@ -71,6 +71,23 @@ FAMILIES = {
     "gpt2": dict(),
     "modern": dict(rmsnorm=True, rotary=True, qk_norm=True, swiglu=True, bias=False, zero_init=True),
 }
+
+
+def family_of(config):
+    """The family that a config belongs to, judged by its positions."""
+    return "modern" if config.rotary else "gpt2"
+
+
+def flags_unlike_family(config):
+    """The flags in which a config differs from its family. zero_init is not one: it matters only for new weights."""
+    expected = GPTConfig(**FAMILIES[family_of(config)])
+    flags = [flag for flag in FAMILIES["modern"] if flag != "zero_init"]
+    return [flag for flag in flags if getattr(config, flag) != getattr(expected, flag)]
+
+
+def round_up(number, multiple):
+    """The smallest multiple of `multiple` that is at least `number`."""
+    return math.ceil(number / multiple) * multiple
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,7 +206,7 @@ class GPT(nn.Module):
     def new_cache(self, batch_size, n_positions, static=False):
         """A KVCache for this model, in the dtype that it computes in. A static one may be longer than asked."""
         if static:
-            n_positions = -(-n_positions // 256) * 256  # few sizes to compile for
+            n_positions = round_up(n_positions, 256)  # so that there are few sizes to compile for
         n_positions = min(n_positions, self.config.block_size)
         return KVCache(self.config, batch_size, n_positions, self.wte.weight.device, self.compute_dtype(), static)
 
@@ -397,7 +414,7 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, n_positions, device, dtype, static=False):
-        shape = (batch_size, config.n_head, n_positions, -(-config.head_dim // 8) * 8)
+        shape = (batch_size, config.n_head, n_positions, round_up(config.head_dim, 8))
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)

@@ -44,34 +44,37 @@ except ImportError:  # Windows
     fcntl = None
     resource = None
 
+# checkpoints
 FORMAT_VERSION = 1  # of checkpoint files; load_checkpoint must read files of all earlier versions too
-# entries of a checkpoint: those that all have, those that some have, and those without which no run is resumed
-ENTRIES = {"format_version": int, "config": dict, "model": dict, "stage": str, "tokenizer": str, "step": int}
-MORE_ENTRIES = {
+REQUIRED_ENTRIES = {"format_version": int, "config": dict, "model": dict, "stage": str, "tokenizer": str, "step": int}
+OPTIONAL_ENTRIES = {
     "tokens": int, "settings": dict, "metrics": dict, "vocabulary": str, "state": dict, "optimizers": list,
     "sources": list, "before": list,
 }  # fmt: skip
-RESUMED_FROM = ("optimizers", "state", "settings", "data")
-PARENT = os.getppid()  # under torchrun its process id; another one later means that it was killed
-LOCK = "lock"  # the file of out_dir that a running process has locked: its process id and host
-LOCKED = {}  # the locks of this process: path -> open file
-STARTED_FROM = "init_from.txt"  # the file of out_dir that names the weights that a run started from
-STAGE = ("stage", "step", "metrics", "settings", "sources")  # what a checkpoint says about the stage that wrote it
-PREVIOUS = "ckpt_before.pt"  # what ckpt.pt was before it was last written, should that be damaged
-BF16_WIDTH = 128  # on CPUs, narrower networks lose about as much by casting as their products gain
-BF16_WIDTH_DECODING = 512  # token by token, where weights are read rather than multiplied
-BUCKET = 2**25  # elements of gradients that are summed over processes in one call
-# dense bf16 FLOP/s from NVIDIA's data sheets; the first key contained in the GPU's name wins
+RESUME_ENTRIES = ("optimizers", "state", "settings", "data")  # only checkpoints that have these can be resumed
+STAGE_ENTRIES = ("stage", "step", "metrics", "settings", "sources")  # how the weights were trained
+# files of out_dir
+PREVIOUS = "ckpt_before.pt"  # the ckpt.pt before the current one, in case the current one is damaged
+STARTED_FROM = "init_from.txt"  # which weights a new run started from
+LOCK = "lock"  # process id and host of the running process, which has locked this file
+# runs
+PARENT = os.getppid()  # process id of torchrun, if that started us; when it changes, torchrun was killed
+LOCKED = {}  # the lock files of this process: path -> open file
+MAX_SKIPPED = 3  # steps in a row that were not finite, after which a run fails
+TRACKERS = ("", "wandb", "trackio")
+ALWAYS_MAY_CHANGE = {  # settings that may differ when a run is resumed, in every stage
+    "out_dir", "init_from", "overwrite", "force", "log_interval", "checkpoint_interval", "keep_every", "max_minutes",
+    "tracker",
+}  # fmt: skip
+# the machine
+BF16_WIDTH = 128  # from this n_embd on, bf16 gains more on CPUs than the casts cost
+BF16_WIDTH_DECODING = 512  # the same for decoding token by token, where reading the weights takes most of the time
+BUCKET = 2**25  # gradient elements that are summed over the processes in one call
+# dense bf16 FLOP/s from NVIDIA's data sheets; the first key contained in the GPU's name is used
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
     "RTX 4090": 165e12,
 }  # fmt: skip
-# settings that may differ when a run is resumed, in every stage
-ALWAYS_MAY_CHANGE = {
-    "out_dir", "init_from", "overwrite", "force", "log_interval", "checkpoint_interval", "keep_every", "max_minutes",
-    "tracker",
-}  # fmt: skip
-TRACKERS = ("", "wandb", "trackio")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,7 +83,7 @@ TRACKERS = ("", "wandb", "trackio")
 
 @dataclass
 class Progress:
-    """What a run counts; stored in its checkpoints."""
+    """How far a run has come; stored in its checkpoints."""
 
     step: int = 0  # optimizer steps done
     tokens: int = 0  # trained tokens
@@ -94,14 +97,14 @@ class Progress:
 
 
 class Run:
-    """One training run: its folder out_dir, what it has counted, and when it stops; the same in all processes.
+    """One training run: its folder out_dir, its progress, and when it stops; the same in all processes.
 
-    stage: "pretrain", ... settings: the stage's, a dict, in which Run itself uses out_dir, init_from, overwrite, force,
-    log_interval, checkpoint_interval, max_minutes and, where there are, keep_every and tracker. units: what the log's
-    numbers are. labels: {name: what the terminal calls it}. may_change: settings that may differ on resuming, because
-    they do not change the weights, or extend the run on purpose. fixed: settings that not even `force` can change,
-    because the tensors would not fit. upgrade: function that changes the settings of a checkpoint by an earlier
-    version, in place, to today's.
+    stage: "pretrain", ... settings: dict of the stage's settings. Run itself uses out_dir, init_from, overwrite, force,
+    log_interval, checkpoint_interval, max_minutes and, if present, keep_every and tracker. units: {name of a number in
+    the log: its unit}. labels: {name of a number to print: its label in the terminal}. may_change: settings that may
+    differ on resuming, because they do not affect the weights or only lengthen the run. fixed: settings that not even
+    `force` can change, because the stored tensors would not fit. upgrade: function that converts the settings of a
+    checkpoint of an earlier version, in place.
 
     Raises FileExistsError when out_dir would be overwritten, FileNotFoundError when a run there has no checkpoint,
     OSError when another process is using out_dir, or what is there cannot be resumed.
@@ -117,12 +120,20 @@ class Run:
         self.fixed = set(fixed)
         self.folder = Path(settings["out_dir"])
         self.progress = Progress()
-        self.log = None
-        let_printing_fail()
+        self.got_signal = False  # SIGINT or SIGTERM, in this process
+        self.is_over = False  # all steps are done, or the run was stopped; the same in all processes
+        # set by restore
+        self.model = None
+        self.optimizers = None
+        self.device = None  # of the model
+        self.common_entries = {}  # what all checkpoints of the run contain
+        self.log = None  # the open log.jsonl
+        self.bar = None  # the progress bar
+        self.started = 0.0  # s, monotonic clock
+        self.recent_seconds = deque(maxlen=20)  # of the last steps
+        make_printing_safe()
         self.tracker = Tracker(settings.get("tracker", ""))
-        self.signalled = False  # SIGINT or SIGTERM came
-        self.stopped = False
-        self.stored = self.claim()  # the checkpoint to resume from, or None
+        self.stored = self.claim_folder()  # the checkpoint to resume from, or None
         if self.stored is not None:
             upgrade(self.stored["settings"])
 
@@ -136,11 +147,11 @@ class Run:
         """Settings of the checkpoint to resume from; {} for a new run."""
         return self.stored["settings"] if self.stored else {}
 
-    def claim(self):
-        """Lock out_dir and check that it may be used; returns the checkpoint to resume from, or None for a new run."""
-        names = self.enter()
+    def claim_folder(self):
+        """Lock out_dir and check that it may be used. Returns the checkpoint to resume from, or None for a new run."""
+        names = self.lock_and_list()
         if self.settings["init_from"] != "resume":
-            self.refuse_used(names)
+            self.refuse_to_overwrite(names)
             return None
         if not names:  # no run yet, or one that was killed before its first checkpoint
             print(f"{self.folder} has no checkpoint yet: the run starts")
@@ -149,23 +160,22 @@ class Run:
             remedy = "start it again with its --init_from= and --overwrite=True"
             raise FileNotFoundError(f"{self.folder} has no checkpoint yet: {remedy}")
         stored = load_checkpoint(self.folder / "ckpt.pt")
-        missing = [name for name in RESUMED_FROM if name not in stored]
+        missing = [name for name in RESUME_ENTRIES if name not in stored]
         if missing:
-            problem = f"ckpt.pt has no {', '.join(missing)} (is it a copy of best.pt?)"
-            raise OSError(f"{problem}: it cannot be resumed")
+            raise OSError(f"ckpt.pt has no {', '.join(missing)} (is it a copy of best.pt?): it cannot be resumed")
         if stored["stage"] != self.stage:
             problem = f"{self.folder} holds a {stored['stage']} run, not a {self.stage} run"
             raise OSError(f"{problem}: choose another --out_dir")
         return stored
 
-    def enter(self):
-        """Lock out_dir, if it exists; returns the names of its files but unfinished ones. The same in all processes.
+    def lock_and_list(self):
+        """Lock out_dir, if it exists. Returns the names of its files, except unfinished ones, in all processes.
 
         OSError when another process has locked it.
         """
         holder = ""
         names = []
-        if rank_and_world()[0] == 0 and self.folder.is_dir():
+        if is_first_process() and self.folder.is_dir():
             holder = lock_folder(self.folder)
             names = [path.name for path in self.folder.iterdir() if path.name != LOCK and path.suffix != ".tmp"]
         holder, names = broadcast_from_first((holder, names))
@@ -173,84 +183,85 @@ class Run:
             raise OSError(f"{self.folder} is in use by {holder}: wait until it has ended, or stop it")
         return names
 
-    def refuse_used(self, names):
-        """FileExistsError when files of these names would be overwritten unasked."""
+    def refuse_to_overwrite(self, names):
+        """FileExistsError if out_dir has files of these names and may not be overwritten."""
         if not self.settings["overwrite"] and not all(map(is_kept, names)):
             raise FileExistsError(
                 f"{self.folder} is in use: --init_from=resume continues, --overwrite=True starts over, or --out_dir="
             )
 
-    def remove_stale(self):
-        """Delete unfinished files, and those of an earlier run, which a later resume must not find."""
-        stale = list(self.folder.glob("*.pt.tmp"))
-        if self.stored is None:
-            stale += [self.folder / name for name in ("ckpt.pt", PREVIOUS, "best.pt", "log.jsonl", STARTED_FROM)]
-        for path in stale:
-            path.unlink(missing_ok=True)
-
     def restore(self, model, optimizers, tokenizer, data, vocabulary="", sources=(), base=None):
-        """Load the checkpoint, or write that of step 0, so that a run can be resumed from its first moment.
+        """Load the stored checkpoint, or write the checkpoint of step 0, so that a run can always be resumed.
 
         model: has a `config`, a dataclass, and flops_per_token(). tokenizer: its name. data: fingerprints, by which a
-        resumed run recognizes its data. vocabulary: what the tokenizer consists of, where its name is not enough.
-        sources: names of what the data were made from. base: the content of the checkpoint that a new run starts from.
-        OSError when resuming would change the run. From here on signals and max_minutes stop the run after a step.
+        resumed run recognizes its data. vocabulary: the text of a custom vocabulary. sources: names of what the data
+        was made from. base: content of the checkpoint that a new run starts from.
+        OSError when resuming would change the run. After this call, signals and max_minutes stop the run after a step.
         """
-        rank, world = rank_and_world()
         self.model = model
         self.optimizers = optimizers
         self.device = next(model.parameters()).device
-        self.peak = peak_flops(self.device)
-        self.about = {
+        self.common_entries = {
             "stage": self.stage,
             "tokenizer": tokenizer,
             "settings": self.settings,
             "data": data,
-            "processes": world,
+            "processes": n_processes(),
             "sources": list(sources),
-            "before": [],  # the stages that the weights have been through before this run, the last one first
+            "before": self.earlier_stages(base),
         }
         if vocabulary:
-            self.about["vocabulary"] = vocabulary
-        if base is not None:
-            self.about["before"] = [{name: base[name] for name in STAGE if name in base}, *base.get("before", [])]
-        elif self.stored is not None:
-            self.about["before"] = self.stored.get("before", [])
-        if self.stored is not None:
-            self.check_same_run()
+            self.common_entries["vocabulary"] = vocabulary
         is_new = self.stored is None
         if is_new:
-            if rank == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            self.refuse_used(self.enter())  # again: it may not have existed, and another run may have begun
-        if rank == 0:
-            self.remove_stale()
-        if is_new and rank == 0 and self.settings["init_from"] not in ("scratch", "resume"):
-            (self.folder / STARTED_FROM).write_text(self.settings["init_from"], encoding="utf-8")
-        if not is_new:
+            self.prepare_folder()
+        else:
+            self.check_same_run()
             self.load()
+        if is_first_process():
+            for unfinished in self.folder.glob("*.pt.tmp"):
+                unfinished.unlink()
         if self.progress.tracked_as:
             self.tracker.last_step = last_step_of(self.folder / "log.jsonl")
         elif self.tracker.name:
             self.progress.tracked_as = f"{self.folder.name}-{secrets.token_hex(4)}"
         if is_new:
-            self.save(must=True)
+            self.save_ckpt(required=True)
         self.tracker.start(self.progress.tracked_as, self.settings)
         self.log = open_log(self.folder / "log.jsonl", self.progress.log_bytes, self.step, self.units)
-        self.bar = tqdm(total=self.n_steps, initial=self.step, unit=" steps", disable=None if rank == 0 else True)
-        self.first_timed_step = self.step + 2  # the first step compiles
-        self.recent_seconds = deque(maxlen=20)
+        hide_bar = None if is_first_process() else True  # None: hide it if stderr is not a terminal
+        self.bar = tqdm(total=self.n_steps, initial=self.step, unit=" steps", disable=hide_bar)
         self.started = time.monotonic()
-        self.catch_signals(self.note_signal)
-        if self.over():
-            print_line(
-                f"step {self.step} of {self.n_steps}: nothing left to do (increase the run's length to continue)"
-            )
+        self.handle_signals(self.on_signal)
+        self.is_over = self.step >= self.n_steps
+        if self.is_over:
+            remedy = "increase the run's length to continue"
+            print_line(f"step {self.step} of {self.n_steps}: nothing left to do ({remedy})")
+
+    def earlier_stages(self, base):
+        """What the weights were trained on before this run: a dict of STAGE_ENTRIES per stage, the latest one first."""
+        if base is not None:
+            latest = {name: base[name] for name in STAGE_ENTRIES if name in base}
+            return [latest, *base.get("before", [])]
+        if self.stored is not None:
+            return self.stored.get("before", [])
+        return []
+
+    def prepare_folder(self):
+        """Create out_dir for a new run, or remove an earlier run from it."""
+        if is_first_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.refuse_to_overwrite(self.lock_and_list())  # again: meanwhile another run may have created it
+        if is_first_process():
+            for name in ("ckpt.pt", PREVIOUS, "best.pt", "log.jsonl", STARTED_FROM):
+                (self.folder / name).unlink(missing_ok=True)
+            if self.settings["init_from"] not in ("scratch", "resume"):
+                (self.folder / STARTED_FROM).write_text(self.settings["init_from"], encoding="utf-8")
 
     def check_same_run(self):
         """OSError naming everything that would make the resumed run differ from the stored one."""
         may_change = set(self.may_change)
-        if self.stored.get("processes", 1) != self.about["processes"]:
+        if self.stored.get("processes", 1) != self.common_entries["processes"]:
             print("warning: the number of processes has changed: results differ by rounding")
             may_change.add("batch_size")
         changed = []
@@ -260,18 +271,19 @@ class Run:
             if name not in may_change and new != old:
                 changed.append(name)
                 problems.append(f"{name} was {old!r}, is now {new!r}")
-        if self.stored["data"] != self.about["data"]:
+        if self.stored["data"] != self.common_entries["data"]:
             problems.append("the data or the model to start from have changed")
         can_force = self.fixed.isdisjoint(changed)
-        if self.stored["tokenizer"] != self.about["tokenizer"]:
-            problems.append(f"the tokenizer was {self.stored['tokenizer']}, is now {self.about['tokenizer']}")
+        if self.stored["tokenizer"] != self.common_entries["tokenizer"]:
+            old, new = self.stored["tokenizer"], self.common_entries["tokenizer"]
+            problems.append(f"the tokenizer was {old}, is now {new}")
             can_force = False
         if problems and not (self.settings["force"] and can_force):
             remedy = "use the old ones, or --force=True" if can_force else "use the old ones"
             raise OSError(f"resuming would change the run ({'; '.join(problems)}): {remedy}")
 
     def load(self):
-        """Weights, optimizer states and progress of the stored checkpoint, with the current settings."""
+        """Load weights, optimizer states and progress of the stored checkpoint; the current settings stay."""
         self.model.load_state_dict(self.stored["model"])
         for opt, state in zip(self.optimizers, self.stored["optimizers"], strict=True):
             current = [{name: group[name] for name in group if name != "params"} for group in opt.param_groups]
@@ -279,14 +291,20 @@ class Run:
             for group, settings in zip(opt.param_groups, current, strict=True):
                 group.update(settings)  # the same as stored, unless --force changed them
         self.progress = Progress(**self.stored["state"] | {"saved_step": self.stored["step"]})
-        if self.stored["data"] != self.about["data"]:  # losses on other data do not compare: best.pt starts over
+        if self.stored["data"] != self.common_entries["data"]:  # losses on other data cannot be compared
             self.progress.best_val_loss = math.inf
         print(f"resuming after step {self.step}")
         self.stored = None  # free the checkpoint's memory
 
+    def log_step_0(self, row):
+        """Log and print what was measured before the first step."""
+        row = {"step": 0, "tokens": 0} | row
+        self.log_row(row)
+        print_line(self.terminal_line(row))
+
     def over(self):
-        """Whether the run has done its steps, or was stopped; the same in all processes."""
-        return self.stopped or self.step >= self.n_steps
+        """Whether the loop must end."""
+        return self.is_over
 
     def count(self, result, n_targets, n_inputs, seconds):
         """Count a step that took `seconds`; returns its log row.
@@ -309,225 +327,219 @@ class Run:
             row["skipped"] = 1
         row["seconds"] = round(progress.seconds, 3)
         row["tokens_per_second"] = round(n_inputs / seconds)
-        if self.peak:
+        peak = peak_flops(self.device)
+        if peak is not None:
             flops_per_second = self.model.flops_per_token() * n_inputs / seconds
-            row["mfu"] = round(flops_per_second / (self.peak * rank_and_world()[1]), 4)
+            row["mfu"] = round(flops_per_second / (peak * n_processes()), 4)
         memory = peak_memory(self.device)
         if memory is not None:
             row["peak_memory"] = round(memory, 3)
         return row
 
     def end_step(self, row):
-        """Log a row, keep best.pt, stop when it is time, write ckpt.pt when due, and show the row.
+        """Log a row, update best.pt, print the row and write ckpt.pt when due, and decide whether the run is over.
 
-        FloatingPointError after three steps in a row that were not finite.
+        FloatingPointError after MAX_SKIPPED steps in a row that were not finite.
         """
-        self.record(row)
-        self.stopped = self.step == self.n_steps or self.is_told_to_stop()
-        is_interesting = self.stopped or "skipped" in row or "val_loss" in row or self.step == self.first_timed_step
+        self.log_row(row)
+        self.is_over = self.step >= self.n_steps or self.must_stop()
         self.bar.set_postfix_str(f"loss {row.get('loss', math.nan):.4f}", refresh=False)
         self.bar.update()
-        if is_interesting or self.step % self.settings["log_interval"] == 0:
-            print_line(self.line_of(row))
+        is_second = len(self.recent_seconds) == 2  # of this process; its speed counts, as the first step compiles
+        is_special = self.is_over or "skipped" in row or "val_loss" in row or is_second
+        if is_special or self.step % self.settings["log_interval"] == 0:
+            print_line(self.terminal_line(row))
         self.check_finite()
         keep_every = self.settings.get("keep_every", 0)
         if keep_every and self.step % keep_every == 0:
-            self.write_weights(f"step_{self.step:08}.pt", row)
-        if self.stopped or self.step % self.settings["checkpoint_interval"] == 0:
-            self.save(must=self.stopped)
+            self.save_weights(f"step_{self.step:08}.pt", row)
+        if self.is_over or self.step % self.settings["checkpoint_interval"] == 0:
+            self.save_ckpt(required=self.is_over)
 
-    def log_start(self, row):
-        """Log what was measured before the first step."""
-        row = {"step": 0, "tokens": 0} | row
-        self.record(row)
-        print_line(self.line_of(row))
-
-    def record(self, row):
-        """Write a row to the log, and best.pt when its validation loss is the lowest so far."""
-        self.keep_best(row)
-        self.tracker.log(row)
-        write_row(self.log, row)
-        self.progress.log_bytes = self.log.tell()
-
-    def keep_best(self, row):
-        """Write best.pt when the row's validation loss is the lowest so far."""
+    def log_row(self, row):
+        """Write a row to the log and the tracker, after best.pt if its validation loss is the lowest so far."""
         if row.get("val_loss", math.inf) < self.progress.best_val_loss:
-            # the best loss changes only if the file was written, so that the next improvement is saved
-            if self.write_weights("best.pt", row):
+            is_saved = self.save_weights("best.pt", row)
+            if is_saved:  # else the next improvement is compared with the file that is still there
                 self.progress.best_val_loss = row["val_loss"]
                 self.progress.best_step = row["step"]
+        self.tracker.log(row)
+        with suppress(OSError):  # full disk: the row stays in the buffer, and saving a checkpoint reports the problem
+            self.log.write(json.dumps(row).encode() + b"\n")
+            self.log.flush()
+        self.progress.log_bytes = self.log.tell()
 
-    def write_weights(self, name, row):
-        """Write the weights and what the row says about them, nothing to resume from; returns whether it worked."""
-        metrics = {name: value for name, value in row.items() if name.startswith(("val_", "hellaswag_"))}
-        return self.write(name, step=row["step"], tokens=row["tokens"], metrics=metrics)
-
-    def is_told_to_stop(self):
-        """Whether a signal came, the minutes are over, or torchrun has been killed, in any process."""
+    def must_stop(self):
+        """Whether any process got a signal, max_minutes are over, or torchrun was killed."""
         minutes = self.settings["max_minutes"]
-        too_late = minutes > 0 and time.monotonic() - self.started > 60 * minutes
+        is_late = minutes > 0 and time.monotonic() - self.started > 60 * minutes
         is_orphan = "LOCAL_RANK" in os.environ and os.getppid() != PARENT
         if is_orphan:
             print_line("the launcher is gone: stopping after this step (--init_from=resume continues later)")
-        told = torch.tensor(float(self.signalled or too_late or is_orphan))
-        return bool(sum_over_ranks(told) > 0)
+        n_stopping = sum_over_ranks(torch.tensor(float(self.got_signal or is_late or is_orphan)))
+        return bool(n_stopping > 0)
 
-    def catch_signals(self, handler):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
-
-    def note_signal(self, number, frame):
-        """SIGINT and SIGTERM stop the run after this step; a second one ends the process at once.
-
-        Under torchrun a second one is ignored: torchrun repeats the terminal's signal, and ends its processes when they
-        take longer than 30 s.
-        """
-        self.signalled = True
-        message = "stopping after this step (--init_from=resume continues later)"
-        if "LOCAL_RANK" in os.environ:
-            self.catch_signals(signal.SIG_IGN)
-        else:
-            self.catch_signals(signal.SIG_DFL)
-            message += "; once more to stop at once"
-        if rank_and_world()[0] == 0:
-            with suppress(OSError):  # not print, which the signal may have interrupted
-                os.write(sys.stdout.fileno(), f"{message}\n".encode())
-
-    def check_finite(self):
-        """FloatingPointError after three steps in a row that were not applied."""
-        if self.progress.skipped_in_a_row == 3:
-            self.bar.close()  # so that the message is on a line of its own
-            raise FloatingPointError(
-                f"loss or gradient is not finite since step {self.step - 2}: resume from {self.folder}/ckpt.pt "
-                f"(of step {self.progress.saved_step}) with a lower learning rate "
-                "(--init_from=resume --force=True --learning_rate=...)"
-            )
-
-    def save(self, must=False):
-        """Write ckpt.pt: everything that is needed to resume; PREVIOUS is what it was before."""
-        if rank_and_world()[0] == 0:
-            self.keep_previous()
-        states = [opt.state_dict() for opt in self.optimizers]
-        counts = {"step": self.step, "tokens": self.progress.tokens, "state": asdict(self.progress)}
-        if self.write("ckpt.pt", must, optimizers=states, **counts):
-            self.progress.saved_step = self.step
-
-    def keep_previous(self):
-        """Give ckpt.pt its second name, which the file keeps when a new one takes the first.
-
-        The file that had it goes now: so the disk needs room for two, of which one is being written.
-        """
-        previous = self.folder / PREVIOUS
-        previous.unlink(missing_ok=True)
-        with suppress(OSError):  # no ckpt.pt yet, or a file system without hard links
-            os.link(self.folder / "ckpt.pt", previous)
-
-    def write(self, name, must=False, **entries):
-        """Write a checkpoint, from the first process; returns whether it worked. OSError only if it `must` work."""
-        path = self.folder / name
-        try:
-            if rank_and_world()[0] == 0:
-                if self.log is not None:  # it must be on disk before the checkpoint that stores its length
-                    self.log.flush()
-                    os.fsync(self.log.fileno())
-                save_checkpoint(path, self.model, **entries, **self.about)
-            return True
-        except OSError as error:
-            if must:
-                raise
-            print_line(f"warning: no new {path} ({error}); training continues")
-            return False
-
-    def line_of(self, row):
-        """What the terminal shows of a log row."""
+    def terminal_line(self, row):
+        """A log row as one line for the terminal."""
         parts = [f"step {row['step']}/{self.n_steps}"]
         if "skipped" in row:
             parts.append("NOT FINITE, skipped")
         parts += [f"{label} {row[name]:.4f}" for name, label in self.labels.items() if name in row]
+        if "learning_rate" in row:
+            parts.append(f"lr {row['learning_rate']:.2e}")
         if "tokens_per_second" in row:
-            left = timedelta(seconds=int((self.n_steps - row["step"]) * statistics.median_low(self.recent_seconds)))
-            if "learning_rate" in row:
-                parts.append(f"lr {row['learning_rate']:.2e}")
             parts.append(f"{row['tokens_per_second']:,} tok/s")
-            if "mfu" in row:
-                parts.append(f"MFU {row['mfu']:.1%}")
-            parts.append(f"{left} left")
+        if "mfu" in row:
+            parts.append(f"MFU {row['mfu']:.1%}")
+        if self.recent_seconds:
+            seconds_left = (self.n_steps - row["step"]) * statistics.median_low(self.recent_seconds)
+            parts.append(f"{timedelta(seconds=int(seconds_left))} left")
         return " | ".join(parts)
 
-    def finish(self, also=""):
-        """Close the log, and say which weights out_dir holds; also: names of further files there."""
+    def check_finite(self):
+        """FloatingPointError after MAX_SKIPPED steps in a row that were not applied."""
+        if self.progress.skipped_in_a_row == MAX_SKIPPED:
+            self.bar.close()  # so that the message is on a line of its own
+            raise FloatingPointError(
+                f"loss or gradient is not finite since step {self.step - MAX_SKIPPED + 1}: resume from "
+                f"{self.folder}/ckpt.pt (of step {self.progress.saved_step}) with a lower learning rate "
+                "(--init_from=resume --force=True --learning_rate=...)"
+            )
+
+    def handle_signals(self, handler):
+        """Let `handler` handle SIGINT and SIGTERM."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
+    def on_signal(self, number, frame):
+        """Stop the run after this step; a second signal ends the process at once.
+
+        Under torchrun a second one is ignored: torchrun repeats the terminal's signal, and kills its processes when
+        they take longer than 30 s.
+        """
+        self.got_signal = True
+        message = "stopping after this step (--init_from=resume continues later)"
+        if "LOCAL_RANK" in os.environ:
+            self.handle_signals(signal.SIG_IGN)
+        else:
+            self.handle_signals(signal.SIG_DFL)
+            message += "; once more to stop at once"
+        if is_first_process():
+            with suppress(OSError):  # not print, which the signal may have interrupted
+                os.write(sys.stdout.fileno(), f"{message}\n".encode())
+
+    def save_weights(self, name, row):
+        """Write the weights and the row's metrics, without what is needed to resume. Returns whether it worked."""
+        metrics = {key: value for key, value in row.items() if key.startswith(("val_", "hellaswag_"))}
+        return self.write_checkpoint(name, step=row["step"], tokens=row["tokens"], metrics=metrics)
+
+    def save_ckpt(self, required=False):
+        """Write ckpt.pt, with everything that is needed to resume; the file before it remains, as PREVIOUS."""
+        if is_first_process():
+            previous = self.folder / PREVIOUS
+            previous.unlink(missing_ok=True)  # now, so that the disk needs room for only two, one of them unfinished
+            with suppress(OSError):  # no ckpt.pt yet, or a file system without hard links
+                os.link(self.folder / "ckpt.pt", previous)
+        states = [opt.state_dict() for opt in self.optimizers]
+        counts = {"step": self.step, "tokens": self.progress.tokens, "state": asdict(self.progress)}
+        if self.write_checkpoint("ckpt.pt", required, optimizers=states, **counts):
+            self.progress.saved_step = self.step
+
+    def write_checkpoint(self, name, required=False, **entries):
+        """Write a checkpoint, from the first process. Returns whether it worked; OSError if a required one did not."""
+        path = self.folder / name
+        try:
+            if is_first_process():
+                if self.log is not None:  # it must be on disk before the checkpoint that stores its length
+                    self.log.flush()
+                    os.fsync(self.log.fileno())
+                save_checkpoint(path, self.model, **entries, **self.common_entries)
+            return True
+        except OSError as error:
+            if required:
+                raise
+            print_line(f"warning: no new {path} ({error}); training continues")
+            return False
+
+    def finish(self, other_files=""):
+        """Close the log and print which weights out_dir holds. other_files: names of files that the stage wrote."""
         self.log.close()
         self.bar.close()
         self.tracker.call("finish")
-        progress = self.progress
-        if progress.best_val_loss == math.inf:
-            best = "no best.pt, as nothing was validated"
-        else:
-            best = f"best.pt of step {progress.best_step} (validation loss {progress.best_val_loss:.4f})"
-            if progress.best_step == 0 < progress.step:
-                best += ": NOT TRAINED by this run, as no later validation has improved on it; ckpt.pt is trained"
-        files = f"ckpt.pt of step {progress.step}, {best}"
+        files = [f"ckpt.pt of step {self.step}, {self.describe_best()}"]
         kept = sorted(path.name for path in self.folder.iterdir() if is_kept(path.name))
         if kept:
-            files += f"; kept: {', '.join(kept)}"
-        if also:
-            files += f"; {also}"
-        print(f"{self.folder}: {files}")
+            files.append(f"kept: {', '.join(kept)}")
+        if other_files:
+            files.append(other_files)
+        print(f"{self.folder}: {'; '.join(files)}")
         unlock_folders()
         leave_processes()
 
+    def describe_best(self):
+        """One line about best.pt."""
+        progress = self.progress
+        if progress.best_val_loss == math.inf:
+            return "no best.pt, as nothing was validated"
+        text = f"best.pt of step {progress.best_step} (validation loss {progress.best_val_loss:.4f})"
+        if progress.best_step == 0 < progress.step:
+            text += ": NOT TRAINED by this run, as no later validation has improved on it; ckpt.pt is trained"
+        return text
+
 
 class Tracker:
-    """A run on Weights & Biases ("wandb") or trackio, from the first process; "" is none.
+    """A run on Weights & Biases ("wandb") or trackio, shown by the first process; with the name "" it does nothing.
 
-    What fails there is a warning, once, and training goes on without it. OSError when the package is not installed.
+    When the service fails, it warns once, and training continues without it. OSError if the package is not installed.
     """
 
     def __init__(self, name):
         self.name = name
-        self.module = None
-        self.last_step = -1  # of the rows that are there already
-        if name and rank_and_world()[0] == 0:
+        self.module = None  # the package, while it works
+        self.last_step = -1  # of the rows that it has already; -1: none
+        if name and is_first_process():
             try:
                 self.module = importlib.import_module(name)
             except ImportError:
                 raise OSError(f"{name} is not installed: pip install {name}, or leave --tracker= out") from None
-            except Exception as error:  # whatever is wrong with it
+            except Exception as error:  # a broken package may raise anything
                 self.give_up(error)
 
     def start(self, run_name, settings):
         """Begin the tracked run of this name, or continue it."""
-        more = {"id": run_name} if self.name == "wandb" else {}  # trackio knows a run by its name
-        self.call("init", project="fgpt", name=run_name, config=settings, resume="allow", **more)
+        run_id = {"id": run_name} if self.name == "wandb" else {}  # trackio identifies a run by its name
+        self.call("init", project="fgpt", name=run_name, config=settings, resume="allow", **run_id)
 
     def log(self, row):
-        """Log a row of the log at its step, unless it is there already: a resumed run repeats a few steps."""
+        """Log a row, unless it is there already: a resumed run repeats the steps after its checkpoint."""
         if row["step"] > self.last_step:
-            figures = {name: value for name, value in row.items() if name != "step"}
-            self.call("log", figures, step=row["step"])
+            numbers = {name: value for name, value in row.items() if name != "step"}
+            self.call("log", numbers, step=row["step"])
 
-    def call(self, function, *arguments, **more):
-        """One of the tracker's functions init, log, finish."""
+    def call(self, function, *arguments, **keywords):
+        """Call a function of the package: init, log or finish."""
         if self.module is None:
             return
         try:
-            getattr(self.module, function)(*arguments, **more)
-        except (Exception, SystemExit) as error:  # whatever a service raises
+            getattr(self.module, function)(*arguments, **keywords)
+        except (Exception, SystemExit) as error:  # a service may raise anything
             self.give_up(error)
 
     def give_up(self, error):
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        print_line(f"warning: {self.name} failed ({reason:.200}); training goes on without it")
+        """Warn, and do nothing from now on."""
+        reason = one_line(f"{type(error).__name__}: {error}")
+        print_line(f"warning: {self.name} failed ({reason:.200}); training continues without it")
         self.module = None
 
 
 def lock_folder(folder):
-    """Keep other processes out of a folder until unlock_folders; returns who is there already, or "".
+    """Lock a folder against other processes until unlock_folders. Returns "", or which process has locked it already.
 
-    A flock ends with its process, however that ends: a file LOCK that was left behind means nothing. Windows has none.
+    The system releases a flock when its process ends, however it ends, so a LOCK file that was left behind does not
+    matter. Windows has no flock: there nothing is locked.
     """
     path = (folder / LOCK).resolve()
-    if fcntl is None or path in LOCKED:  # locked by an earlier run of this process
+    if fcntl is None or path in LOCKED:  # the latter: by an earlier run of this process
         return ""
     file = open(path, "a+")
     try:
@@ -538,14 +550,16 @@ def lock_folder(folder):
         file.close()
         if not number:
             return "another process"
-        return f"process {number}" if host == socket.gethostname() else f"process {number} on {host}"
+        if host == socket.gethostname():
+            return f"process {number}"
+        return f"process {number} on {host}"
     except OSError as error:  # some network disks have no locks
         print(f"warning: {folder} cannot be locked ({error}): start no second process there")
-    if os.fstat(file.fileno()).st_nlink == 0:  # its owner has removed it since it was opened
+    if os.fstat(file.fileno()).st_nlink == 0:  # the process that had it has deleted it since we opened it
         file.close()
         return lock_folder(folder)
     LOCKED[path] = file
-    with suppress(OSError):  # a full disk
+    with suppress(OSError):  # on a full disk it stays empty
         file.truncate(0)
         file.write(f"{os.getpid()} {socket.gethostname()}")
         file.flush()
@@ -555,11 +569,12 @@ def lock_folder(folder):
 def unlock_folders():
     """Remove the locks of this process."""
     for path in LOCKED:
-        path.unlink(missing_ok=True)  # before it is closed: then it may be another process's
-    forget_locks()
+        path.unlink(missing_ok=True)  # before it is closed: afterwards another process may lock it
+    close_lock_files()
 
 
-def forget_locks():
+def close_lock_files():
+    """Close the lock files of this process, which gives up its locks."""
     for file in LOCKED.values():
         file.close()
     LOCKED.clear()
@@ -567,18 +582,19 @@ def forget_locks():
 
 atexit.register(unlock_folders)
 if fcntl is not None:
-    os.register_at_fork(after_in_child=forget_locks)  # or a child would keep them after this process's death
+    os.register_at_fork(after_in_child=close_lock_files)  # else a child would keep the locks after this process died
 
 
 def is_kept(name):
-    """Whether a file of out_dir has weights kept by --keep_every, which no run deletes."""
+    """Whether a file of out_dir has this name because of --keep_every; no run deletes such files."""
     return re.fullmatch(r"step_\d{8,}\.pt", name) is not None
 
 
 def prefetch(batch_at, step, device):
-    """Yield batch_at(step), batch_at(step + 1), ...: the next batch is read while this one is trained on.
+    """Yield batch_at(step), batch_at(step + 1), ...; a thread prepares the next batch while this one is trained on.
 
-    For a GPU in pinned memory, so that the copy to it runs while it computes.
+    batch_at(step): a tuple of tensors. For a GPU they are put into pinned memory, so that it can copy them while it
+    computes.
     """
 
     def fetch(step):
@@ -587,35 +603,35 @@ def prefetch(batch_at, step, device):
             batch = [part.contiguous().pin_memory() for part in batch]
         return batch
 
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(fetch, step)
+    with ThreadPoolExecutor(1) as thread:
+        next_batch = thread.submit(fetch, step)
         while True:
-            batch = coming.result()
+            batch = next_batch.result()
             step += 1
-            coming = reader.submit(fetch, step)
+            next_batch = thread.submit(fetch, step)
             yield batch
 
 
 def due(step, interval, n_steps):
-    """Whether what happens every `interval` steps (0: never), and at the end, happens at this step."""
+    """Whether something that is done every `interval` steps (0: never) and at the end is due at this step."""
     return interval > 0 and (step % interval == 0 or step == n_steps)
 
 
 def open_log(path, n_bytes, step, units):
-    """The log, ready to append to what it was at a checkpoint: n_bytes long, its last row that of `step`.
+    """The log, opened for appending, cut to what it was at a checkpoint: n_bytes long, its last row that of `step`.
 
-    A new log starts with the line of units. If the disk is full, rows wait in the file's buffer (about 100,000 of
-    them).
+    A new log (n_bytes 0) starts with the line of units. A log that was changed since is repaired.
     """
-    if rank_and_world()[0] > 0:
+    if not is_first_process():
         return open(os.devnull, "ab")
     old = path.read_bytes() if path.exists() else b""
     kept = old[:n_bytes]
-    lines, _, rest = kept.rpartition(b"\n")
-    is_as_it_was = len(kept) == n_bytes and not rest and row_of(lines.rpartition(b"\n")[2]).get("step") == step
-    if n_bytes > 0 and not is_as_it_was:
+    lines, _, after_last_newline = kept.rpartition(b"\n")
+    last_row = row_of(lines.rpartition(b"\n")[2])
+    is_unchanged = len(kept) == n_bytes and not after_last_newline and last_row.get("step") == step
+    if n_bytes > 0 and not is_unchanged:
         kept = repair_log(path, old, step, units)
-    log = open(path, "ab", buffering=1 << 26)
+    log = open(path, "ab", buffering=1 << 26)  # bytes: while the disk is full, about 100,000 rows wait in this buffer
     log.truncate(len(kept))
     log.seek(0, os.SEEK_END)
     if n_bytes == 0:
@@ -624,13 +640,18 @@ def open_log(path, n_bytes, step, units):
 
 
 def last_step_of(path):
-    """The step of the last row of a log, before it is cut to a checkpoint; -1 where there is none."""
+    """The step of the last row of a log; -1 where there is none."""
     lines = path.read_bytes().splitlines() if path.exists() else []
-    return max((row_of(line).get("step", -1) for line in lines[-1:]), default=-1)
+    if not lines:
+        return -1
+    return row_of(lines[-1]).get("step", -1)
 
 
 def repair_log(path, old, step, units):
-    """Start a log over with the rows up to a step; the old one is kept under another name. Returns the content."""
+    """Write the log again with the old rows up to a step, and keep the old content in another file.
+
+    old: the log's content, bytes. Returns the new content.
+    """
     rows = {}
     for line in old.split(b"\n"):
         number = row_of(line).get("step")
@@ -640,8 +661,9 @@ def repair_log(path, old, step, units):
     message = f"warning: {path} is not what it was at step {step}: {len(rows)} of its rows are kept"
     if old not in (b"", kept):
         number = 1
-        while (copy := path.with_stem(f"{path.stem}_{number}")).exists():
+        while path.with_stem(f"{path.stem}_{number}").exists():
             number += 1
+        copy = path.with_stem(f"{path.stem}_{number}")
         copy.write_bytes(old)
         message += f", all of it is in {copy}"
     print(message)
@@ -651,7 +673,7 @@ def repair_log(path, old, step, units):
 
 
 def row_of(line):
-    """What a line of a log holds; {} if that is not a row."""
+    """The row in a line of a log, a dict; {} if there is none."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -660,17 +682,12 @@ def row_of(line):
 
 
 def header_of(units):
+    """The first line of a log."""
     return json.dumps({"format": "fgpt log 1", "units": units}).encode() + b"\n"
 
 
-def write_row(log, row):
-    with suppress(OSError):  # a full disk: saving a checkpoint will report it
-        log.write((json.dumps(row) + "\n").encode())
-        log.flush()
-
-
 class LossyStream:
-    """sys.stdout or sys.stderr of a run, which a full disk, a closed pipe or a strange character must not end."""
+    """Wraps sys.stdout or sys.stderr: what cannot be written, as the disk is full or the pipe closed, is dropped."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -681,17 +698,17 @@ class LossyStream:
         return len(text)
 
     def flush(self):
-        with suppress(OSError, ValueError):  # the latter when it is closed
+        with suppress(OSError, ValueError):  # ValueError: it is closed
             self.stream.flush()
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
 
-def let_printing_fail():
-    """From here on, what cannot be printed is lost, and nothing else; characters that cannot are question marks."""
+def make_printing_safe():
+    """Replace stdout and stderr, so that printing never raises; characters that a terminal lacks become "?"."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # None where it was closed
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None: it was closed before Python started
         if not isinstance(stream, LossyStream):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
@@ -699,7 +716,7 @@ def let_printing_fail():
 
 
 def print_line(line):
-    """Print a line above the progress bar, and at once also into a pipe."""
+    """Print a line above the progress bar, without buffering."""
     with tqdm.external_write_mode():
         print(line, flush=True)
 
@@ -709,23 +726,23 @@ def print_line(line):
 
 
 def save_checkpoint(path, model, **entries):
-    """Write the model's weights and config, and `entries`, so that at any moment `path` holds a complete file.
+    """Write the model's weights and config, and `entries`, so that `path` is a complete file at any moment.
 
-    It is read back before it takes its name. OSError when it cannot be written; what `path` held before is still there.
+    The file is read back before it gets its name. OSError when it cannot be written; an earlier file at `path` remains.
     """
     content = {"format_version": FORMAT_VERSION, "config": asdict(model.config), "model": model.state_dict(), **entries}
     with whole_file(path) as file:
         torch.save(content, file)
         file.flush()
         if not is_whole(file.name):
-            raise OSError("what was written reads back otherwise")
+            raise OSError("the disk did not return what was written")
 
 
 @contextmanager
 def whole_file(path):
-    """A binary file to write, which becomes `path` once all of it is on the disk.
+    """Open a temporary binary file for writing; it is renamed to `path` once all of it is on the disk.
 
-    OSError when it cannot be written; what `path` held before is still there.
+    OSError when it cannot be written; an earlier file at `path` remains.
     """
     temporary = f"{path}.tmp"
     try:
@@ -738,55 +755,43 @@ def whole_file(path):
             os.remove(temporary)
         raise OSError(f"{path} could not be written (disk full?), an earlier one is untouched: {error}") from None
     os.replace(temporary, path)
-    if os.name == "posix":  # Windows opens no folders
+    if os.name == "posix":  # Windows cannot open folders
         folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        os.fsync(folder)  # the new name itself must survive a power cut
+        os.fsync(folder)  # so that the new name survives a power cut
         os.close(folder)
 
 
 def is_whole(path):
-    """Whether all parts of a file by torch.save have the checksums (CRC-32) that are stored with them.
+    """Whether a file of torch.save, a zip file, is undamaged, by the checksums (CRC-32) that it contains.
 
-    torch.load does not compare them: a damaged weight would be loaded like any other.
+    torch.load does not compare them, and would load damaged weights.
     """
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
-    except Exception:  # it raises many kinds for a damaged file
+    except Exception:  # zipfile raises many kinds for a damaged file
         return False
 
 
 def load_checkpoint(path, device="cpu"):
-    """The checkpoint's dict, tensors on `device`. OSError for a missing or damaged file, or one that is none."""
+    """The checkpoint's dict, with tensors on `device`. OSError for a missing, damaged or foreign file."""
     try:
-        open(path, "rb").close()  # what may not be read is not damaged
+        open(path, "rb").close()  # so that a file without read permission is not called damaged
     except (FileNotFoundError, IsADirectoryError):
         problem = "a folder, not a checkpoint" if os.path.isdir(path) else "no such checkpoint"
         raise FileNotFoundError(f"{path}: {problem}; a run writes best.pt and ckpt.pt into its out_dir") from None
     if not is_whole(path):
-        raise OSError(f"{path} is damaged or not a checkpoint: {what_else(Path(path))}")
+        raise OSError(f"{path} is damaged or not a checkpoint: {advice_for_damaged(Path(path))}")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file by somebody else
+    except Exception as error:  # torch raises many kinds for files of other programs
         raise OSError(f"{path} is not a checkpoint ({type(error).__name__})") from None
-    if not isinstance(content, dict):
-        content = {}
-    version = content.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise OSError(
-            f"{path} has checkpoint format {version}, of a newer fgpt; this one reads up to {FORMAT_VERSION}: update it"
-        )
-    wrong = [name for name, kind in ENTRIES.items() if not isinstance(content.get(name), kind)]
-    wrong += [name for name, kind in MORE_ENTRIES.items() if name in content and not isinstance(content[name], kind)]
-    if not wrong and not all(torch.is_tensor(p) for p in content["model"].values()):
-        wrong = ["model"]
-    if wrong:
-        raise OSError(f"{path} is not a checkpoint of fgpt: it has no valid {', '.join(wrong)}")
+    check_entries(content, path)
     return content
 
 
-def what_else(path):
-    """What to do about a damaged checkpoint: use another file of its run, the last one first."""
+def advice_for_damaged(path):
+    """What to do about a damaged checkpoint: use another file of its run, the latest first."""
     others = [path.with_name(name) for name in ("ckpt.pt", PREVIOUS, "best.pt") if name != path.name]
     found = [other for other in others if other.exists()]
     if not found:
@@ -795,10 +800,27 @@ def what_else(path):
     return f"use {found[0]}{hint}"
 
 
-def load_model(path, device="cpu"):
-    """(model in eval mode on `device`, the checkpoint's dict without tensors). Needs model.py.
+def check_entries(content, path):
+    """OSError unless the content of a file has the entries of a checkpoint, in a format that this version reads."""
+    if not isinstance(content, dict):
+        content = {}
+    version = content.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise OSError(
+            f"{path} has checkpoint format {version}, of a newer fgpt; this one reads up to {FORMAT_VERSION}: update it"
+        )
+    expected = REQUIRED_ENTRIES | {name: kind for name, kind in OPTIONAL_ENTRIES.items() if name in content}
+    wrong = [name for name, kind in expected.items() if not isinstance(content.get(name), kind)]
+    if not wrong and not all(torch.is_tensor(p) for p in content["model"].values()):
+        wrong = ["model"]
+    if wrong:
+        raise OSError(f"{path} is not a checkpoint of fgpt: it has no valid {', '.join(wrong)}")
 
-    OSError when weights and config do not fit together. Warns on stderr about a run's weights of step 0.
+
+def load_model(path, device="cpu"):
+    """(model in eval mode on `device`, the checkpoint's other entries, without optimizer states). Needs model.py.
+
+    OSError when weights and config do not fit together. Warns on stderr when the weights are untrained.
     """
     from model import GPT, GPTConfig
 
@@ -811,25 +833,29 @@ def load_model(path, device="cpu"):
         wrong = [str(error)]
     if wrong:
         raise OSError(f"{path}: its config is not one of this version ({', '.join(wrong)})")
-    if n_weights_at_least(config) > sum(p.numel() for p in weights.values()):  # no memory is taken for wrong sizes
+    if least_n_weights(config) > sum(p.numel() for p in weights.values()):  # before memory is allocated for them
         raise OSError(f"{path}: its weights do not match its config, they are fewer")
     model = GPT(config)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise OSError(f"{path}: its weights do not match its config ({reason:.200})") from None
+        raise OSError(f"{path}: its weights do not match its config ({one_line(error):.200})") from None
     content.pop("optimizers", None)
-    is_of_a_run = content["stage"] == "pretrain" and "data" in content  # an imported model has no data
-    if is_of_a_run and not content.get("before") and content["step"] == 0:
+    is_pretrained_here = content["stage"] == "pretrain" and "data" in content  # an imported model has no data
+    if is_pretrained_here and not content.get("before") and content["step"] == 0:
         print(f"warning: {path} is NOT TRAINED, of step 0; try ckpt.pt in the same folder", file=sys.stderr)
     return model.to(device).eval(), content
 
 
-def n_weights_at_least(config):
-    """Elements of the embedding, and of one matrix in and one out of each block's attention and MLP."""
+def least_n_weights(config):
+    """A lower bound of the number of weights: the embedding, and two matrices of each block's attention and MLP."""
     widths = config.n_head * config.head_dim + config.mlp_dim
     return config.n_embd * (config.vocab_size + 2 * config.n_layer * widths)
+
+
+def one_line(text):
+    """A message, or that of an exception, without line breaks."""
+    return " ".join(str(text).split())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -837,19 +863,20 @@ def n_weights_at_least(config):
 
 
 def pick_device(name="", deterministic=False):
-    """The torch.device of a setting; empty: cuda where there is one. OSError for one that cannot be used.
+    """The torch.device for a setting; empty: cuda where there is one. OSError for one that cannot be used.
 
-    deterministic: from here on, only kernels that give the same bits every time.
+    Also changes torch for the whole process: TF32 on GPUs, and with `deterministic` only kernels that compute the same
+    bits every time.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):  # torch raises the latter where it was built without CUDA
+    except (RuntimeError, AssertionError):  # AssertionError: this torch was built without CUDA
         raise OSError(f"device {name!r} cannot be used here: try --device=cpu") from None
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # what stays in fp32 may use TF32
+        torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
         torch.backends.cuda.enable_cudnn_sdp(False)  # see fixed_shapes
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic needs of cuBLAS
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(deterministic)
     return device
 
@@ -865,26 +892,25 @@ def fixed_shapes():
 
 
 def pick_dtype(name, device, n_embd, least_width=BF16_WIDTH):
-    """The dtype to multiply in, "float32" or "bfloat16", of a setting that may be empty. OSError for another name.
+    """The dtype of matrix products for a setting: "float32" or "bfloat16". OSError for another name.
 
-    Empty is bfloat16 where it was measured to be faster: on GPUs that have it, and on CPUs that multiply it natively if
-    the network is at least least_width wide.
+    An empty name is bfloat16 where that was measured to be faster: on GPUs that have it, and on CPUs that multiply it
+    natively if n_embd is at least least_width.
     """
     if name not in ("", "float32", "bfloat16"):
         raise OSError(f"dtype {name!r} cannot be used: set float32 or bfloat16, or leave it out")
     if name:
         return name
+    is_fast = False
     if device.type == "cuda":
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":  # PyTorch has no public name for it
+    elif device.type == "cpu":  # torch has no public function for this
         is_fast = n_embd >= least_width and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    else:
-        is_fast = False
     return "bfloat16" if is_fast else "float32"
 
 
 def autocast_for(device, dtype):
-    """A function that makes the context in which a network computes in this dtype."""
+    """A function that returns a context manager: within it, matrix products are computed in this dtype."""
     return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
@@ -892,29 +918,29 @@ def peak_flops(device):
     """Dense bf16 peak of the GPU in FLOP/s, or None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    gpu = torch.cuda.get_device_name(device)
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
 
 
 def peak_memory(device):
-    """Largest memory of this process so far, GB: allocated on an NVIDIA GPU, else resident; None on Windows."""
+    """Largest memory of this process so far, in GB: allocated on an NVIDIA GPU, else resident; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if resource is None:
         return None
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def is_out_of_memory(error):
-    """Whether a RuntimeError means that: those of CPUs and of cuBLAS have no exception class of their own."""
+    """Whether a RuntimeError means that memory is full; on CPUs and in cuBLAS only its message says so."""
     return any(words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
 
 
 def join_processes(device_name=""):
-    """Under torchrun: join the other processes and take this one's GPU; from here on only the first one prints.
+    """Under torchrun: join the other processes, select this one's GPU, and let only the first process print.
 
-    OSError when there are more processes than GPUs, or all would take the same one.
+    OSError when there are more processes than GPUs, or all would use the same one.
     """
     if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return
@@ -927,13 +953,14 @@ def join_processes(device_name=""):
         if local_rank >= n_gpus:
             raise OSError(f"torchrun started more processes than this machine has GPUs: --nproc_per_node={n_gpus}")
         torch.cuda.set_device(local_rank)
-    # small messages between hosts go through gloo: they do not wait for the GPU
+    # CPU tensors are sent with gloo, also on GPU machines: such messages do not wait for the GPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    if dist.get_rank() > 0:
+    if not is_first_process():
         sys.stdout = open(os.devnull, "w")
 
 
 def leave_processes():
+    """Undo join_processes at the end of a script."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -945,34 +972,44 @@ def rank_and_world():
     return 0, 1
 
 
+def is_first_process():
+    """Whether this process is the one that writes files."""
+    return rank_and_world()[0] == 0
+
+
+def n_processes():
+    """Number of processes that train together."""
+    return rank_and_world()[1]
+
+
 def sum_over_ranks(tensor):
-    """The tensor, its elements summed over all processes, in place."""
-    if rank_and_world()[1] > 1:
+    """Sum each element of a tensor over all processes, in place; returns the tensor."""
+    if n_processes() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def sum_gradients(parameters):
     """Sum the gradients over all processes, in a few large calls; a process that had no rows contributes zeros."""
-    if rank_and_world()[1] == 1:
+    if n_processes() == 1:
         return
     bucket = []
-    n = 0  # elements in the bucket
+    n_elements = 0  # in the bucket
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
         bucket.append(p.grad)
-        n += p.numel()
-        if n >= BUCKET:
+        n_elements += p.numel()
+        if n_elements >= BUCKET:
             sum_bucket(bucket)
             bucket = []
-            n = 0
+            n_elements = 0
     if bucket:
         sum_bucket(bucket)
 
 
 def sum_bucket(tensors):
-    """Sum each tensor over all processes, in place, with one call: a small call costs as much time as a large one."""
+    """Sum each tensor over all processes, in place, in one call: a small call takes as long as a large one."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     parts = flat.split([tensor.numel() for tensor in tensors])
@@ -981,8 +1018,8 @@ def sum_bucket(tensors):
 
 
 def broadcast_from_first(value):
-    """The first process's value, in every process."""
-    if rank_and_world()[1] == 1:
+    """Return the first process's value in every process."""
+    if n_processes() == 1:
         return value
     values = [value]
     dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))

@@ -24,7 +24,7 @@ from configurator import BadInput, check_settings, configure, settings_of
 import torch
 
 from run import BF16_WIDTH_DECODING, autocast_for, load_model, pick_device, pick_dtype
-from tokenizer import tokenizer_of
+from tokenizer import tokenizer_of_checkpoint
 
 checkpoint = "out/fgpt_712m/best.pt"  # file of train.py, finetune.py or dpo.py
 prompt = ""  # text to continue or question to answer; empty: read lines
@@ -53,7 +53,7 @@ def main():
     dtype = pick_dtype(settings["dtype"], device, model.config.n_embd, BF16_WIDTH_DECODING)
     with autocast_for(device, dtype)():
         model.for_decoding()
-    tokenizer = tokenizer_of(stored)
+    tokenizer = tokenizer_of_checkpoint(stored)
     is_chat = chat
     if chat is None:
         is_chat = stored["stage"] != "pretrain"

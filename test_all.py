@@ -84,7 +84,7 @@ from model import FAMILIES, GPT, GPTConfig, make_optimizers  # noqa: E402
 from muon import Muon  # noqa: E402
 from run import load_checkpoint, load_model, save_checkpoint  # noqa: E402
 from space import app as space_app  # noqa: E402
-from tokenizer import Tokenizer, tokenizer_in, tokenizer_of, vocabulary_text  # noqa: E402
+from tokenizer import Tokenizer, tokenizer_of_checkpoint, tokenizer_of_shards, vocabulary_text  # noqa: E402
 from tools import bench, contamination, convert_hf, plot, race, summary, toyworld  # noqa: E402
 
 STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "dpo.py", "sample.py"]
@@ -1182,17 +1182,17 @@ def own_vocabulary(tmp_path_factory):
 def test_a_vocabulary_of_ones_own_that_is_lost_another_one_or_too_large_is_refused(own_vocabulary, tmp_path):
     name = Tokenizer(str(own_vocabulary / "tok")).name
     shutil.copytree(own_vocabulary / "tok", tmp_path, dirs_exist_ok=True)
-    assert tokenizer_in(tmp_path, name).name == name
+    assert tokenizer_of_shards(tmp_path, name).name == name
     path = tmp_path / "vocabulary.tiktoken"
     path.write_text(path.read_text() + "YWJjZGVmZ2g= 297\n")
     with pytest.raises(OSError, match=f"{path}: must be the vocabulary of {name}, with which the shards were made"):
-        tokenizer_in(tmp_path, name)
+        tokenizer_of_shards(tmp_path, name)
     path.write_text(vocabulary_text([*(bytes([i]) for i in range(256)), *(b"%d" % i for i in range(1000, 66300))]))
     with pytest.raises(OSError, match=f"{path}: has 65,556 tokens; .*at most 65,536"):
         Tokenizer(str(path))
     path.unlink()
     with pytest.raises(OSError, match=f"{path}: must be the vocabulary of {name}"):
-        tokenizer_in(tmp_path, name)
+        tokenizer_of_shards(tmp_path, name)
 
 
 @given(st.text(max_size=40))
@@ -1223,9 +1223,9 @@ def test_a_vocabulary_of_ones_own_travels_from_shards_to_checkpoints_chats_space
     import_(tmp_path / "hf", tmp_path / "again.pt")
     for checkpoint in ("chat/ckpt.pt", "space/best.pt", "again.pt"):
         stored = load_checkpoint(tmp_path / checkpoint)
-        assert tokenizer_of(stored).vocabulary == ours.vocabulary and stored["tokenizer"] == ours.name
+        assert tokenizer_of_checkpoint(stored).vocabulary == ours.vocabulary and stored["tokenizer"] == ours.name
     # one with as many ids as `bytes`
-    own = Tokenizer("own", vocabulary_text(bytes([i]) for i in reversed(range(256))))
+    own = Tokenizer("custom", vocabulary_text(bytes([i]) for i in reversed(range(256))))
     write_checkpoint(tmp_path / "few.pt", tiny(), tokenizer=own.name, vocabulary=own.vocabulary)
     convert("export", f"--checkpoint={tmp_path}/few.pt", f"--out={tmp_path}/few")
     import_(tmp_path / "few", tmp_path / "few_again.pt")
@@ -2801,7 +2801,7 @@ def test_max_minutes_are_minutes(tmp_path, monkeypatch):
     with small_run(tmp_path, max_minutes=0.5) as a_run:
         told = []
         for now[0] in (1001.0, 1029.0, 1031.0):
-            told.append(a_run.is_told_to_stop())
+            told.append(a_run.must_stop())
     assert told == [False, False, True]
 
 
@@ -3098,7 +3098,7 @@ def test_a_tracker_that_fails_is_a_warning_and_changes_nothing(story, tmp_path, 
     assert len(calls) == 2 and same_run(tmp_path / "without", tmp_path / "with")
     service.init = lambda **settings: sys.exit("no key")
     pretrain(story, tmp_path / "exits", max_steps=1, tracker="wandb")
-    assert "warning: wandb failed (SystemExit: no key); training goes on" in capsys.readouterr().out
+    assert "warning: wandb failed (SystemExit: no key); training continues" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(OSError, match="wandb is not installed: pip install wandb"):
         pretrain(story, tmp_path / "missing", tracker="wandb")
@@ -3309,10 +3309,10 @@ def test_a_run_that_dies_and_is_resumed_equals_one_that_did_not(stage, death, tm
 def get_a_signal_twice(folder, number):
     settings = dict(out_dir=str(folder), init_from="scratch", overwrite=False, max_minutes=0.0)
     a_run = run_py.Run("test", settings, 1, {}, {})
-    a_run.catch_signals(a_run.note_signal)
-    print(a_run.is_told_to_stop(), flush=True)
+    a_run.handle_signals(a_run.on_signal)
+    print(a_run.must_stop(), flush=True)
     os.kill(os.getpid(), number)
-    print(a_run.is_told_to_stop(), flush=True)
+    print(a_run.must_stop(), flush=True)
     os.kill(os.getpid(), number)
     print("still there", flush=True)
 
@@ -3332,21 +3332,21 @@ def test_a_full_disk_is_reported_and_the_next_checkpoint_is_written(story, tmp_p
     out = tmp_path / "out"
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     kept = []
-    write = run_py.Run.write
+    write = run_py.Run.write_checkpoint
 
-    def full_for_a_while(self, name, must=False, **entries):
+    def full_for_a_while(self, name, required=False, **entries):
         if not 2 <= entries["step"] <= 5:
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
             assert entries["step"] != 6 or entries["state"]["best_step"] == 0  # best.pt of step 4 failed
-            return write(self, name, must, **entries)
+            return write(self, name, required, **entries)
         before = (out / name).read_bytes()
         size = (out / "log.jsonl").stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, unlimited[1]))
-        written = write(self, name, must, **entries)
+        written = write(self, name, required, **entries)
         kept.append(not written and (out / name).read_bytes() == before)
         return written
 
-    monkeypatch.setattr(run_py.Run, "write", full_for_a_while)
+    monkeypatch.setattr(run_py.Run, "write_checkpoint", full_for_a_while)
     try:
         pretrain(story, out, **changes)
     finally:
@@ -3381,7 +3381,7 @@ def test_a_checkpoint_that_reads_back_otherwise_does_not_replace_the_one_before(
         file.write(flipped(whole.getvalue()))
 
     monkeypatch.setattr(torch, "save", save_with_an_error)
-    with pytest.raises(OSError, match="reads back otherwise"):
+    with pytest.raises(OSError, match="did not return what was written"):
         write_checkpoint(path, tiny(), step=2)
     assert load_checkpoint(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
@@ -3489,7 +3489,7 @@ def test_a_run_is_resumed_only_with_the_settings_that_its_weights_depend_on(tmp_
     free += "checkpoint_interval keep_every tracker tokenizer"
     settings = train.DEFAULTS | dict(out_dir=str(tmp_path))
     a_run = run_py.Run("pretrain", settings, 1, {}, {}, train.MAY_CHANGE, train.FIXED)
-    a_run.about = {"data": [], "processes": 1, "tokenizer": "bytes"}
+    a_run.common_entries = {"data": [], "processes": 1, "tokenizer": "bytes"}
     refused = set()
     for name in settings:
         a_run.stored = {"settings": settings | {name: "another"}, "data": [], "tokenizer": "bytes"}
@@ -3601,7 +3601,7 @@ for bucket in (2**25, 5000):  # the gradients of all parameters in one call, or 
         steps.append(train.train_step(train.next_token_loss, network, optimizers, batch, n_targets, 1, 1.0, autocast))
     results = [torch.tensor(steps), network.state_dict()["h.0.attn.c_attn.weight"]]
     matrices = torch.randn(5, 6, 9)
-    results.append(muon.orthogonalize_shared(matrices) if world > 1 else muon.orthogonalize(matrices))
+    results.append(muon.orthogonalize_distributed(matrices) if world > 1 else muon.orthogonalize(matrices))
     torch.save(results, f"{folder}/{bucket}.{rank}.of.{world}")
 print("printed by", rank)
 """
@@ -5060,7 +5060,7 @@ def test_a_model_without_a_counterpart_is_not_exported():
     for family, changes in (("modern", dict(qk_norm=False)), ("gpt2", dict(swiglu=True)), ("gpt2", dict(head_dim=24))):
         [(name, value)] = changes.items()
         with pytest.raises(BadInput, match=f"transformers has no counterpart of a {family} model with {name}={value}"):
-            convert_hf.family_of(GPTConfig(**FAMILIES[family] | changes))
+            convert_hf.check_family(GPTConfig(**FAMILIES[family] | changes))
 
 
 def test_a_model_in_several_files_is_fetched_from_the_hub_and_verified(tmp_path, monkeypatch):

@@ -1,14 +1,14 @@
 """Text to token ids and back, and the rendering of conversations. Needs numpy and tiktoken: copy this file.
 
-Three tokenizers with one interface: `gpt2` (GPT-2's byte-pair encoding, by tiktoken), `bytes` (UTF-8 bytes, which need
-no vocabulary file), and byte-pair encoding with a vocabulary of your own, made by tools/train_tokenizer.py. All have
-three control tokens after their ordinary ones:
+Three tokenizers with one interface: `gpt2` (GPT-2's byte-pair encoding, by tiktoken), `bytes` (each UTF-8 byte is a
+token, no file is needed), and byte-pair encoding with a custom vocabulary, made by tools/train_tokenizer.py. The ids of
+the ordinary tokens come first, then those of three control tokens:
 
     <|endoftext|>   starts a document, and ends an answer
     <|user|>        starts a user's turn
     <|assistant|>   starts an answer
 
-Text is always encoded as ordinary text: an "<|endoftext|>" that somebody typed never becomes a control token.
+Text is always encoded as ordinary text: if a user types "<|endoftext|>", it does not become a control token.
 """
 
 import base64
@@ -19,7 +19,7 @@ import numpy as np
 
 BUILT_IN = ("gpt2", "bytes")
 SPECIALS = ("<|endoftext|>", "<|user|>", "<|assistant|>")
-VOCABULARY = "vocabulary.tiktoken"  # the file of a vocabulary of your own: a line for each token, in base64, and its id
+VOCABULARY = "vocabulary.tiktoken"  # file of a custom vocabulary: a line per token, its bytes in base64 and its id
 
 
 class BadConversation(ValueError):
@@ -27,39 +27,44 @@ class BadConversation(ValueError):
 
 
 class Tokenizer:
-    """`Tokenizer("gpt2")`, `Tokenizer("bytes")`, or `Tokenizer("data/tok")`: a folder or file with your own vocabulary,
-    or a checkpoint (.pt), which names its tokenizer and holds your own vocabulary.
+    """Encodes text as ids and decodes ids.
 
-    name: gpt2, bytes, or bpe- and a checksum of the vocabulary. vocabulary: the text of its file, "" for the other two.
-    n_vocab: number of ids that exist (50,259, 259, or three more than the vocabulary has). eot, user, assistant: ids of
-    the control tokens. FileNotFoundError where there is no vocabulary, OSError for a file that is none, and when
-    tiktoken cannot get GPT-2's.
+    source: "gpt2", "bytes", the folder or file of a custom vocabulary, or a checkpoint (.pt), whose tokenizer is used.
+    vocabulary: the text of a custom vocabulary, if you have it already; then no file is read.
+
+    Attributes: name, which is gpt2, bytes, or bpe- and a checksum of the custom vocabulary; vocabulary, the text of
+    that, else ""; n_vocab, the number of ids (gpt2: 50,259, bytes: 259, else the tokens of the vocabulary plus 3); eot,
+    user and assistant, the ids of the control tokens; bpe, tiktoken's encoding, None for bytes.
+
+    Raises FileNotFoundError if there is no vocabulary file, OSError if it is not valid, or tiktoken cannot get GPT-2's.
     """
 
-    def __init__(self, name, vocabulary=""):
-        if str(name).endswith(".pt"):
-            name, vocabulary = read_checkpoint(name)
-        self.name = name
-        self.vocabulary = vocabulary
+    def __init__(self, source, vocabulary=""):
+        if str(source).endswith(".pt"):
+            source, vocabulary = read_checkpoint(source)
+        self.name = source
+        self.vocabulary = ""
         self.bpe = None
-        if name == "gpt2":
+        n_ordinary = 256
+        if source == "gpt2":
             self.bpe = load_gpt2()
-        elif name != "bytes":
-            self.vocabulary = vocabulary or read_vocabulary(name)
+        elif source != "bytes":
+            self.vocabulary = vocabulary or read_vocabulary(source)
             self.name = f"bpe-{hashlib.sha256(self.vocabulary.encode()).hexdigest()[:8]}"
-            self.bpe = load_vocabulary(self.vocabulary, name)
-        n_ordinary = self.bpe.n_vocab - len(SPECIALS) if self.bpe else 256
+            self.bpe = load_vocabulary(self.vocabulary, source)
+        if self.bpe:
+            n_ordinary = self.bpe.n_vocab - len(SPECIALS)
         self.eot, self.user, self.assistant = range(n_ordinary, n_ordinary + len(SPECIALS))
         self.n_vocab = n_ordinary + len(SPECIALS)
 
     def encode(self, text):
-        """List of ids, never those of control tokens."""
+        """The ids of a text, as a list; never those of control tokens."""
         if self.bpe:
             return self.bpe.encode_ordinary(text)
         return list(text.encode("utf-8", errors="replace"))
 
     def encode_document(self, text):
-        """(n,) uint16 array: the end token, then the ids of `encode`. Faster, because it makes no Python list."""
+        """(n,) uint16 array: <|endoftext|>, then the ids of the text. Faster than `encode`: makes no Python list."""
         if self.bpe:
             ids = self.bpe.encode_to_numpy(text, disallowed_special=())
         else:
@@ -67,28 +72,29 @@ class Tokenizer:
         return np.concatenate(([self.eot], ids), dtype=np.uint16, casting="unsafe")
 
     def decode(self, ids):
-        """Text of the ids."""
+        """The text of a list of ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids):
-        """UTF-8 bytes of the ids. A character may be split between tokens, so join bytes before decoding them."""
+        """The UTF-8 bytes of a list of ids. A token may end inside a character: join bytes before you decode them."""
         if self.bpe:
             return self.bpe.decode_bytes(ids)
         return b"".join(bytes([i]) if i < 256 else SPECIALS[i - 256].encode() for i in ids)
 
     def token_bytes(self):
-        """(n_vocab,) int64: how many bytes of text each token stands for; control tokens stand for none."""
+        """(n_vocab,) int64: the number of bytes that each token decodes to, 0 for control tokens."""
         lengths = np.array([len(self.decode_bytes([i])) for i in range(self.n_vocab)])
         lengths[self.eot :] = 0
         return lengths
 
     def render(self, messages):
-        """A conversation as (ids, mask): `<|user|>question<|assistant|>answer<|endoftext|>`, repeated for more turns.
+        """Encode a conversation: `<|user|>question<|assistant|>answer<|endoftext|>`, repeated for each pair of turns.
 
-        messages: dicts with `role` and `content`. User and assistant take turns, the user starts; one system message
-        may come first and is prepended to the first question. mask is 1 exactly on each answer and its end token, but
-        0 on an answer with `train` False. To ask for an answer, end with the user's turn and append `assistant`.
-        BadConversation for another order.
+        messages: dicts with `role` and `content`. User and assistant take turns, the user starts. One system message
+        may come first; it is prepended to the first question. An answer with `train` False is not to be learned.
+        Returns (ids, mask), two lists; the mask is 1 on the answers to be learned and their <|endoftext|>, else 0.
+        To ask a model for an answer, end with a question and append the id `assistant`.
+        BadConversation if the roles are in another order.
         """
         turns = list(messages)
         if turns and turns[0]["role"] == "system":
@@ -111,15 +117,15 @@ class Tokenizer:
         return ids, mask
 
 
-def tokenizer_of(stored):
-    """The tokenizer of a checkpoint, which holds a vocabulary of your own itself."""
+def tokenizer_of_checkpoint(stored):
+    """The tokenizer of a loaded checkpoint, which contains its custom vocabulary."""
     return Tokenizer(stored["tokenizer"], stored.get("vocabulary", ""))
 
 
-def tokenizer_in(folder, name):
-    """The tokenizer of this name that a folder of token shards was made with; it holds a vocabulary of your own.
+def tokenizer_of_shards(folder, name):
+    """The tokenizer with this `name` that a folder of token shards was made with; a custom vocabulary is a file there.
 
-    OSError when that is lost or another one.
+    OSError when that file is missing or is another vocabulary.
     """
     if name in BUILT_IN:
         return Tokenizer(name)
@@ -131,7 +137,7 @@ def tokenizer_in(folder, name):
 
 
 def read_checkpoint(path):
-    """(name of the tokenizer, text of a vocabulary of your own or "") of a checkpoint. OSError when it has none."""
+    """Two entries of a checkpoint file: tokenizer, vocabulary ("" without a custom one). OSError when it has none."""
     import torch
 
     try:
@@ -144,7 +150,7 @@ def read_checkpoint(path):
 
 
 def read_vocabulary(path):
-    """The text of a vocabulary's file, or of the one in a folder. FileNotFoundError where there is none."""
+    """The text of a vocabulary file; path: the file or its folder. FileNotFoundError where there is none."""
     file = Path(path)
     if file.is_dir():
         file = file / VOCABULARY
@@ -157,12 +163,15 @@ def read_vocabulary(path):
 
 
 def vocabulary_text(tokens):
-    """The text of a vocabulary's file, of tokens (bytes) in the order in which they are merged."""
+    """The text of a vocabulary file. tokens: the bytes of each token, in the order of their ids."""
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
 
 
-def load_vocabulary(text, where):
-    """A tiktoken encoding that splits text as GPT-2's does. OSError when the text is not a vocabulary."""
+def load_vocabulary(text, source):
+    """A tiktoken encoding from the text of a vocabulary file. OSError, naming its `source`, when it is not valid.
+
+    The text to encode is split into words as GPT-2 does, before bytes are merged.
+    """
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -175,15 +184,15 @@ def load_vocabulary(text, where):
         ranks = {}
     is_whole = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([i]) in ranks for i in range(256))
     if not is_whole:
-        raise OSError(f"{where}: not a vocabulary in tiktoken's form: make it with python -m tools.train_tokenizer")
+        raise OSError(f"{source}: not a vocabulary in tiktoken's form: make it with python -m tools.train_tokenizer")
     if len(ranks) + len(SPECIALS) > 2**16:
-        raise OSError(f"{where}: has {len(ranks):,} tokens; with the control tokens, token shards hold at most 65,536")
+        raise OSError(f"{source}: has {len(ranks):,} tokens; with the control tokens, token shards hold at most 65,536")
     specials = {special: len(ranks) + i for i, special in enumerate(SPECIALS)}
-    return tiktoken.Encoding(name="own", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=specials)
+    return tiktoken.Encoding(name="custom", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=specials)
 
 
 def load_gpt2():
-    """tiktoken's GPT-2 encoding with the chat tokens added. OSError, with what to do, when it cannot be had."""
+    """tiktoken's GPT-2 encoding with the chat tokens added. OSError when its vocabulary cannot be downloaded."""
     import tiktoken
 
     try:
@@ -193,7 +202,7 @@ def load_gpt2():
             "tiktoken cannot get GPT-2's vocabulary: connect to the network once, or point TIKTOKEN_CACHE_DIR at a "
             f"folder that holds it, or start with --tokenizer=bytes at prepare_fineweb.py ({type(error).__name__})"
         ) from None
-    specials = {text: base.n_vocab - 1 + i for i, text in enumerate(SPECIALS)}
+    specials = {text: base.n_vocab - 1 + i for i, text in enumerate(SPECIALS)}  # GPT-2's last id is <|endoftext|>
     return tiktoken.Encoding(
         name="gpt2_chat", pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks, special_tokens=specials
     )

@@ -26,16 +26,18 @@ from configurator import BadInput, check_settings, configure, settings_of
 import torch
 
 from data import Windows, find_shards, looks_like_bytes, read_meta, sources_of
-from model import FAMILIES, GPT, OPTIMIZERS, GPTConfig, make_optimizers
+from model import FAMILIES, GPT, OPTIMIZERS, GPTConfig, family_of, flags_unlike_family, make_optimizers, round_up
 from run import (
     TRACKERS,
     Run,
     autocast_for,
     due,
     fixed_shapes,
+    is_first_process,
     is_out_of_memory,
     join_processes,
     load_model,
+    n_processes,
     pick_device,
     pick_dtype,
     prefetch,
@@ -44,7 +46,7 @@ from run import (
     sum_gradients,
     sum_over_ranks,
 )
-from tokenizer import Tokenizer, tokenizer_in, tokenizer_of
+from tokenizer import Tokenizer, tokenizer_of_checkpoint, tokenizer_of_shards
 
 # files
 data_dir = "data/fineweb"  # folder of train and val shards
@@ -188,7 +190,7 @@ def main():
         return metrics
 
     if run.step == 0:
-        run.log_start(evaluate(0))
+        run.log_step_0(evaluate(0))
     while not run.over():
         started = time.perf_counter()
         idx, targets = batch = next(batches)
@@ -241,12 +243,9 @@ def take_sizes(settings, config):
     BadInput for a setting that is neither theirs nor the default.
     """
     path = settings["init_from"]
-    family = "modern" if config.rotary else "gpt2"
-    of_family = GPTConfig(**FAMILIES[family])
-    flags = FAMILIES["modern"].keys() - {"zero_init"}  # which is about new weights
-    if any(getattr(config, flag) != getattr(of_family, flag) for flag in flags):
+    if flags_unlike_family(config):
         raise BadInput(f"{path}: the model is of no family that train.py makes ({', '.join(FAMILIES)})")
-    decided = {name: getattr(config, name) for name in SIZES} | {"family": family}
+    decided = {name: getattr(config, name) for name in SIZES} | {"family": family_of(config)}
     problems = []
     for name, value in decided.items():
         asked = settings[name]
@@ -280,7 +279,7 @@ def load_weights(model, start, path):
 
 def rows_per_step(tokens_per_step, block_size, batch_size):
     """Rows of a global batch. BadInput if they do not divide into micro-batches; batch_size 0: still to be found."""
-    world = rank_and_world()[1]
+    world = n_processes()
     unit = block_size * max(1, batch_size) * world
     if tokens_per_step % unit:
         factors = "block_size x batch_size"
@@ -326,9 +325,9 @@ def load_tokenizer(folder, name, checkpoint):
     """
     of_data = read_meta(folder).get("tokenizer")
     if checkpoint:
-        tokenizer = tokenizer_of(checkpoint)
+        tokenizer = tokenizer_of_checkpoint(checkpoint)
     elif of_data:
-        tokenizer = tokenizer_in(folder, of_data)
+        tokenizer = tokenizer_of_shards(folder, of_data)
     else:
         tokenizer = Tokenizer(name or "gpt2")
     if of_data not in (None, tokenizer.name):
@@ -351,7 +350,7 @@ def load_hellaswag(wanted, source, limit):
 def make_model(settings, tokenizer):
     """A GPT with new weights for the settings' sizes and the tokenizer's vocabulary. BadInput if they do not fit."""
     sizes = {name: settings[name] for name in ("block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim")}
-    sizes["vocab_size"] = -(-tokenizer.n_vocab // 64) * 64  # GPUs multiply rows in multiples of 64 fastest
+    sizes["vocab_size"] = round_up(tokenizer.n_vocab, 64)  # GPUs multiply matrices of such sizes fastest
     sizes["n_vocab"] = tokenizer.n_vocab
     sizes["rope_theta"] = settings["rope_theta"]
     try:
@@ -375,7 +374,7 @@ def find_batch_size(model, optimizers, stored_size, n_rows, autocast, compiled=F
     Measured without torch.compile, which needs less but for the logits, which it keeps. BadInput when not even one row
     fits.
     """
-    n_rows //= rank_and_world()[1]
+    n_rows //= n_processes()
     if stored_size and n_rows % stored_size == 0:
         return stored_size
     device = next(model.parameters()).device
@@ -431,7 +430,7 @@ def describe(model, optimizers, settings, tokenizer, train, val, n_steps):
     n_epoch = len(train) * T
     print(f"{n_epoch:,} training and {len(val) * T:,} validation tokens, tokenizer {tokenizer.name}, windows of {T}")
     step = f"a step: {settings['tokens_per_step']:,} tokens, {settings['batch_size']} windows at a time"
-    world = rank_and_world()[1]
+    world = n_processes()
     if world > 1:
         step += f", shared by {world} processes"
     print(step)
@@ -543,7 +542,7 @@ def validation_loss(model, windows, n_windows, batch_size, token_bytes, autocast
 
 def print_sample(model, tokenizer, prompt, step, autocast):
     """Print 64 tokens after the prompt. Their own random generator keeps them from affecting training."""
-    if rank_and_world()[0] > 0:
+    if not is_first_process():
         return
     generator = torch.Generator(next(model.parameters()).device).manual_seed(step)
     prompt_ids = [tokenizer.eot, *tokenizer.encode(prompt)][-model.config.block_size // 2 :]

@@ -29,7 +29,7 @@ import torch
 
 import run
 from sample import fit_into_context, prompt_ids
-from tokenizer import tokenizer_of
+from tokenizer import tokenizer_of_checkpoint
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 try:
@@ -98,7 +98,7 @@ def main():
     path = Path(checkpoint or HERE / "best.pt")
     chosen_device = run.pick_device(device)
     # on "meta", where weights need no memory: a missing vocabulary is reported before they are read
-    tokenizer = tokenizer_of(run.load_checkpoint(path, "meta"))
+    tokenizer = tokenizer_of_checkpoint(run.load_checkpoint(path, "meta"))
     model, stored = run.load_model(path, chosen_device)
     chosen_dtype = run.pick_dtype(dtype, chosen_device, model.config.n_embd, run.BF16_WIDTH_DECODING)
     if assemble:

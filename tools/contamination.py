@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import find_shards, open_shard, read_meta
 from hellaswag import load_items
-from tokenizer import tokenizer_in
+from tokenizer import tokenizer_of_shards
 
 data_dir = "data/fineweb"  # folder of token shards (its train shards are searched), or one shard
 source = ""  # HellaSwag-format file; empty: the real one
@@ -51,7 +51,7 @@ def find_contexts(items, path):
     """
     paths = [Path(path)] if Path(path).is_file() else find_shards(path, "train")
     folder = paths[0].parent
-    tokenizer = tokenizer_in(folder, read_meta(folder).get("tokenizer", "gpt2"))
+    tokenizer = tokenizer_of_shards(folder, read_meta(folder).get("tokenizer", "gpt2"))
     by_key = contexts_by_key(items)
     found = set()
     total = sum(len(open_shard(path)) for path in paths)

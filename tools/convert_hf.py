@@ -22,9 +22,9 @@ import torch
 
 from data import read_json, write_json
 from hub import download, is_repo, list_hub
-from model import FAMILIES, GPT, GPTConfig
+from model import FAMILIES, GPT, GPTConfig, family_of, flags_unlike_family, round_up
 from run import load_model, save_checkpoint
-from tokenizer import SPECIALS, Tokenizer, tokenizer_of, vocabulary_text
+from tokenizer import SPECIALS, Tokenizer, tokenizer_of_checkpoint, vocabulary_text
 
 checkpoint = "out/fgpt_712m/best.pt"  # export: file of train.py, finetune.py or dpo.py
 model = ""  # import: folder, or owner/name of a model on the Hub
@@ -139,7 +139,7 @@ def export_model(checkpoint, folder, dtype, overwrite):
         raise BadInput(f"dtype must be float32 or bfloat16, not {dtype!r}")
     save = safetensors().save
     gpt, stored = load_model(checkpoint)
-    tokenizer = tokenizer_of(stored)
+    tokenizer = tokenizer_of_checkpoint(stored)
     config = config_to_hf(gpt.config, tokenizer.eot, stored["stage"], dtype)
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(f"{folder} exists and is not empty: choose another --out, or --overwrite=True")
@@ -159,6 +159,7 @@ def export_model(checkpoint, folder, dtype, overwrite):
 
 def config_to_hf(config, eot, stage, dtype):
     """Their config.json: every value that matters is written, none is left to a default."""
+    check_family(config)
     family = family_of(config)
     hf = {"model_type": MODEL_TYPES[family], "architectures": [ARCHITECTURES[family]], **FIXED[family]}
     hf |= {theirs: getattr(config, ours) for ours, theirs in SIZES[family].items()}
@@ -172,17 +173,15 @@ def config_to_hf(config, eot, stage, dtype):
     return hf | dict(bos_token_id=eot, eos_token_id=eot, use_cache=True, fgpt_stage=stage)
 
 
-def family_of(config):
-    """The family of a model, by its flags. BadInput for one that is of neither, with what differs."""
-    family = "modern" if config.rotary else "gpt2"
-    theirs = GPTConfig(**FAMILIES[family])
-    flags = [f for f in ("rmsnorm", "qk_norm", "swiglu", "bias") if getattr(config, f) != getattr(theirs, f)]
+def check_family(config):
+    """BadInput unless transformers can compute a model with this config."""
+    family = family_of(config)
+    flags = flags_unlike_family(config)
     if family == "gpt2" and config.n_head * config.head_dim != config.n_embd:
         flags.append("head_dim")  # must be n_embd / n_head there
     if flags:
         values = ", ".join(f"{flag}={getattr(config, flag)}" for flag in flags)
         raise BadInput(f"transformers has no counterpart of a {family} model with {values}")
-    return family
 
 
 def weights_to_hf(gpt, dtype):
@@ -310,7 +309,8 @@ def card(gpt, stored, name):
     c = gpt.config
     n_params = gpt.n_params() - (c.vocab_size - c.n_vocab) * c.n_embd  # the padding rows are not exported
     inputs = BASE_INPUTS if stored["stage"] == "pretrain" else CHAT_INPUTS
-    text = CARD.format(name=name, n_params=n_params, architecture=ARCHITECTURES[family_of(c)], inputs=inputs, **vars(c))
+    family = family_of(c)
+    text = CARD.format(name=name, n_params=n_params, architecture=ARCHITECTURES[family], inputs=inputs, **vars(c))
     return text + "\n".join(stages_of(stored)) + "\n"
 
 
@@ -400,7 +400,7 @@ def config_from_hf(hf):
     values |= {ours: hf.get(theirs) or 0 for ours, theirs in SIZES[family].items()}
     n_vocab = values["n_vocab"]
     try:
-        return GPTConfig(vocab_size=-(-n_vocab // 64) * 64, **FAMILIES[family], **values)
+        return GPTConfig(vocab_size=round_up(n_vocab, 64), **FAMILIES[family], **values)
     except ValueError as error:
         raise BadInput(str(error)) from None
 
@@ -411,7 +411,7 @@ def tokenizer_from_hf(folder, n_vocab):
     tokenizer = Tokenizer(TOKENIZERS[n_vocab]) if n_vocab in TOKENIZERS else None
     is_found = tokenizer is not None and has_vocabulary(folder, tokenizer)
     if not is_found and path.exists():
-        tokenizer = Tokenizer("own", vocabulary_from_hf(read_json(path, TOKENIZER_JSON), n_vocab))
+        tokenizer = Tokenizer("custom", vocabulary_from_hf(read_json(path, TOKENIZER_JSON), n_vocab))
         is_found = has_vocabulary(folder, tokenizer)
     if not is_found:
         known = ", ".join(map(str, TOKENIZERS))

@@ -20,7 +20,7 @@ import torch
 from data import read_json, write_json
 from finetune import answer
 from run import autocast_for, load_model
-from tokenizer import tokenizer_of
+from tokenizer import tokenizer_of_checkpoint
 from tools.plot import read_log
 
 dir = "out/quickstart"  # the folder that runs/quickstart.sh filled
@@ -68,7 +68,7 @@ def held_out_accuracy(checkpoint, questions):
     model, stored = load_model(checkpoint)
     asked = [question["question"] for question in questions]
     autocast = autocast_for(torch.device("cpu"), "float32")
-    given = answer(model, tokenizer_of(stored), asked, 64, autocast)
+    given = answer(model, tokenizer_of_checkpoint(stored), asked, 64, autocast)
     right = [a.strip().lower() == q["answer"].strip().lower() for a, q in zip(given, questions, strict=True)]
     return sum(right) / len(right)
 
