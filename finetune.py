@@ -46,7 +46,7 @@ from run import (
 )
 from tokenizer import tokenizer_of_checkpoint
 from train import UNITS as TRAIN_UNITS
-from train import load_hellaswag, lr_scale, next_token_loss, set_learning_rates, train_step
+from train import find_batch_size, load_hellaswag, lr_scale, next_token_loss, set_learning_rates, train_step
 
 # files
 checkpoint = "out/fgpt_712m/best.pt"  # the model to start from; family and tokenizer come from it
@@ -57,7 +57,7 @@ overwrite = False  # start over in an out_dir that holds a run
 force = False  # resume even if settings that affect training differ
 # optimization, by AdamW
 rows_per_step = 32  # global batch, conversations
-batch_size = 8  # conversations per forward pass; gradients are accumulated up to rows_per_step
+batch_size = 8  # conversations per forward pass; gradients are accumulated up to rows_per_step; 0: as many as fit
 epochs = 3  # passes over the conversations
 learning_rate = 3e-4  # peak; 1e-3 is better for a model of a few million parameters
 weight_decay = 0.0  # decoupled, on matrices and embeddings
@@ -92,8 +92,7 @@ UNITS = {
 }
 LABELS = {"loss": "loss", "val_loss": "val", "val_exact_match": "exact match", "hellaswag_acc": "hellaswag"}
 AT_LEAST_1 = {  # all other numbers must be at least 0
-    "rows_per_step", "batch_size", "epochs", "eval_interval", "log_interval", "checkpoint_interval",
-    "answer_tokens",
+    "rows_per_step", "epochs", "eval_interval", "log_interval", "checkpoint_interval", "answer_tokens",
 }  # fmt: skip
 MAY_CHANGE = {  # on resuming; files are recognized by their checksums
     "checkpoint", "data_dir", "epochs", "eval_interval", "answer_tokens", "scored_answers", "score_hellaswag",
@@ -125,8 +124,13 @@ def main():
     settings["device"] = device.type
     settings["dtype"] = pick_dtype(dtype or run.stored_settings.get("dtype", ""), device, model.config.n_embd)
     autocast = autocast_for(device, settings["dtype"])
+    if batch_size == 0:
+        stored_size = run.stored_settings.get("batch_size", 0)
+        settings["batch_size"] = find_batch_size(model, optimizers, stored_size, rows_per_step, autocast)
+    micro_batch = settings["batch_size"]
     before = answer(model, tokenizer, QUESTIONS, answer_tokens, autocast)  # before `restore` changes the weights
-    print(f"{len(train):,} conversations, {n_steps:,} steps of {rows_per_step}; {len(val):,} for validation")
+    print(f"{len(train):,} conversations, {n_steps:,} steps of {rows_per_step}, {micro_batch} at a time")
+    print(f"{len(val):,} conversations for validation")
     print(f"on {settings['device']} in {settings['dtype']}")
     data = fingerprint(checkpoint, data_dir)
     run.restore(model, optimizers, tokenizer.name, data, tokenizer.vocabulary, sources_of(data_dir), base)
@@ -136,7 +140,7 @@ def main():
         metrics = {}
         if not due(step, eval_interval, n_steps):
             return metrics
-        metrics |= answer_loss(model, val, batch_size, autocast)
+        metrics |= answer_loss(model, val, micro_batch, autocast)
         metrics |= answer_scores(model, tokenizer, val, scored_answers, answer_tokens, autocast)
         if score_hellaswag:
             scores = hellaswag.evaluate(model, tokenizer, items, autocast=autocast)
@@ -150,7 +154,7 @@ def main():
         idx, targets = batch = next(batches)
         rates = set_learning_rates(optimizers, lr_scale(run.step, n_steps, warmup_steps, decay_fraction=1.0))
         n_targets = int((targets != IGNORE).sum())
-        result = train_step(next_token_loss, model, optimizers, batch, n_targets, batch_size, grad_clip, autocast)
+        result = train_step(next_token_loss, model, optimizers, batch, n_targets, micro_batch, grad_clip, autocast)
         row = run.count(result, n_targets, idx.numel(), seconds=time.perf_counter() - started)
         run.end_step(row | rates | evaluate(run.step))
     if is_first_process():

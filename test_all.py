@@ -2998,6 +2998,15 @@ def test_weights_kept_on_the_way_are_listed_never_deleted_and_no_run_in_use(stor
     assert (out / "step_00000002.pt").read_bytes() == before
 
 
+def test_finetuning_finds_how_many_conversations_fit_and_keeps_it(trained, chat_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CPU_TOKENS", 4 * 32)
+    tune(trained, chat_rows, tmp_path / "chat", epochs=1, batch_size=0, rows_per_step=16)
+    assert load_checkpoint(tmp_path / "chat/ckpt.pt")["settings"]["batch_size"] == 4
+    monkeypatch.setattr(train, "CPU_TOKENS", 8 * 32)
+    tune(trained, chat_rows, tmp_path / "chat", epochs=2, batch_size=0, rows_per_step=16, init_from="resume")
+    assert load_checkpoint(tmp_path / "chat/ckpt.pt")["settings"]["batch_size"] == 4
+
+
 def test_finetuning_and_dpo_keep_weights_on_the_way_too(trained, chat_rows, pair_rows, tmp_path):
     tune(trained, chat_rows, tmp_path / "chat", epochs=1, keep_every=1)
     prefer(tmp_path / "chat", pair_rows, tmp_path / "dpo", epochs=1, keep_every=1)

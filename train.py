@@ -186,7 +186,10 @@ def main():
         n_tokens = targets.numel()
         scale = lr_scale(run.step, n_steps, warmup_steps, schedule, decay_fraction, final_lr_fraction)
         rates = set_learning_rates(optimizers, scale)
-        result = train_step(next_token_loss, compiled, optimizers, batch, n_tokens, micro_batch, grad_clip, autocast)
+        with fixed_shapes():
+            result = train_step(
+                next_token_loss, compiled, optimizers, batch, n_tokens, micro_batch, grad_clip, autocast
+            )
         row = run.count(result, n_targets=n_tokens, n_inputs=idx.numel(), seconds=time.perf_counter() - started)
         row |= rates
         row |= evaluate(run.step)
@@ -378,7 +381,7 @@ def load_weights(model, start, path):
         raise BadInput(f"{path}: its weights do not fit ({one_line(error):.200})") from None
 
 
-def find_batch_size(model, optimizers, stored_size, n_rows, autocast, compiled):
+def find_batch_size(model, optimizers, stored_size, n_rows, autocast, is_compiled=False):
     """The micro-batch, in rows: stored_size, of the run to resume, if it divides n_rows, else the largest that fits.
 
     Tries the divisors of the rows that each process has in a step, from the largest down, until one fits into the
@@ -392,7 +395,7 @@ def find_batch_size(model, optimizers, stored_size, n_rows, autocast, compiled):
     if device.type == "cpu":  # when a CPU's memory is full there is no error: the system swaps
         sizes = [size for size in sizes if size * model.config.block_size <= CPU_TOKENS] or [1]
     for size in sizes:
-        is_too_large = not fits(model, optimizers, size, autocast, compiled)
+        is_too_large = not fits(model, optimizers, size, autocast, is_compiled)
         n_too_large = sum_over_ranks(torch.tensor(float(is_too_large)))  # number of processes
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -402,7 +405,7 @@ def find_batch_size(model, optimizers, stored_size, n_rows, autocast, compiled):
     raise BadInput("not even one row fits into memory: --activation_checkpointing=True or a smaller model")
 
 
-def fits(model, optimizers, batch_size, autocast, compiled):
+def fits(model, optimizers, batch_size, autocast, is_compiled):
     """Whether a forward and backward pass of batch_size rows fits, in addition to gradients and optimizer states.
 
     Tries without torch.compile, which needs less memory, except that it keeps the logits.
@@ -416,7 +419,7 @@ def fits(model, optimizers, batch_size, autocast, compiled):
                     reserved += [torch.empty_like(p) for _ in range(n_copies)]
         idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=reserved[0].device)
         with autocast():
-            if compiled:
+            if is_compiled:
                 shape = (*idx.shape, model.config.vocab_size)  # of the logits
                 reserved.append(torch.empty(shape, dtype=model.compute_dtype(), device=idx.device))
             loss = model(idx, idx)
@@ -468,8 +471,7 @@ def next_token_batch(windows, n_rows, step):
 
 def next_token_loss(model, idx, targets):
     """Sum of -log p over the targets, nats. For another loss, start from the logits: model(idx) (B, T, vocab_size)."""
-    with fixed_shapes():
-        return model(idx, targets)
+    return model(idx, targets)
 
 
 def lr_scale(step, n_steps, warmup_steps, schedule="trapezoid", decay_fraction=0.7, final_lr_fraction=0.0):

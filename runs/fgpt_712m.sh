@@ -41,7 +41,7 @@ run hellaswag.py --checkpoint="out/$name/best.pt"
 run hellaswag.py --checkpoint="out/$name/best.pt" --style=harness
 start=(--init_from=resume)
 if [ "out/$name/best.pt" -nt "out/${name}_chat/ckpt.pt" ]; then start=(--overwrite=True); fi # new, or trained further
-run finetune.py --checkpoint="out/$name/best.pt" --batch_size=2 --eval_interval=1000 --score_hellaswag \
+run finetune.py --checkpoint="out/$name/best.pt" --batch_size=0 --eval_interval=1000 --score_hellaswag \
     --hellaswag_limit=1000 --data_dir=data/fgpt_instruct --out_dir="out/${name}_chat" "${start[@]}"
 if python -c "import matplotlib" 2>/dev/null; then
     stage python -m tools.plot --runs="out/$name" --out="out/$name/loss.png"
