@@ -3,12 +3,12 @@
     python sample.py --checkpoint=out/shakespeare/best.pt --prompt="ROMEO:"
     python sample.py --checkpoint=out/finetune/best.pt
 
-With --prompt or --prompt_file it answers that and exits. Without, it reads
-lines: from the keyboard, or from a pipe until it ends; a pretrained model with
---num_samples=3 writes three documents from nothing instead. In a chat, /reset
-starts a new conversation, and /system TEXT starts one with TEXT as system
-message. At the keyboard, Ctrl-C stops an answer and Ctrl-D exits. It writes no
-files.
+With --prompt or --prompt_file it answers that and exits. Without, it answers
+each line that you type, or that comes through a pipe; but a pretrained model
+with --num_samples=3 writes three documents that start from no text. In a chat,
+/reset starts a new conversation, and /system TEXT starts one with TEXT as the
+system message. At the keyboard, Ctrl-C stops an answer and Ctrl-D exits. Writes
+no files.
 """
 
 import codecs
@@ -28,7 +28,7 @@ from tokenizer import tokenizer_of_checkpoint
 
 checkpoint = "out/fgpt_712m/best.pt"  # file of train.py, finetune.py or dpo.py
 prompt = ""  # text to continue or question to answer; empty: read lines
-prompt_file = ""  # a file with that text; its last line break does not count
+prompt_file = ""  # a file with that text; a line break at its end is ignored
 chat = None  # True: a conversation, False: completion; None: by the stage that wrote the checkpoint
 num_samples = 1  # answers to the prompt, generated together; above 1 without a prompt: new documents
 max_new_tokens = 256  # longest answer, tokens
@@ -46,41 +46,38 @@ def main():
     settings = settings_of(globals())
     check(settings)
     text = read_prompt()
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # no byte that comes in is an error
     device = pick_device(settings["device"])
-    model, stored = load_model(checkpoint, device)
-    dtype = pick_dtype(settings["dtype"], device, model.config.n_embd, BF16_WIDTH_DECODING)
-    with autocast_for(device, dtype)():
-        model.for_decoding()
+    model, stored = load_for_decoding(settings, device)
     tokenizer = tokenizer_of_checkpoint(stored)
-    is_chat = chat
-    if chat is None:
-        is_chat = stored["stage"] != "pretrain"
     block_size = model.config.block_size
+    is_chat = stored["stage"] != "pretrain" if chat is None else chat
     reads_lines = not text and num_samples == 1
-    if not text and not reads_lines and is_chat:
+    if is_chat and not text and not reads_lines:
         raise BadInput("num_samples needs a prompt in a chat")
     cache = None
-    if reads_lines:  # one cache for all lines: what a question shares with the one before, its conversation, is kept
+    if reads_lines:  # one cache for all lines, so that a conversation is not computed again for each question
         cache = model.new_cache(1, block_size, static=compile)
     generator = torch.Generator(device).manual_seed(seed)
     stopwatch = Stopwatch()
 
     def generate(ids):
+        """The steps of GPT.generate: the next id of each sample, a tensor (num_samples,) per step."""
         steps = model.generate(
             [ids] * num_samples, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
             stop=tokenizer.eot, generator=generator, cache=cache, compile=compile,
         )  # fmt: skip
         return stopwatch.measure(steps)
 
-    answer = partial(print_answers, generate, tokenizer, block_size)
-    if not reads_lines:
-        answer(prompt_ids(tokenizer, text, is_chat), "" if is_chat else text)
-    elif is_chat:
+    answer = partial(print_answer, generate, tokenizer, block_size)
+    shown_prompt = "" if is_chat else text  # a text that is continued is printed from its beginning
+    if reads_lines and is_chat:
         converse(answer, tokenizer, block_size, max_new_tokens)
-    else:
+    elif reads_lines:
         continue_lines(answer, tokenizer)
+    elif num_samples == 1:
+        answer(prompt_ids(tokenizer, text, is_chat), shown_prompt)
+    else:
+        print_samples(generate, tokenizer, block_size, prompt_ids(tokenizer, text, is_chat), shown_prompt)
     if speed and stopwatch.tokens:
         rate = stopwatch.tokens / stopwatch.seconds
         print(f"{stopwatch.tokens:,} tokens in {stopwatch.seconds:.2f} s: {rate:.1f} tokens/s", file=sys.stderr)
@@ -108,15 +105,24 @@ def read_prompt():
     return text.removesuffix("\n")
 
 
+def load_for_decoding(settings, device):
+    """(model, other entries of its checkpoint), with the weights in the dtype and layout that decode fastest."""
+    model, stored = load_model(settings["checkpoint"], device)
+    dtype = pick_dtype(settings["dtype"], device, model.config.n_embd, BF16_WIDTH_DECODING)
+    with autocast_for(device, dtype)():
+        model.for_decoding()
+    return model, stored
+
+
 @dataclass
 class Stopwatch:
-    """How many tokens were generated in how many seconds, without the time in which they are printed."""
+    """Counts tokens and the seconds that it took to generate them; printing them is not timed."""
 
     tokens: int = 0
     seconds: float = 0.0
 
     def measure(self, steps):
-        """The same steps, counted and timed."""
+        """Yield the same steps, counting and timing them."""
         start = time.perf_counter()
         for ids in steps:
             self.tokens += int((ids >= 0).sum())
@@ -129,7 +135,7 @@ class Stopwatch:
 # a chat, or lines to continue
 
 
-def converse(answer, tokenizer, block_size, room):
+def converse(answer, tokenizer, block_size, max_new_tokens):
     """Chat until the input ends. answer(ids): prints and returns the text that follows the ids."""
     history = []
     if sys.stdin.isatty():
@@ -146,7 +152,7 @@ def converse(answer, tokenizer, block_size, room):
             print("[new conversation]")
         else:
             try:
-                ids, kept = fit_into_context(tokenizer, line, history, block_size, room)
+                ids, kept = fit_into_context(tokenizer, line, history, block_size, max_new_tokens)
             except BadInput as error:
                 print(f"[{error}]")
                 continue
@@ -156,7 +162,7 @@ def converse(answer, tokenizer, block_size, room):
 
 
 def continue_lines(answer, tokenizer):
-    """Continue each line as a text of its own until the input ends."""
+    """Continue each line of the input as a separate text. answer(ids): prints the text that follows the ids."""
     for line in read_lines("text to continue: "):
         try:
             answer(prompt_ids(tokenizer, line, is_chat=False))
@@ -165,8 +171,10 @@ def continue_lines(answer, tokenizer):
 
 
 def read_lines(label):
-    """Lines from the keyboard or a pipe until it ends. At the keyboard, Ctrl-C discards a line."""
+    """Yield lines that are not empty, from the keyboard or a pipe, until it ends. Ctrl-C discards a typed line."""
     is_keyboard = sys.stdin.isatty()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 are no error
     with suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  (makes the arrow keys work in input)
     while True:
@@ -190,72 +198,75 @@ def read_lines(label):
 
 
 def prompt_ids(tokenizer, text, is_chat, history=()):
-    """The ids that the model continues: the beginning of a document, or a conversation up to the answer."""
+    """The ids for the model to continue: the beginning of a document, or a conversation up to the answer."""
     if not is_chat:
         return [tokenizer.eot, *tokenizer.encode(text)]
     ids, _ = tokenizer.render([*history, {"role": "user", "content": text}])
     return [*ids, tokenizer.assistant]
 
 
-def fit_into_context(tokenizer, text, history, block_size, room):
-    """(ids, history), the oldest whole turns dropped until `room` tokens are left for the answer.
+def fit_into_context(tokenizer, text, history, block_size, max_new_tokens):
+    """(ids of a conversation with the question `text`, the messages of `history` that are kept in it).
 
-    A quarter of the context is always enough room. System messages are kept. BadInput if the question alone is too
-    long.
+    Drops the oldest questions, with their answers, until max_new_tokens, or a quarter of the context if that is less,
+    are left for the answer. Keeps system messages. BadInput if the question alone is too long.
     """
-    room = min(room, block_size // 4)
+    longest = block_size - min(max_new_tokens, block_size // 4)
     system = [message for message in history if message["role"] == "system"]
     turns = [message for message in history if message["role"] != "system"]
     while True:
         ids = prompt_ids(tokenizer, text, True, [*system, *turns])
-        if len(ids) <= block_size - room:
+        if len(ids) <= longest:
             return ids, [*system, *turns]
         if not turns:
-            raise BadInput(f"that is {len(ids)} tokens; with an answer only {block_size - room} fit into the context")
-        turns = turns[2:]
+            raise BadInput(f"that is {len(ids)} tokens; with an answer only {longest} fit into the context")
+        turns = turns[2:]  # without the oldest question and answer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # from ids to text
 
 
-def print_answers(generate, tokenizer, block_size, ids, before=""):
-    """Print num_samples answers: one as it is generated; several when all are complete, with headings.
+def print_answer(generate, tokenizer, block_size, ids, before=""):
+    """Print what follows the ids as it is generated; returns that text. before: text to print before it."""
+    check_length(ids, block_size)
+    print(before, end="", flush=True)
+    return print_pieces(decode_stream(tokenizer, generate(ids), max_tokens=block_size + 1 - len(ids)))
 
-    generate(ids): the steps of GPT.generate. before: text to print before each answer. Returns the last answer.
-    """
+
+def print_samples(generate, tokenizer, block_size, ids, before=""):
+    """Print num_samples texts that follow the ids, with headings, when all are complete. before: as in print_answer."""
+    check_length(ids, block_size)
+    rows = torch.stack(list(generate(ids)), dim=1)  # (num_samples, number of steps), -1 after the end of each
+    for number, row in enumerate(rows, 1):
+        print(f"--- {number} of {num_samples}")
+        print(before, end="", flush=True)
+        print_pieces(decode_stream(tokenizer, row[row >= 0], max_tokens=block_size + 1 - len(ids)))
+
+
+def check_length(ids, block_size):
+    """BadInput if a prompt does not fit into the context."""
     if len(ids) > block_size:
         raise BadInput(f"the prompt has {len(ids)} tokens, the context holds {block_size}")
-    steps = generate(ids)
-    answers = [steps]
-    if num_samples > 1:
-        rows = torch.stack(list(steps), dim=1)  # (num_samples, number of steps), -1 after the end of each
-        answers = [row[row >= 0] for row in rows]
-    for number, answer in enumerate(answers, 1):
-        if num_samples > 1:
-            print(f"--- {number} of {num_samples}")
-        print(before, end="", flush=True)
-        text = print_pieces(stream(tokenizer, answer, block_size + 1 - len(ids)))
-    return text
 
 
-def stream(tokenizer, generated, room=None):
-    """Pieces of text from an iterator of (1,) id tensors, up to the end token; a character is never split.
+def decode_stream(tokenizer, generated, max_tokens=None):
+    """Yield the text of generated ids, an iterator of tensors with one id, until the end token; splits no character.
 
-    room: tokens that fit into the context; when they are used up without an end token, a note goes to stderr.
+    max_tokens: how many fit into the context; if no end token came until then, a note goes to stderr.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # keeps the bytes of an incomplete character
-    for count, ids in enumerate(generated, 1):
-        if int(ids) == tokenizer.eot:
+    for count, next_id in enumerate(generated, 1):
+        if int(next_id) == tokenizer.eot:
             break
-        yield decoder.decode(tokenizer.decode_bytes([int(ids)]))
-        if count == room:
+        yield decoder.decode(tokenizer.decode_bytes([int(next_id)]))
+        if count == max_tokens:
             print(" [the context is full]", end="", file=sys.stderr, flush=True)
     yield decoder.decode(b"", final=True)
 
 
 def print_pieces(pieces):
-    """Print pieces as they come; returns the whole text. At a keyboard, Ctrl-C ends it early."""
+    """Print pieces of text as they come; returns the whole text. At the keyboard, Ctrl-C stops it early."""
     text = ""
     try:
         for piece in pieces:

@@ -4353,16 +4353,16 @@ def test_the_stage_of_a_checkpoint_decides_whether_it_chats_unless_told_otherwis
 def test_streamed_text_never_splits_a_character(name, text):
     tokenizer = Tokenizer(name)
     ids = [torch.tensor([i]) for i in [*tokenizer.encode(text), tokenizer.eot, 65]]
-    pieces = list(sample.stream(tokenizer, ids))
+    pieces = list(sample.decode_stream(tokenizer, ids))
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
 
 
 def test_an_answer_that_fills_the_context_says_so(capsys):
     model, tokenizer = tiny(), Tokenizer("bytes")
     for count, noted in ((99, True), (5, False)):
-        "".join(sample.stream(tokenizer, model.generate([[1] * 20], count, temperature=0), room=13))
+        "".join(sample.decode_stream(tokenizer, model.generate([[1] * 20], count, temperature=0), max_tokens=13))
         assert ("[the context is full]" in capsys.readouterr().err) == noted
-    "".join(sample.stream(tokenizer, [torch.tensor([65]), torch.tensor([tokenizer.eot])], room=2))
+    "".join(sample.decode_stream(tokenizer, [torch.tensor([65]), torch.tensor([tokenizer.eot])], max_tokens=2))
     assert not capsys.readouterr().err  # it ended by itself
 
 
