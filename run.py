@@ -72,7 +72,8 @@ BF16_WIDTH_DECODING = 512  # the same for decoding token by token, where reading
 BUCKET = 2**25  # gradient elements that are summed over the processes in one call
 # dense bf16 FLOP/s from NVIDIA's data sheets; the first key contained in the GPU's name is used
 PEAK_FLOPS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12,
+    "L40S": 362e12,
     "RTX 4090": 165e12,
 }  # fmt: skip
 
@@ -284,8 +285,9 @@ class Run:
 
     def load(self):
         """Load weights, optimizer states and progress of the stored checkpoint; the current settings stay."""
-        self.model.load_state_dict(self.stored["model"])
-        for opt, state in zip(self.optimizers, self.stored["optimizers"], strict=True):
+        # taken out, so that they are in memory no longer than this
+        self.model.load_state_dict(self.stored.pop("model"))
+        for opt, state in zip(self.optimizers, self.stored.pop("optimizers"), strict=True):
             current = [{name: group[name] for name in group if name != "params"} for group in opt.param_groups]
             opt.load_state_dict(state)
             for group, settings in zip(opt.param_groups, current, strict=True):
@@ -294,7 +296,7 @@ class Run:
         if self.stored["data"] != self.common_entries["data"]:  # losses on other data cannot be compared
             self.progress.best_val_loss = math.inf
         print(f"resuming after step {self.step}")
-        self.stored = None  # free the checkpoint's memory
+        self.stored = None
 
     def log_step_0(self, row):
         """Log and print what was measured before the first step."""
