@@ -605,7 +605,7 @@ def flipped(old):
 
 def with_a_head(old):
     """The bytes of a .safetensors file, with a head that is not the embedding."""
-    safetensors = convert_hf.safetensors()
+    safetensors = convert_hf.import_safetensors()
     return safetensors.save(safetensors.load(old) | {"lm_head.weight": torch.ones(1)})
 
 
@@ -1169,7 +1169,7 @@ def test_a_missing_vocabulary_is_reported_with_what_to_do(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def own_vocabulary(tmp_path_factory):
+def custom_vocabulary(tmp_path_factory):
     """A vocabulary of 300 ids that tools.train_tokenizer made of a small text, and that text."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "a.txt").write_text("Ещё один день. 東京の空は青い。 " * 50 + TEXT, encoding="utf-8")
@@ -1179,9 +1179,9 @@ def own_vocabulary(tmp_path_factory):
     return folder
 
 
-def test_a_vocabulary_of_ones_own_that_is_lost_another_one_or_too_large_is_refused(own_vocabulary, tmp_path):
-    name = Tokenizer(str(own_vocabulary / "tok")).name
-    shutil.copytree(own_vocabulary / "tok", tmp_path, dirs_exist_ok=True)
+def test_a_custom_vocabulary_that_is_lost_another_one_or_too_large_is_refused(custom_vocabulary, tmp_path):
+    name = Tokenizer(str(custom_vocabulary / "tok")).name
+    shutil.copytree(custom_vocabulary / "tok", tmp_path, dirs_exist_ok=True)
     assert tokenizer_of_shards(tmp_path, name).name == name
     path = tmp_path / "vocabulary.tiktoken"
     path.write_text(path.read_text() + "YWJjZGVmZ2g= 297\n")
@@ -1196,18 +1196,18 @@ def test_a_vocabulary_of_ones_own_that_is_lost_another_one_or_too_large_is_refus
 
 
 @given(st.text(max_size=40))
-def test_a_vocabulary_of_ones_own_encodes_any_text_and_gives_it_back(own_vocabulary, text):
-    tokenizer = Tokenizer(str(own_vocabulary / "tok"))
+def test_a_custom_vocabulary_encodes_any_text_and_gives_it_back(custom_vocabulary, text):
+    tokenizer = Tokenizer(str(custom_vocabulary / "tok"))
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and max(ids, default=0) < tokenizer.eot == tokenizer.n_vocab - 3 == 297
 
 
-def test_a_vocabulary_of_ones_own_travels_from_shards_to_checkpoints_chats_spaces_and_exports(own_vocabulary, tmp_path):
+def test_a_custom_vocabulary_travels_from_shards_to_checkpoints_chats_spaces_and_exports(custom_vocabulary, tmp_path):
     from transformers import AutoTokenizer
 
-    ours = Tokenizer(str(own_vocabulary / "tok"))
-    shutil.copytree(own_vocabulary / "tok", tmp_path / "tok")
-    files = dict(source=own_vocabulary / "a.txt", val_source=own_vocabulary / "a.txt")
+    ours = Tokenizer(str(custom_vocabulary / "tok"))
+    shutil.copytree(custom_vocabulary / "tok", tmp_path / "tok")
+    files = dict(source=custom_vocabulary / "a.txt", val_source=custom_vocabulary / "a.txt")
     (tmp_path / "b.txt").write_text("Ещё один день. " * 40, encoding="utf-8")
     prepare(**files | dict(source=tmp_path / "b.txt"), out_dir=tmp_path / "data", tokenizer=tmp_path / "tok")
     assert documents(tmp_path / "data", "train", str(tmp_path / "tok")) == ["Ещё один день. " * 40]
@@ -1231,7 +1231,7 @@ def test_a_vocabulary_of_ones_own_travels_from_shards_to_checkpoints_chats_space
     import_(tmp_path / "few", tmp_path / "few_again.pt")
     assert load_checkpoint(tmp_path / "few_again.pt")["vocabulary"] == own.vocabulary
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    for text in (TEXT.partition("<|")[0], (own_vocabulary / "a.txt").read_text(encoding="utf-8").partition("<|")[0]):
+    for text in (TEXT.partition("<|")[0], (custom_vocabulary / "a.txt").read_text(encoding="utf-8").partition("<|")[0]):
         assert theirs(text)["input_ids"] == ours.encode(text)
 
 
@@ -2965,7 +2965,7 @@ def test_a_run_starts_from_given_weights_on_other_text_and_is_exported_again(tmp
     convert("export", f"--checkpoint={out}/ckpt.pt", f"--out={tmp_path}/again")
     assert type(GPT2LMHeadModel.from_pretrained(tmp_path / "again")).__name__ == "GPT2LMHeadModel"
     card = (tmp_path / "again/README.md").read_text(encoding="utf-8")
-    assert f"- data: {tmp_path} (licence not known" in card and f"## Imported from {tmp_path}/hf" in card
+    assert f"- data: {tmp_path} (license not known" in card and f"## Imported from {tmp_path}/hf" in card
 
 
 def test_a_run_from_given_weights_that_dies_before_its_first_checkpoint_is_not_resumed_from_new_ones(
@@ -3025,8 +3025,8 @@ def test_given_weights_decide_all_sizes_and_the_family(story, tmp_path):
         pretrain(story, tmp_path / "mixed", init_from=str(tmp_path / "b.pt"))
 
 
-def test_a_run_whose_shards_lost_their_records_knows_its_tokenizer(story, own_vocabulary, tmp_path):
-    vocabulary = own_vocabulary / "tok"
+def test_a_run_whose_shards_lost_their_records_knows_its_tokenizer(story, custom_vocabulary, tmp_path):
+    vocabulary = custom_vocabulary / "tok"
     files = dict(source=story / "text.txt", val_source=story / "held_out.txt", out_dir=tmp_path / "data")
     prepare(**files, tokenizer=vocabulary)
     pretrain(tmp_path, tmp_path / "out", max_steps=1)
@@ -5009,7 +5009,7 @@ def gpt2_of_transformers(folder):
 def test_gpt2_weights_are_imported_in_every_layout_in_the_wild(tmp_path):
     other = gpt2_of_transformers(tmp_path / "hf")
     file = tmp_path / "hf/model.safetensors"
-    safetensors = convert_hf.safetensors()
+    safetensors = convert_hf.import_safetensors()
     today = safetensors.load_file(file)
     openai = {name.removeprefix("transformer."): p for name, p in today.items()}
     openai["h.0.attn.bias"] = torch.ones(64, 64).tril()[None, None]  # the causal mask
@@ -5076,7 +5076,7 @@ def test_a_model_in_several_files_is_fetched_from_the_hub_and_verified(tmp_path,
     assert_same_logits(model, other, torch.arange(100, 132)[None])
 
 
-def test_the_model_card_tells_stages_results_and_the_licences_of_the_data(tmp_path, monkeypatch):
+def test_the_model_card_tells_stages_results_and_the_licenses_of_the_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("base").mkdir()
     Path("base/meta.json").write_text('{"sources": ["HuggingFaceFW/fineweb-edu/sample/10BT/0.parquet"]}')
@@ -5095,7 +5095,7 @@ def test_the_model_card_tells_stages_results_and_the_licences_of_the_data(tmp_pa
     card = Path("b/README.md").read_text(encoding="utf-8")
     for told in (
         "- data: alpaca (CC BY-NC 4.0, not for commercial use",
-        "- data: mine.jsonl (licence not known here: look it up)",
+        "- data: mine.jsonl (license not known here: look it up)",
         "- settings: `data_dir='chat'`, `checkpoint='a.pt'`, `epochs=2`",
         "## Stage pretrain, step 1,234",
         "- hellaswag_acc: 0.3000",
@@ -5244,7 +5244,7 @@ def test_a_tool_says_how_to_install_the_extra_that_it_needs(monkeypatch):
     with pytest.raises(BadInput, match=re.escape("pip install -e '.[plot]'")):
         plot.draw({}, "steps")
     with pytest.raises(BadInput, match=re.escape("pip install -e '.[hf]'")):
-        convert_hf.safetensors()
+        convert_hf.import_safetensors()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5695,12 +5695,12 @@ def learn_by_heart(model, rows):
 
 
 @pytest.fixture(scope="session")
-def exports(own_vocabulary, tmp_path_factory):
+def exports(custom_vocabulary, tmp_path_factory):
     """Both families with each kind of tokenizer: (family, kind) -> Export."""
     pytest.importorskip("ctranslate2", reason="the extra parity is not installed")
     made = {}
-    for family, kind in itertools.product(FAMILIES, ["gpt2", "bytes", "own"]):
-        tokenizer = Tokenizer(str(own_vocabulary / "tok") if kind == "own" else kind)
+    for family, kind in itertools.product(FAMILIES, ["gpt2", "bytes", "custom"]):
+        tokenizer = Tokenizer(str(custom_vocabulary / "tok") if kind == "custom" else kind)
         prompts = [[tokenizer.eot, *tokenizer.encode(BEGINNING)], [*tokenizer.render(QUESTION)[0], tokenizer.assistant]]
         said = [[*tokenizer.encode(text), tokenizer.eot] for text in (REST, ANSWER)]
         sizes = dict(n_vocab=tokenizer.n_vocab, vocab_size=-(-tokenizer.n_vocab // 64) * 64, block_size=96)

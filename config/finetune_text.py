@@ -1,11 +1,11 @@
-# Train given weights, such as GPT-2's, further on your own text (finetune.py trains on conversations):
+# Continue the training of existing weights, such as GPT-2's, on your own text (for conversations, use finetune.py):
 #   python -m tools.convert_hf import --model=openai-community/gpt2 --out=gpt2.pt
 #   python prepare_fineweb.py --source=mine.txt --split_blank_lines=True --val_fraction=0.1 --out_dir=data/mine
 #   python train.py config/finetune_text.py --init_from=gpt2.pt --data_dir=data/mine
-# The batch and the rate are those of nanoGPT's config/finetune_shakespeare.py.
+# Batch size and learning rate are taken from nanoGPT's config/finetune_shakespeare.py.
 out_dir = "out/finetune_text"
 
-optimizer = "adamw"  # nanoGPT's optimizer
+optimizer = "adamw"  # as in nanoGPT
 tokens_per_step = 32768
 batch_size = 4
 max_steps = 100

@@ -1,13 +1,13 @@
-"""Hugging Face models, out and in, without custom code on either side.
+"""Convert models to Hugging Face's format and back, without custom code there.
 
     python -m tools.convert_hf export --checkpoint=out/chat/best.pt --out=hf
     python -m tools.convert_hf import --model=openai-community/gpt2 --out=g.pt
 
-Family gpt2 is GPT2LMHeadModel there, modern is Qwen3ForCausalLM. Export writes
-a folder: weights, config, tokenizer with chat template, and a model card to
-complete before you publish. Import reads such a folder, or a model of the Hub
-(downloaded into data/models and verified), whose weights are .safetensors
-files, and writes one checkpoint.
+Family gpt2 becomes a GPT2LMHeadModel, modern a Qwen3ForCausalLM. Export writes
+a folder: weights, config, tokenizer with chat template, and a model card for
+you to complete before you publish. Import reads such a folder, or a model of
+the Hub (downloaded into data/models and verified), with weights in .safetensors
+files, and writes a checkpoint. Names that start with hf_ are Hugging Face's.
 """
 
 import re
@@ -33,12 +33,12 @@ dtype = "float32"  # export: of the weights, float32 or bfloat16
 overwrite = False  # replace what `out` already holds
 
 MODELS = Path("data/models")  # where models of the Hub are kept
-TOKENIZERS = {259: "bytes", 50257: "gpt2", 50259: "gpt2"}  # by vocabulary; OpenAI's GPT-2 has no chat tokens
+TOKENIZERS = {259: "bytes", 50257: "gpt2", 50259: "gpt2"}  # by number of ids; OpenAI's GPT-2 has no chat tokens
 
 MODEL_TYPES = {"gpt2": "gpt2", "modern": "qwen3"}
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "modern": "Qwen3ForCausalLM"}
-PREFIXES = {"gpt2": "transformer.", "modern": "model."}  # of their weights' names; OpenAI's own files have none
-SIZES = {  # our names to theirs
+PREFIXES = {"gpt2": "transformer.", "modern": "model."}  # of the weights' names; OpenAI's own files have none
+HF_SIZES = {  # our names of the sizes: Hugging Face's
     "gpt2": dict(
         block_size="n_positions", n_vocab="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
         mlp_dim="n_inner",
@@ -48,7 +48,7 @@ SIZES = {  # our names to theirs
         n_head="num_attention_heads", n_embd="hidden_size", head_dim="head_dim", mlp_dim="intermediate_size",
     ),
 }  # fmt: skip
-FIXED = {  # what the families compute: export writes it, import refuses anything else
+HF_CONSTANTS = {  # settings with which transformers computes what a family computes; import refuses other values
     "gpt2": dict(
         activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True, tie_word_embeddings=True,
         scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False, add_cross_attention=False,
@@ -58,15 +58,15 @@ FIXED = {  # what the families compute: export writes it, import refuses anythin
         rope_scaling=None, rope_type="default",
     ),
 }  # fmt: skip
-# The letter for each byte in GPT-2's published files: printable ones are themselves, the others from 256 on.
+# GPT-2's published files write each byte as a letter: printable bytes as themselves, the others as U+0100, U+0101, ...
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 LETTERS = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
-# what is read of a tokenizer.json
+# the structure of the parts of a tokenizer.json that import reads
 TOKENIZER_JSON = {"added_tokens": [{"content": str, "id": int}], "model": {"vocab": dict}}
-GPT2_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-QWEN3 = {  # our modules to theirs, which have separate queries, keys and values
+GPT2_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out) in GPT-2's files
+QWEN3_MODULES = {  # our modules: Qwen3's, which has separate ones for queries, keys and values
     "wte": ["embed_tokens"],
     "ln_1": ["input_layernorm"],
     "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -79,15 +79,16 @@ QWEN3 = {  # our modules to theirs, which have separate queries, keys and values
     "mlp.c_proj": ["mlp.down_proj"],
     "ln_f": ["norm"],
 }
-# Where the answer is in a conversation's text: transformers' server would take the one of Qwen3 otherwise.
+# Where the answer is in the text of a conversation; without this, the server of transformers would assume Qwen3's form.
 RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant"},
     "start_anchor": SPECIALS[2],
     "fields": {"content": {"close": SPECIALS[0], "content": "text"}},
 }
-# Renders what Tokenizer.render does. transformers reads control tokens in messages as such, unless it is told to
-# sanitize them; a template cannot see whether it was, so it refuses them unless told that too. Where transformers is
-# too old to do it, its option sanitize_control_tokens reaches the template.
+# Renders the same text as Tokenizer.render. transformers reads control tokens in messages as control tokens unless
+# sanitize_control_tokens=True. A template cannot see this option, so it refuses messages with control tokens unless the
+# caller also passes sanitized=True. In versions of transformers that are too old to have the option, the template does
+# see it, as an unknown argument, and refuses the messages.
 CHAT_TEMPLATE = """
 {%- set are_text = sanitized and not sanitize_control_tokens -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
@@ -120,8 +121,8 @@ def main(command):
         raise BadInput(f"python -m tools.convert_hf export or import: not {command!r}")
 
 
-def safetensors():
-    """The module safetensors.torch, which is an extra."""
+def import_safetensors():
+    """The module safetensors.torch. BadInput if it is not installed: it is optional."""
     try:
         import safetensors.torch
     except ImportError:
@@ -134,10 +135,10 @@ def safetensors():
 
 
 def export_model(checkpoint, folder, dtype, overwrite):
-    """Write the folder; config.json last, without which it cannot be loaded."""
+    """Write the folder of an export. config.json comes last: an unfinished export has none and cannot be loaded."""
     if dtype not in ("float32", "bfloat16"):
         raise BadInput(f"dtype must be float32 or bfloat16, not {dtype!r}")
-    save = safetensors().save
+    save = import_safetensors().save
     gpt, stored = load_model(checkpoint)
     tokenizer = tokenizer_of_checkpoint(stored)
     config = config_to_hf(gpt.config, tokenizer.eot, stored["stage"], dtype)
@@ -152,17 +153,17 @@ def export_model(checkpoint, folder, dtype, overwrite):
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     ids = dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot)
     write_json(folder / "generation_config.json", ids)
-    (folder / "README.md").write_text(card(gpt, stored, folder.name), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(gpt, stored, folder.name), encoding="utf-8")
     write_json(folder / "config.json", config)
     print(f"{folder}: {config['architectures'][0]}, {gpt.config.n_vocab:,} tokens, {dtype}; complete its README.md")
 
 
 def config_to_hf(config, eot, stage, dtype):
-    """Their config.json: every value that matters is written, none is left to a default."""
+    """The content of config.json, with every value that matters: transformers may change its defaults."""
     check_family(config)
     family = family_of(config)
-    hf = {"model_type": MODEL_TYPES[family], "architectures": [ARCHITECTURES[family]], **FIXED[family]}
-    hf |= {theirs: getattr(config, ours) for ours, theirs in SIZES[family].items()}
+    hf = {"model_type": MODEL_TYPES[family], "architectures": [ARCHITECTURES[family]], **HF_CONSTANTS[family]}
+    hf |= {hf_name: getattr(config, name) for name, hf_name in HF_SIZES[family].items()}
     if family == "gpt2":
         hf |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         hf["n_ctx"] = config.block_size  # another name of n_positions, which llama.cpp's converter reads
@@ -185,40 +186,40 @@ def check_family(config):
 
 
 def weights_to_hf(gpt, dtype):
-    """Their names to tensors: without padding rows, and without a head, which is the embedding."""
+    """The weights as {hf_name: tensor}, without padding rows, and without a head, which is the embedding."""
     family = family_of(gpt.config)
     weights = {}
     for name, p in gpt.state_dict().items():
         if name == "wte.weight":
             p = p[: gpt.config.n_vocab]
-        names, transposed = counterpart(name, family)
-        for their_name, part in zip(names, p.chunk(len(names)), strict=True):
-            if transposed:
+        hf_names, is_transposed = hf_weights_of(name, family)
+        for hf_name, part in zip(hf_names, p.chunk(len(hf_names)), strict=True):
+            if is_transposed:
                 part = part.T
-            weights[PREFIXES[family] + their_name] = part.to(dtype).contiguous()
+            weights[PREFIXES[family] + hf_name] = part.to(dtype).contiguous()
     return weights
 
 
-def counterpart(name, family):
-    """(names without prefix of their weights that, one below the other, are ours; whether they are transposed)."""
+def hf_weights_of(name, family):
+    """(hf_names, is_transposed) of a weight of ours, which is Hugging Face's of these names (no prefix), stacked."""
     if family == "gpt2":
         return [name], name.endswith(GPT2_TRANSPOSED)
     layer, module = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.weight", name).groups()
     prefix = f"layers.{layer}." if layer else ""
-    return [f"{prefix}{theirs}.weight" for theirs in QWEN3[module]], False
+    return [f"{prefix}{hf_module}.weight" for hf_module in QWEN3_MODULES[module]], False
 
 
 def tokenizer_to_hf(tokenizer, config):
     """Contents of tokenizer.json and tokenizer_config.json, with the control tokens that the model has."""
-    ranks = ranks_of(tokenizer)
-    vocab = {spell(token): i for token, i in ranks.items()} | {SPECIALS[0]: tokenizer.eot}
-    merges = [merge_of(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    ids = ordinary_ids(tokenizer)
+    vocab = {bytes_to_letters(token): i for token, i in ids.items()} | {SPECIALS[0]: tokenizer.eot}
+    merges = [last_merge(token, ids) for token in sorted(ids, key=ids.get) if len(token) > 1]
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     specials = list(enumerate(SPECIALS, tokenizer.eot))[: config.n_vocab - tokenizer.eot]
     added = [{"id": i, "content": text, **plain} for i, text in specials]
     model = dict(
         type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False,
-        byte_fallback=False, vocab=vocab, merges=[f"{spell(a)} {spell(b)}" for a, b in merges],
+        byte_fallback=False, vocab=vocab, merges=[f"{bytes_to_letters(a)} {bytes_to_letters(b)}" for a, b in merges],
     )  # fmt: skip
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=True)
     tokenizer_json = dict(
@@ -237,29 +238,29 @@ def tokenizer_to_hf(tokenizer, config):
     return tokenizer_json, settings
 
 
-def ranks_of(tokenizer):
-    """{bytes of an ordinary token: its id}, in the order in which they are merged."""
+def ordinary_ids(tokenizer):
+    """{bytes of a token: its id}, without control tokens; a lower id is also merged first."""
     if tokenizer.bpe:
         return tokenizer.bpe._mergeable_ranks
     return {bytes([byte]): byte for byte in range(256)}
 
 
-def spell(token):
-    """A token's bytes as GPT-2's published files write them."""
+def bytes_to_letters(token):
+    """A token's bytes as the letters that GPT-2's published files write for them."""
     return "".join(LETTERS[byte] for byte in token)
 
 
-def unspell(text):
-    """The bytes of a token as GPT-2's published files write it."""
+def letters_to_bytes(text):
+    """The bytes of a token that is written as in GPT-2's published files."""
     return bytes(BYTES[letter] for letter in text)
 
 
-def merge_of(token, ranks):
-    """The two tokens that byte-pair encoding merges into this one: pairs of the lowest rank are merged first."""
+def last_merge(token, ids):
+    """The two tokens that byte-pair encoding merges into this one, after it has merged pairs with lower ids."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        pair_ranks = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
-        i = pair_ranks.index(min(pair_ranks))
+        pair_ids = [ids.get(a + b, len(ids)) for a, b in zip(parts, parts[1:], strict=False)]
+        i = pair_ids.index(min(pair_ids))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
@@ -267,11 +268,11 @@ def merge_of(token, ranks):
 # ----------------------------------------------------------------------------------------------------------------------
 # the model card of an export
 
-LICENCES = {  # of data, by the names that prepare_fineweb.py and prepare_instruct.py record
+LICENSES = {  # of data sources, by the names that prepare_fineweb.py and prepare_instruct.py record
     "HuggingFaceFW/fineweb-edu": "ODC-By 1.0",
-    "kjj0/finewebedu10B-gpt2": "ODC-By 1.0, that of FineWeb-Edu, whose text it is",
+    "kjj0/finewebedu10B-gpt2": "ODC-By 1.0, as its text is FineWeb-Edu's",
     "raschka": "Apache 2.0",
-    "alpaca": "CC BY-NC 4.0, not for commercial use: of Stanford's Alpaca; the cleaned copy's page says CC BY 4.0",
+    "alpaca": "CC BY-NC 4.0, not for commercial use, as Stanford's Alpaca; the cleaned copy's page says CC BY 4.0",
     "smoltalk": "Apache 2.0",
 }
 
@@ -304,41 +305,42 @@ CHAT_INPUTS = """messages = [{"role": "user", "content": "What is the capital of
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
 
 
-def card(gpt, stored, name):
-    """The README.md of an export."""
-    c = gpt.config
-    n_params = gpt.n_params() - (c.vocab_size - c.n_vocab) * c.n_embd  # the padding rows are not exported
+def model_card(gpt, stored, name):
+    """The text of an export's README.md."""
+    config = gpt.config
+    n_padding = (config.vocab_size - config.n_vocab) * config.n_embd  # weights that are not exported
+    n_params = gpt.n_params() - n_padding
+    architecture = ARCHITECTURES[family_of(config)]
     inputs = BASE_INPUTS if stored["stage"] == "pretrain" else CHAT_INPUTS
-    family = family_of(c)
-    text = CARD.format(name=name, n_params=n_params, architecture=ARCHITECTURES[family], inputs=inputs, **vars(c))
-    return text + "\n".join(stages_of(stored)) + "\n"
+    text = CARD.format(name=name, n_params=n_params, architecture=architecture, inputs=inputs, **vars(config))
+    return text + "\n".join(describe_stages(stored)) + "\n"
 
 
-def stages_of(stored):
-    """Markdown of how a checkpoint was made: its stage, then those that its weights have been through before."""
+def describe_stages(stored):
+    """Lines of Markdown on how a checkpoint was trained: its stage, then the earlier ones, the latest first."""
     lines = []
     stages = [stored, *stored.get("before", [])]
     for stage in stages:
         settings = stage.get("settings", {})
         if "model" in settings:
-            lines += ["", f"## Imported from {settings['model']}", "", "- data and licence: see there"]
+            lines += ["", f"## Imported from {settings['model']}", "", "- data and license: see there"]
             continue
         lines += ["", f"## Stage {stage['stage']}, step {stage['step']:,}", ""]
         lines += [f"- {name}: {value:.4f}" for name, value in stage.get("metrics", {}).items()]
-        lines += [f"- data: {source} ({licence_of(source)})" for source in stage.get("sources", [])]
+        lines += [f"- data: {source} ({license_of(source)})" for source in stage.get("sources", [])]
         lines.append("- settings: " + ", ".join(f"`{name}={value!r}`" for name, value in settings.items()))
     base = stages[-1].get("settings", {}).get("checkpoint")
-    if base:  # of an earlier version, which did not keep what was before
+    if base:  # a checkpoint of an earlier version does not contain the earlier stages
         lines += ["", f"It started from {base}: add that model's data and settings."]
     return lines
 
 
-def licence_of(source):
-    """The licence of a source, or of the dataset of the Hub that it is a file or folder of."""
-    for name, licence in LICENCES.items():
+def license_of(source):
+    """The license of a data source; a source may also be a file or folder of a dataset."""
+    for name, license_name in LICENSES.items():
         if f"{source}/".startswith(f"{name}/"):
-            return licence
-    return "licence not known here: look it up"
+            return license_name
+    return "license not known here: look it up"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -346,7 +348,7 @@ def licence_of(source):
 
 
 def import_model(model, path, overwrite):
-    """Write a checkpoint from a folder or a model of the Hub."""
+    """Write a checkpoint. model: a folder of Hugging Face's format, or owner/name of a model on the Hub."""
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: choose another --out, or --overwrite=True")
     folder = Path(model)
@@ -370,7 +372,7 @@ def import_model(model, path, overwrite):
 
 
 def fetch_model(repo):
-    """The folder of a model of the Hub, downloaded and verified."""
+    """Download and verify a model of the Hub; returns its folder."""
     if not is_repo(repo):
         raise FileNotFoundError(f"--model={repo}: no such folder (a model of the Hub is owner/name)")
     folder = MODELS / repo
@@ -381,23 +383,24 @@ def fetch_model(repo):
 
 
 def config_from_hf(hf):
-    """The GPTConfig. BadInput for a model that fgpt cannot compute, with the value that differs."""
+    """The GPTConfig for a config.json. BadInput, naming the value, for a model that fgpt cannot compute."""
     families = {model_type: family for family, model_type in MODEL_TYPES.items()}
     model_type = hf.get("model_type")
     if model_type not in families:
         raise BadInput(f"model_type is {model_type!r}; fgpt has counterparts of {' and '.join(families)}")
     family = families[model_type]
-    fixed = dict(FIXED[family])
+    constants = dict(HF_CONSTANTS[family])
     values = {}
     if family == "modern":
-        # what transformers assumes where config.json has no value; version 5 has rope_parameters, 4 has rope_theta
-        hf = dict(tie_word_embeddings=False, head_dim=128, rope_theta=10000.0) | hf | (hf.get("rope_parameters") or {})
-        fixed["num_key_value_heads"] = hf.get("num_attention_heads")  # grouped-query attention has fewer
+        defaults = dict(tie_word_embeddings=False, head_dim=128, rope_theta=10000.0)  # of transformers
+        rope = hf.get("rope_parameters") or {}  # contains rope_theta in transformers 5; in 4 it is a value of its own
+        hf = defaults | hf | rope
+        constants["num_key_value_heads"] = hf.get("num_attention_heads")  # grouped-query attention has fewer
         values["rope_theta"] = float(hf["rope_theta"])
-    for name, value in fixed.items():
+    for name, value in constants.items():
         if hf.get(name, value) != value:
             raise BadInput(f"{name} is {hf[name]!r}; fgpt's models have {value!r}")
-    values |= {ours: hf.get(theirs) or 0 for ours, theirs in SIZES[family].items()}
+    values |= {name: hf.get(hf_name) or 0 for name, hf_name in HF_SIZES[family].items()}
     n_vocab = values["n_vocab"]
     try:
         return GPTConfig(vocab_size=round_up(n_vocab, 64), **FAMILIES[family], **values)
@@ -406,44 +409,48 @@ def config_from_hf(hf):
 
 
 def tokenizer_from_hf(folder, n_vocab):
-    """The tokenizer of a folder. BadInput when it is none of ours: many models have as many ids as GPT-2."""
+    """The tokenizer of a folder: bytes, gpt2, or a custom vocabulary that fgpt exported. BadInput for any other.
+
+    The number of ids does not decide: many models have as many as GPT-2.
+    """
+    if n_vocab in TOKENIZERS:
+        tokenizer = Tokenizer(TOKENIZERS[n_vocab])
+        if has_same_ids(folder, tokenizer):
+            return tokenizer
     path = folder / "tokenizer.json"
-    tokenizer = Tokenizer(TOKENIZERS[n_vocab]) if n_vocab in TOKENIZERS else None
-    is_found = tokenizer is not None and has_vocabulary(folder, tokenizer)
-    if not is_found and path.exists():
+    if path.exists():
         tokenizer = Tokenizer("custom", vocabulary_from_hf(read_json(path, TOKENIZER_JSON), n_vocab))
-        is_found = has_vocabulary(folder, tokenizer)
-    if not is_found:
-        known = ", ".join(map(str, TOKENIZERS))
-        raise BadInput(f"the {n_vocab} ids are not those of a tokenizer of fgpt ({known}), nor of one that it exported")
-    return tokenizer
+        if has_same_ids(folder, tokenizer):
+            return tokenizer
+    known = ", ".join(map(str, TOKENIZERS))
+    raise BadInput(f"the {n_vocab} ids are not those of a tokenizer of fgpt ({known}), nor of one that it exported")
 
 
-def has_vocabulary(folder, tokenizer):
-    """Whether a folder's files, where there are any, have the ids of this tokenizer."""
+def has_same_ids(folder, tokenizer):
+    """Whether the vocabulary files of a folder, if it has any, give all ordinary tokens the ids of this tokenizer."""
     vocabularies = []
     if (folder / "tokenizer.json").exists():
         vocabularies.append(read_json(folder / "tokenizer.json", {"model": {"vocab": dict}})["model"]["vocab"])
     if (folder / "vocab.json").exists():
         vocabularies.append(read_json(folder / "vocab.json", dict))
-    ours = {spell(token): i for token, i in ranks_of(tokenizer).items()}
-    return all(vocab.get(token) == i for vocab in vocabularies for token, i in ours.items())
+    expected = {bytes_to_letters(token): i for token, i in ordinary_ids(tokenizer).items()}
+    return all(vocab.get(token) == i for vocab in vocabularies for token, i in expected.items())
 
 
 def vocabulary_from_hf(tokenizer_json, n_vocab):
-    """The text of a vocabulary of your own, from the tokenizer.json of its export. BadInput for any other file."""
+    """The text of a custom vocabulary, from the tokenizer.json of its export. BadInput for any other file."""
     specials = {entry["content"]: entry["id"] for entry in tokenizer_json["added_tokens"]}
     n_ordinary = n_vocab - len(SPECIALS)
     if specials != {text: n_ordinary + i for i, text in enumerate(SPECIALS)}:
         raise BadInput(f"the {n_vocab} ids of tokenizer.json are not those of a tokenizer that fgpt exported")
     vocab = tokenizer_json["model"]["vocab"]
     tokens = sorted((text for text in vocab if text not in specials), key=vocab.get)
-    return vocabulary_text(map(unspell, tokens))
+    return vocabulary_text(map(letters_to_bytes, tokens))
 
 
 def read_weights(folder):
-    """Names to tensors of a folder's model*.safetensors. OSError where there is none, or one is damaged."""
-    load_file = safetensors().load_file
+    """All weights of a folder's model*.safetensors, {hf_name: tensor}. OSError if there is none, or one is damaged."""
+    load_file = import_safetensors().load_file
     paths = sorted(folder.glob("model*.safetensors"))
     if not paths:
         raise FileNotFoundError(
@@ -454,37 +461,40 @@ def read_weights(folder):
     for path in paths:
         try:
             weights |= load_file(path)
-        except Exception as error:  # it has exceptions of its own
+        except Exception as error:  # safetensors raises its own kinds
             raise OSError(f"{path}: damaged ({error}): download it again") from None
     return weights
 
 
 def weights_from_hf(weights, gpt):
-    """The model's state dict, fp32. BadInput where weights are missing, unknown, or do not fit.
+    """The model's state dict, fp32, from {hf_name: tensor}. BadInput where weights are missing, unknown, or do not fit.
 
-    Rows that they do not have (padding, and GPT-2's chat tokens) get the mean of theirs: a row of zeros would have
-    logit 0, which is far more than GPT-2 gives to most tokens.
+    New rows of the embedding (padding, and the chat tokens of OpenAI's GPT-2) get the mean of the other rows: a row of
+    zeros would have logit 0, which is far more than GPT-2 gives to most tokens.
     """
     config = gpt.config
     family = family_of(config)
-    weights = {name.removeprefix(PREFIXES[family]): p for name, p in weights.items()}
-    weights = {name: p for name, p in weights.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}  # masks
+    weights = {hf_name.removeprefix(PREFIXES[family]): p for hf_name, p in weights.items()}
+    is_mask = re.compile(r"\.attn\.(masked_)?bias$").search  # GPT-2's files contain the masks of attention
+    weights = {hf_name: p for hf_name, p in weights.items() if not is_mask(hf_name)}
     head = weights.pop("lm_head.weight", None)
     state = {}
     for name, p in gpt.state_dict().items():
-        names, transposed = counterpart(name, family)
-        missing = [their_name for their_name in names if their_name not in weights]
+        hf_names, is_transposed = hf_weights_of(name, family)
+        missing = [hf_name for hf_name in hf_names if hf_name not in weights]
         if missing:
             raise BadInput(f"no weight {missing[0]}: is a file missing?")
-        parts = [weights.pop(their_name) for their_name in names]
+        parts = [weights.pop(hf_name) for hf_name in hf_names]
         if name == "wte.weight":
             if head is not None and not torch.equal(head, parts[0]):
                 raise BadInput("its head is not its embedding; fgpt's models are tied")
             n_new = config.vocab_size - config.n_vocab
             parts.append(parts[0].float().mean(dim=0).expand(n_new, -1))
-        state[name] = torch.cat([part.T if transposed else part for part in parts]).float()
+        if is_transposed:
+            parts = [part.T for part in parts]
+        state[name] = torch.cat(parts).float()
         if state[name].shape != p.shape:
-            raise BadInput(f"weight {names[0]} is {tuple(parts[0].shape)}, which does not fit config.json")
+            raise BadInput(f"weight {hf_names[0]} is {tuple(parts[0].shape)}, which does not fit config.json")
     if weights:
         raise BadInput(f"weight {next(iter(weights))} has no counterpart in fgpt")
     return state

@@ -4,9 +4,10 @@ GPT-2's vocabulary splits into too many tokens.
     python -m tools.train_tokenizer --source=data/texts --out=data/tok
     python prepare_fineweb.py --source=data/texts --tokenizer=data/tok
 
-Reads the local files that prepare_fineweb.py reads, writes
-out/vocabulary.tiktoken, and says how many bytes of the text a token stands for.
-Shards, checkpoints, Spaces and exports hold a copy of the vocabulary.
+Reads the same kinds of local files as prepare_fineweb.py, writes
+vocabulary.tiktoken into --out, and prints how many bytes of the text a token
+has on average. Shards, checkpoints, Spaces and exports contain a copy of the
+vocabulary.
 """
 
 import sys
@@ -21,26 +22,45 @@ from configurator import BadInput, check_settings, configure, settings_of
 from data import write_text
 from prepare_fineweb import check_texts, describe_ignored, find_all, is_shard, read_documents
 from tokenizer import SPECIALS, VOCABULARY, Tokenizer, vocabulary_text
-from tools.convert_hf import unspell
+from tools.convert_hf import letters_to_bytes
 
 source = ""  # local file, folder or glob; several separated by commas
 text_field = "text"  # parquet column or JSON field with the text of a document
-vocab_size = 8192  # ids, the three control tokens included: a multiple of 64 wastes no rows
-max_documents = 100000  # learn from the first ones; 0: from all
+vocab_size = 8192  # ids, including the three control tokens; a multiple of 64 needs no padding rows in a model
+max_documents = 100000  # learn from this many, the first ones; 0: from all
 out = "data/tok"  # folder to write
 overwrite = False  # replace the vocabulary there
 
-LEAST = 256 + len(SPECIALS)  # the bytes and the control tokens
-LARGEST = 2**16  # ids of token shards are uint16
+MIN_VOCAB_SIZE = 256 + len(SPECIALS)  # the bytes and the control tokens
+MAX_VOCAB_SIZE = 2**16  # ids of token shards are uint16
 
 
 def main():
-    between = LEAST <= vocab_size <= LARGEST
-    rules = [(between, f"vocab_size must be {LEAST} to {LARGEST}, not {vocab_size}"), (source, "source is needed")]
+    rules = [
+        (
+            MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE,
+            f"vocab_size must be {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}, not {vocab_size}",
+        ),
+        (source, "source is needed"),
+    ]
     check_settings(settings_of(globals()), rules=rules)
     path = Path(out) / VOCABULARY
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: choose another --out, or --overwrite=True")
+    paths = find_texts()
+    vocabulary = train_vocabulary(read_texts(paths), vocab_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, vocabulary)
+    tokenizer = Tokenizer(str(path))
+    n_vocab = tokenizer.n_vocab
+    per_token = bytes_per_token(tokenizer, read_texts(paths))
+    print(f"{path}: tokenizer {tokenizer.name}, {n_vocab:,} ids, {per_token:.2f} bytes of the text per token")
+    if n_vocab < vocab_size:
+        print(f"warning: the text has only {n_vocab:,} different tokens: give more text, or a smaller --vocab_size")
+
+
+def find_texts():
+    """Paths of the text files of `source`. BadInput when there is none."""
     ignored = Counter()
     files = [file for file in find_all(source, refuse_dataset, ignored) if not is_shard(file)]
     if ignored:
@@ -48,45 +68,37 @@ def main():
     if not files:
         raise BadInput(f"source={source!r} has only token shards: name the text that they were made from")
     check_texts(files)
-    files = [file["path"] for file in files]
-    text = train_vocabulary(documents_of(files), vocab_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
-    own = Tokenizer(str(path))
-    per_token = bytes_per_token(own, documents_of(files))
-    print(f"{path}: tokenizer {own.name}, {own.n_vocab:,} ids, {per_token:.2f} bytes of the text per token")
-    if own.n_vocab < vocab_size:
-        print(f"warning: the text has only {own.n_vocab:,} different tokens: give more text, or a smaller --vocab_size")
+    return [file["path"] for file in files]
 
 
 def refuse_dataset(repo):
-    """BadInput: a vocabulary is trained on local files."""
+    """BadInput for a dataset of the Hub: a vocabulary is trained on local files."""
     raise BadInput(f"{repo}: no such file or folder (download a dataset of the Hub first)")
 
 
-def documents_of(files):
-    """The texts of the files, at most max_documents."""
-    documents = (text for path in files for _, text in read_documents(path, text_field, split_blank_lines=False))
+def read_texts(paths):
+    """Yield the documents of the files that are not empty, at most max_documents."""
+    documents = (text for path in paths for _, text in read_documents(path, text_field, split_blank_lines=False))
     return islice(filter(None, documents), max_documents or None)
 
 
 def train_vocabulary(texts, size):
-    """The text of a vocabulary of `size` ids, the control tokens included, or fewer where the texts have no more."""
+    """The text of a vocabulary file with `size` ids, including the control tokens; fewer if the texts have no more."""
     try:
         import tokenizers
     except ImportError:
         raise BadInput("tokenizers is not installed: pip install -e '.[hf]'") from None
-    splits = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # as GPT-2 does
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits text into words as GPT-2 does
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = splits
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size - len(SPECIALS), initial_alphabet=splits.alphabet())
+    bpe.pre_tokenizer = byte_level
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size - len(SPECIALS), initial_alphabet=byte_level.alphabet())
     bpe.train_from_iterator(texts, trainer)
-    vocab = bpe.get_vocab()
-    return vocabulary_text(unspell(token) for token in sorted(vocab, key=vocab.get))
+    id_of_token = bpe.get_vocab()
+    return vocabulary_text(letters_to_bytes(token) for token in sorted(id_of_token, key=id_of_token.get))
 
 
 def bytes_per_token(tokenizer, texts):
-    """UTF-8 bytes of the texts over the number of their tokens."""
+    """UTF-8 bytes of the texts divided by the number of their tokens."""
     n_bytes = 0
     n_tokens = 0
     for text in texts:
