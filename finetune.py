@@ -149,7 +149,7 @@ def main():
 
     if run.step == 0:
         run.log_step_0(evaluate(0))
-    while not run.over():
+    while not run.is_over:
         started = time.perf_counter()
         idx, targets = batch = next(batches)
         rates = set_learning_rates(optimizers, lr_scale(run.step, n_steps, warmup_steps, decay_fraction=1.0))

@@ -5,7 +5,7 @@ rest:
 
     run = Run("pretrain", settings, n_steps, units, labels)   # refuses an out_dir in use
     run.restore(model, optimizers, tokenizer.name, data)      # or writes the checkpoint of step 0
-    while not run.over():
+    while not run.is_over:
         ...                                                   # one step
         row = run.count(result, n_targets, n_inputs, seconds)
         run.end_step(row)                                     # log, best.pt, ckpt.pt when due
@@ -73,8 +73,7 @@ BUCKET = 2**25  # gradient elements that are summed over the processes in one ca
 # dense bf16 FLOP/s from NVIDIA's data sheets; the first key contained in the GPU's name is used
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
+    "L40S": 362e12, "RTX 4090": 165e12,
 }  # fmt: skip
 
 
@@ -236,8 +235,9 @@ class Run:
         self.handle_signals(self.on_signal)
         self.is_over = self.step >= self.n_steps
         if self.is_over:
-            remedy = "increase the run's length to continue"
-            print_line(f"step {self.step} of {self.n_steps}: nothing left to do ({remedy})")
+            print_line(
+                f"step {self.step} of {self.n_steps}: nothing left to do (increase the run's length to continue)"
+            )
 
     def earlier_stages(self, base):
         """What the weights were trained on before this run: a dict of STAGE_ENTRIES per stage, the latest one first."""
@@ -285,7 +285,7 @@ class Run:
 
     def load(self):
         """Load weights, optimizer states and progress of the stored checkpoint; the current settings stay."""
-        # taken out, so that they are in memory no longer than this
+        # pop, so that the checkpoint's tensors leave memory as soon as they are copied
         self.model.load_state_dict(self.stored.pop("model"))
         for opt, state in zip(self.optimizers, self.stored.pop("optimizers"), strict=True):
             current = [{name: group[name] for name in group if name != "params"} for group in opt.param_groups]
@@ -303,10 +303,6 @@ class Run:
         row = {"step": 0, "tokens": 0} | row
         self.log_row(row)
         print_line(self.terminal_line(row))
-
-    def over(self):
-        """Whether the loop must end."""
-        return self.is_over
 
     def count(self, result, n_targets, n_inputs, seconds):
         """Count a step that took `seconds`; returns its log row.
@@ -595,8 +591,7 @@ def is_kept(name):
 def prefetch(batch_at, step, device):
     """Yield batch_at(step), batch_at(step + 1), ...; a thread prepares the next batch while this one is trained on.
 
-    batch_at(step): a tuple of tensors. For a GPU they are put into pinned memory, so that it can copy them while it
-    computes.
+    batch_at(step): a tuple of tensors. They are put into pinned memory, from which a GPU copies while it computes.
     """
 
     def fetch(step):
@@ -644,9 +639,7 @@ def open_log(path, n_bytes, step, units):
 def last_step_of(path):
     """The step of the last row of a log; -1 where there is none."""
     lines = path.read_bytes().splitlines() if path.exists() else []
-    if not lines:
-        return -1
-    return row_of(lines[-1]).get("step", -1)
+    return row_of(lines[-1]).get("step", -1) if lines else -1
 
 
 def repair_log(path, old, step, units):

@@ -2911,7 +2911,7 @@ def train(**settings):
     settings |= dict(overwrite=False, force=False, log_interval=1, checkpoint_interval=5)
     run = Run("mine", settings, 4, {"loss": "squared"}, {"loss": "loss"})
     run.restore(model, [opt], "none", [])
-    while not run.over():
+    while not run.is_over:
         loss = (model(torch.full((3,), float(run.step))) - 1).square().sum()
         loss.backward()
         opt.step()

@@ -180,7 +180,7 @@ def main():
 
     if run.step == 0:
         run.log_step_0(evaluate(0))
-    while not run.over():
+    while not run.is_over:
         started = time.perf_counter()
         idx, targets = batch = next(batches)
         n_tokens = targets.numel()
