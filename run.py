@@ -87,10 +87,10 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     tokens: int = 0  # trained tokens
-    seconds: float = 0.0  # training time
+    seconds: float = 0.0  # training time, without evaluation
     log_bytes: int = 0  # length of the log
     skipped_in_a_row: int = 0  # consecutive steps that were not finite
-    best_val_loss: float = math.inf
+    best_val_loss: float = math.inf  # of best.pt, in the stage's unit
     best_step: int = 0  # of best.pt
     saved_step: int = 0  # of ckpt.pt
     tracked_as: str = ""  # the run's name on a tracker
@@ -343,8 +343,8 @@ class Run:
         self.is_over = self.step >= self.n_steps or self.must_stop()
         self.bar.set_postfix_str(f"loss {row.get('loss', math.nan):.4f}", refresh=False)
         self.bar.update()
-        is_second = len(self.recent_seconds) == 2  # of this process; its speed counts, as the first step compiles
-        is_special = self.is_over or "skipped" in row or "val_loss" in row or is_second
+        is_second_step = len(self.recent_seconds) == 2  # the first one whose speed is typical: the one before compiles
+        is_special = self.is_over or "skipped" in row or "val_loss" in row or is_second_step
         if is_special or self.step % self.settings["log_interval"] == 0:
             print_line(self.terminal_line(row))
         self.check_finite()
@@ -358,7 +358,7 @@ class Run:
         """Write a row to the log and the tracker, after best.pt if its validation loss is the lowest so far."""
         if row.get("val_loss", math.inf) < self.progress.best_val_loss:
             is_saved = self.save_weights("best.pt", row)
-            if is_saved:  # else the next improvement is compared with the file that is still there
+            if is_saved:  # else best_val_loss stays that of the file on disk
                 self.progress.best_val_loss = row["val_loss"]
                 self.progress.best_step = row["step"]
         self.tracker.log(row)

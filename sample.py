@@ -50,7 +50,9 @@ def main():
     model, stored = load_for_decoding(settings, device)
     tokenizer = tokenizer_of_checkpoint(stored)
     block_size = model.config.block_size
-    is_chat = stored["stage"] != "pretrain" if chat is None else chat
+    is_chat = chat
+    if chat is None:
+        is_chat = stored["stage"] != "pretrain"
     reads_lines = not text and num_samples == 1
     if is_chat and not text and not reads_lines:
         raise BadInput("num_samples needs a prompt in a chat")

@@ -145,7 +145,7 @@ def read_checkpoint(path):
         return content["tokenizer"], content.get("vocabulary", "")
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever a damaged file raises
+    except Exception as error:  # torch raises many kinds for a damaged file
         raise OSError(f"{path}: not a checkpoint that names its tokenizer ({type(error).__name__})") from None
 
 
@@ -197,7 +197,7 @@ def load_gpt2():
 
     try:
         base = tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever the download raises
+    except Exception as error:  # requests raises many kinds when a download fails
         raise OSError(
             "tiktoken cannot get GPT-2's vocabulary: connect to the network once, or point TIKTOKEN_CACHE_DIR at a "
             f"folder that holds it, or start with --tokenizer=bytes at prepare_fineweb.py ({type(error).__name__})"
