@@ -122,15 +122,9 @@ class Run:
         self.progress = Progress()
         self.got_signal = False  # SIGINT or SIGTERM, in this process
         self.is_over = False  # all steps are done, or the run was stopped; the same in all processes
-        # set by restore
-        self.model = None
-        self.optimizers = None
-        self.device = None  # of the model
-        self.common_entries = {}  # what all checkpoints of the run contain
-        self.log = None  # the open log.jsonl
-        self.bar = None  # the progress bar
-        self.started = 0.0  # s, monotonic clock
         self.recent_seconds = deque(maxlen=20)  # of the last steps
+        # restore adds model, optimizers, device, common_entries (of all checkpoints), bar (progress) and started (s)
+        self.log = None  # log.jsonl, once restore has opened it
         make_printing_safe()
         self.tracker = Tracker(settings.get("tracker", ""))
         self.stored = self.claim_folder()  # the checkpoint to resume from, or None
@@ -626,13 +620,14 @@ def open_log(path, n_bytes, step, units):
     lines, _, after_last_newline = kept.rpartition(b"\n")
     last_row = row_of(lines.rpartition(b"\n")[2])
     is_unchanged = len(kept) == n_bytes and not after_last_newline and last_row.get("step") == step
+    header = json.dumps({"format": "fgpt log 1", "units": units}).encode() + b"\n"
     if n_bytes > 0 and not is_unchanged:
-        kept = repair_log(path, old, step, units)
+        kept = repair_log(path, old, step, header)
     log = open(path, "ab", buffering=1 << 26)  # bytes: while the disk is full, about 100,000 rows wait in this buffer
     log.truncate(len(kept))
     log.seek(0, os.SEEK_END)
     if n_bytes == 0:
-        log.write(header_of(units))
+        log.write(header)
     return log
 
 
@@ -642,17 +637,14 @@ def last_step_of(path):
     return row_of(lines[-1]).get("step", -1) if lines else -1
 
 
-def repair_log(path, old, step, units):
-    """Write the log again with the old rows up to a step, and keep the old content in another file.
-
-    old: the log's content, bytes. Returns the new content.
-    """
+def repair_log(path, old, step, header):
+    """Write the log again with the header and the old rows up to a step; returns that. Another file keeps `old`."""
     rows = {}
     for line in old.split(b"\n"):
         number = row_of(line).get("step")
         if isinstance(number, int) and number <= step:
             rows[number] = line + b"\n"
-    kept = header_of(units) + b"".join(rows[number] for number in sorted(rows))
+    kept = header + b"".join(rows[number] for number in sorted(rows))
     message = f"warning: {path} is not what it was at step {step}: {len(rows)} of its rows are kept"
     if old not in (b"", kept):
         number = 1
@@ -674,11 +666,6 @@ def row_of(line):
     except (ValueError, RecursionError):
         return {}
     return row if isinstance(row, dict) else {}
-
-
-def header_of(units):
-    """The first line of a log."""
-    return json.dumps({"format": "fgpt log 1", "units": units}).encode() + b"\n"
 
 
 class LossyStream:
