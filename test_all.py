@@ -5264,19 +5264,6 @@ def test_the_speed_of_decoding_is_of_the_tokens_of_all_rows(monkeypatch):
     assert bench.decoding(tiny(), [[1, 2], [3, 4], [5, 6]], n_new=10) == 3 * (10 - 4)  # the first four warm up
 
 
-def test_the_memory_of_a_step_is_estimated_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(model_py, "ATTENTION_IN_FP32", model_py.ATTENTION_IN_FP32)  # bench changes it
-    sizes = train.DEFAULTS | dict(block_size=64, n_head=2, n_embd=64)
-
-    def estimated(n_layer, rows, **more):
-        return 1e9 * bench.estimated_gigabytes(sizes | dict(n_layer=n_layer, **more), rows)
-
-    a_layer_at_64, a_layer_at_32 = (estimated(2, rows) - estimated(1, rows) for rows in (64, 32))
-    # what GPT-2's blocks keep for the backward pass: 38 bytes for each entry of a token's vector, counted by hand
-    assert (a_layer_at_64 - a_layer_at_32) / (32 * 64 * 64) == pytest.approx(38, rel=0.1)
-    assert estimated(2, 64, activation_checkpointing=True) < estimated(2, 64)
-
-
 def made_log(losses, seconds=1.0, compiling=0.0):
     """The log of a run with these validation losses, 100 steps of 10 tokens apart."""
     rows = [{"step": 0, "tokens": 0, "val_loss": 9.0}]

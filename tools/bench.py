@@ -3,7 +3,6 @@
     python -m tools.bench train --configs=config/gpt2_124m.py
 
     train       a training step: tokens/s, share of a ceiling, memory
-    memory      the memory of a training step on a GPU, estimated without one
     race        tokens and seconds that three recipes need to reach a loss
     tokenize    tokens/s of prepare_fineweb.py, and of tiktoken alone
     hellaswag   items/s, and those of one item at a time
@@ -38,8 +37,6 @@ from configurator import BadInput, apply_file, check_settings, configure, settin
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.utils.rnn import pad_sequence
 
 import hellaswag
@@ -54,9 +51,9 @@ repeats = 3  # how often each thing is measured
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
 dtype = ""  # float32 or bfloat16; empty: that of the config, else bfloat16 where it was measured to be faster
 configs = "config/fgpt_712m.py,config/fgpt_modern.py"  # models to measure, configs of train.py
-batch_sizes = "1,4,16"  # train, memory: micro-batches, rows
+batch_sizes = "1,4,16"  # train: micro-batches, rows
 tokens_per_step = 0  # train: 0: those of the config
-activation_checkpointing = False  # train, memory: less memory for a third more compute
+activation_checkpointing = False  # train: less memory for a third more compute
 data_dir = "data/fineweb"  # race: folder of token shards
 race_config = "config/race.py"  # race: config of train.py
 out_dir = "out/race"  # race: folder of the runs; those that are finished are not repeated
@@ -71,7 +68,7 @@ compile = False  # decode: as sample.py's, for GPUs
 
 def main(what):
     check_settings(settings_of(globals()), at_least_1=("repeats", "n_items", "new_tokens"))
-    of_a_config = {"train": training, "memory": memory, "hellaswag": score_items, "decode": decode}
+    of_a_config = {"train": training, "hellaswag": score_items, "decode": decode}
     if what in of_a_config:
         rows = rows_of_configs(of_a_config[what])
     elif what == "race":
@@ -240,39 +237,6 @@ def product_speed(device, dtype):
     calls = 20
     a, b = torch.randn(2, n, n, device=device).to(getattr(torch, dtype))
     return calls * 2 * n**3 / seconds_of(lambda: [a @ b for _ in range(calls)], device, calls=3)
-
-
-def memory(settings):
-    """An estimate of the peak memory on a GPU, without the CUDA context and what the allocator wastes (1 to 2 GB)."""
-    for size in numbers("batch_sizes"):
-        yield {"micro-batch": size, "estimated GB": estimated_gigabytes(settings, size)}
-
-
-def estimated_gigabytes(settings, batch_size):
-    """GB (1e9 bytes) at the peak of a step in bf16 of several micro-batches, without torch.compile.
-
-    PyTorch's memory tracker follows the step with tensors that have shapes but no data: no GPU is needed, and nothing
-    is computed.
-    """
-    model_py.ATTENTION_IN_FP32 = ()  # for the rest of this process: attention on the CPU is as on a GPU
-    tracker = MemTracker()
-    with FakeTensorMode():
-        model, device, autocast = prepare(settings | {"device": "cpu", "dtype": "bfloat16"})
-        optimizers = model_py.make_optimizers(model, settings["optimizer"])
-        idx = torch.zeros(batch_size, settings["block_size"], dtype=torch.long)
-        tracker.track_external(model, *optimizers)
-        with tracker:
-            for _ in range(2):
-                for _ in range(2):  # the second micro-batch has the first one's gradients
-                    tracker.reset_mod_stats()
-                    with autocast():
-                        loss = model(idx, idx)
-                    loss.backward()
-                for opt in optimizers:
-                    with autocast():
-                        opt.step()
-                    opt.zero_grad(set_to_none=True)
-    return tracker.get_tracker_snapshot("peak")[device]["Total"] / 1e9
 
 
 # ----------------------------------------------------------------------------------------------------------------------
