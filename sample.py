@@ -39,7 +39,7 @@ seed = 1337  # the same seed gives the same text
 speed = False  # print tokens/s at the end, on stderr
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
 dtype = ""  # float32 or bfloat16; empty: bfloat16 where it was measured to be faster
-compile = False  # torch.compile: the first answer starts later, then all are faster; for GPUs
+compile = None  # torch.compile: the first answer starts later, then all are faster; None: on a GPU that reads lines
 
 
 def main():
@@ -56,9 +56,14 @@ def main():
     reads_lines = not text and num_samples == 1
     if is_chat and not text and not reads_lines:
         raise BadInput("num_samples needs a prompt in a chat")
+    compiled = compile
+    if compile is None:
+        compiled = reads_lines and device.type == "cuda"  # one graph a token instead of hundreds of launches
+    if compiled:
+        print("compiling: the first answer starts later, then all are faster (--compile=False)", file=sys.stderr)
     cache = None
     if reads_lines:  # one cache for all lines, so that a conversation is not computed again for each question
-        cache = model.new_cache(1, block_size, static=compile)
+        cache = model.new_cache(1, block_size, static=compiled)
     generator = torch.Generator(device).manual_seed(seed)
     stopwatch = Stopwatch()
 
@@ -66,7 +71,7 @@ def main():
         """The steps of GPT.generate: the next id of each sample, a tensor (num_samples,) per step."""
         steps = model.generate(
             [ids] * num_samples, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-            stop=tokenizer.eot, generator=generator, cache=cache, compile=compile,
+            stop=tokenizer.eot, generator=generator, cache=cache, compile=compiled,
         )  # fmt: skip
         return stopwatch.measure(steps)
 
@@ -89,6 +94,7 @@ def check(settings):
     """BadInput that names every setting that cannot be used."""
     rules = [
         (chat in (None, True, False), "chat must be None, True or False"),
+        (compile in (None, True, False), "compile must be None, True or False"),
         (0 < top_p <= 1, "top_p must be above 0 and at most 1"),
         (not (prompt and prompt_file), "prompt and prompt_file exclude each other"),
     ]

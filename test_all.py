@@ -835,6 +835,7 @@ BAD_INPUT = [
     ("sample.py", {}, "--num_samples=0 --top_k=-3 --top_p=0.0",
      "num_samples must be at least 1, not 0; top_k must be at least 0, not -3; top_p must be above 0 and at most 1$"),
     ("sample.py", {}, "--prompt_file=text.txt", "prompt and prompt_file exclude each other"),
+    ("sample.py", {}, "--compile=yes", "compile must be None, True or False"),
     ("sample.py", {}, "--prompt= --num_samples=2 --chat=True", "num_samples needs a prompt in a chat"),
     ("sample.py", {}, "--prompt= --prompt_file=none.txt", "No such file or directory: 'none.txt'"),
     ("sample.py", {"a.txt": " \n"}, "--prompt= --prompt_file=a.txt", "--prompt_file=a.txt is empty"),
