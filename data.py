@@ -256,6 +256,12 @@ def read_meta(folder):
     return meta
 
 
+def is_unfinished(folder):
+    """Whether prepare_fineweb.py was stopped in a folder, or is still at work there."""
+    has_records = any(Path(folder).glob("source_*.json"))
+    return any(Path(folder).glob("*.bin.tmp")) or (has_records and not Path(folder, "meta.json").exists())
+
+
 def sources_of(folder):
     """Names of what a stage's data_dir was made from: files' folders, or datasets; the data_dir itself if unknown."""
     path = Path(folder) / "meta.json"

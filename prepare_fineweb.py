@@ -114,6 +114,9 @@ def main():
             print(f"part {part} has nothing to do: there are only {len(groups)} shards to make")
             return
         finished = check_folder(folder, sidecars, rules, sources)
+        others = {file["name"] for record in sidecars for file in record["files"]} - {file["name"] for file in sources}
+        if others:
+            print(f"{folder} also holds {len(others):,} files that are not in --source, such as {min(others)}")
         check_texts([file for group in mine for file in group.files if file["checksum"] not in finished])
         folder.mkdir(parents=True, exist_ok=True)
         if tokenizer.vocabulary:
@@ -228,7 +231,9 @@ def find_files(item, list_dataset, ignored):
     if os.path.isdir(item):
         paths = []
         for path in walk(item):
-            if is_source(path.name) and (path.suffix.lower() != ".json" or data.has_record_lines(path)):
+            if not path.is_file():
+                ignored["broken links"] += 1
+            elif is_source(path.name) and (path.suffix.lower() != ".json" or data.has_record_lines(path)):
                 paths.append(path)
             else:
                 ignored[path.suffix.lower() or "without ending"] += 1
@@ -254,9 +259,8 @@ def walk(folder):
         entered.add(os.path.realpath(here))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
-            path = Path(here, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
+            if not name.startswith("."):
+                yield Path(here, name)
 
 
 def local_file(path):
@@ -268,8 +272,9 @@ def local_file(path):
 
 def describe_ignored(ignored):
     """A line about the files that are not read, {ending: how many}, with what to do about the common ones."""
-    endings = ", ".join(f"{n:,} {ending}" for ending, n in ignored.most_common())
-    remedies = [REMEDIES[ending] for ending in ignored if ending in REMEDIES]
+    most_first = sorted(ignored, key=lambda ending: (-ignored[ending], ending))
+    endings = ", ".join(f"{ignored[ending]:,} {ending}" for ending in most_first)
+    remedies = [REMEDIES[ending] for ending in most_first if ending in REMEDIES]
     return f"ignored: {ignored.total():,} files ({endings})" + "".join(f"; {remedy}" for remedy in remedies)
 
 
@@ -689,7 +694,7 @@ def txt_documents(path, split_blank_lines):
         elif n_chars <= MAX_DOCUMENT:  # what is longer is refused
             lines.append(line)
             n_chars += len(line)
-    if lines:
+    if lines or is_whole:
         text = "".join(lines)
         yield 1, text if is_whole else text.strip("\r\n")
 
@@ -810,7 +815,9 @@ def summary(meta):
                 "--split_blank_lines, or name files with --val_source; and choose another --out_dir"
             )
     n_files = sum(meta["ignored_files"].values())
-    lines.append(f"not used: {meta['documents_without_text']:,} documents without text, {n_files:,} files")
+    lines.append(
+        f"not used: {meta['documents_without_text']:,} documents without text; {n_files:,} files of this command"
+    )
     if meta["end_tokens_as_text"]:
         lines.append(
             f"warning: the text contains {SPECIALS[0]} {meta['end_tokens_as_text']:,} times: it is kept as ordinary "

@@ -107,7 +107,7 @@ FIELDS = {
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
 }  # fmt: skip
 TOOL_ROLES = ("tool", "function", "function_call", "observation")
 
@@ -119,10 +119,13 @@ def main():
     tokenizer = Tokenizer(settings["tokenizer"])
     folder = Path(out_dir)
     sources = open_sources(source)
-    kept, counts, ignored = collect(sources, tokenizer, max_tokens, val_fraction)
-    print("\n".join(f"{counts[what]:9,} {what}" for what in sorted(counts, reverse=True)))
+    kept, counts, ignored, first = collect(sources, tokenizer, max_tokens, val_fraction)
+    for what in sorted(counts, reverse=True):
+        print(f"{counts[what]:9,} {what}" + (f" (first: {first[what]})" if what in first else ""))
     if ignored:
         print("ignored fields: " + ", ".join(f"{name} ({n:,})" for name, n in ignored.most_common()))
+    if not counts:
+        raise BadInput(f"{source}: there are no records")
     if not counts["kept"]:
         raise BadInput(f"{source}: no record that can be used: the table above says why, --help what a record is")
     for split in SPLITS:
@@ -154,7 +157,7 @@ def open_sources(source):
         if not os.path.exists(item):
             name, limit = re.fullmatch(r"(.*?)(?::(\d+))?", item).groups()
         paths = download_source(name) if name in SOURCES else list_files(name)
-        records = (record for path in paths for _, record, _ in read_records(path))
+        records = ((where, record) for path in paths for where, record, _ in read_records(path))
         if limit:
             records = take(records, int(limit))
         opened[name] = itertools.chain(opened.get(name, ()), records)
@@ -227,18 +230,20 @@ def is_empty(value):
 
 
 def collect(sources, tokenizer, max_tokens, val_fraction):
-    """({split: list of records}, counts of what was read, kept, cut and dropped, counts of ignored fields).
+    """({split: list of records}, counts of what was read, kept, cut and dropped, counts of ignored fields, places).
 
-    A record is a list of rows, each its (ids, mask) arrays: one row, or two for a preference. sources: {name: records}.
+    The places say where the first record is that was dropped for a reason. A record is a list of rows, each its
+    (ids, mask) arrays: one row, or two for a preference. sources: {name: (where, record) of each}.
     """
     kept = {split: [] for split in SPLITS}
     counts = Counter()
     ignored = Counter()
+    first = {}  # of what was dropped: where the first one is
     seen = set()
     for name, records in sources.items():
         forms = Counter()
         used = {}  # as an ordered set
-        for record in records:
+        for where, record in records:
             counts[f"read from {name}"] += 1
             try:
                 found = to_conversations(record)
@@ -246,17 +251,18 @@ def collect(sources, tokenizer, max_tokens, val_fraction):
                 used.update(dict.fromkeys(found.used))
                 ignored.update(found.ignored)
                 check_length(found.sides, LONGEST_TEXT.get(name, math.inf))
-                rows, was_cut = render_record(found.sides, tokenizer, max_tokens)
+                rows, cut = render_record(found.sides, tokenizer, max_tokens)
                 digest = hashlib.blake2b(b"".join(ids.tobytes() for ids, _ in rows), digest_size=16).digest()
                 if digest in seen:
                     raise Unusable("a duplicate")
             except Unusable as reason:
                 counts[f"dropped, {reason}"] += 1
+                first.setdefault(f"dropped, {reason}", where)
                 continue
             seen.add(digest)
             counts["kept"] += 1
-            if was_cut:
-                counts["kept without their last turns, which do not fit"] += 1
+            if cut:
+                counts[f"kept without {cut}"] += 1
             question = next(message["content"] for message in found.sides[0] if message["role"] == "user")
             kept["val" if is_validation(question, val_fraction) else "train"].append(rows)
         if forms:
@@ -264,7 +270,7 @@ def collect(sources, tokenizer, max_tokens, val_fraction):
             print(f"{name}: read as {read_as}, from the fields {', '.join(used)}")
     if len({len(rows) for split in SPLITS for rows in kept[split]}) == 2:
         raise BadInput("the sources hold preferences and conversations: prepare them separately, each with --out_dir=")
-    return kept, counts, ignored
+    return kept, counts, ignored, first
 
 
 def to_conversations(record):
@@ -387,36 +393,39 @@ def check_length(sides, longest):
 
 
 def render_record(sides, tokenizer, max_tokens):
-    """(rows, whether turns were cut): (ids, mask) arrays of a conversation, or of the two of a preference.
+    """(rows, what was cut or ""): (ids, mask) arrays of a conversation, or of the two of a preference.
 
     Unusable for one that teaches nothing or does not fit.
     """
+    cut = ""
     try:
         if len(sides) == 2:
             rows = render_pair(*sides, tokenizer, max_tokens)
-            was_cut = False
         else:
-            row, was_cut = render_within(*sides, tokenizer, max_tokens)
+            row, cut = render_within(*sides, tokenizer, max_tokens)
             rows = [row]
     except BadConversation:
         raise Unusable("roles that do not take turns") from None
     if not all(any(mask) for _, mask in rows):
         raise Unusable("no answer to train on")
-    return [(np.array(ids, np.uint16), np.array(mask, np.uint8)) for ids, mask in rows], was_cut
+    return [(np.array(ids, np.uint16), np.array(mask, np.uint8)) for ids, mask in rows], cut
 
 
 def render_within(messages, tokenizer, max_tokens):
-    """((ids, mask), whether turns were cut) of the whole turns of a conversation that fit into max_tokens."""
-    was_cut = False
+    """((ids, mask), what was cut or "") of the whole turns of a conversation that fit into max_tokens."""
+    cut = ""
+    if messages[-1]["role"] != "assistant":
+        tokenizer.render(messages)  # for its roles
+        messages = messages[:-1]
+        cut = "their last question, which has no answer"
+    if all(message["role"] != "assistant" for message in messages):
+        raise Unusable("no answer")
     while messages:
         ids, mask = tokenizer.render(messages)
-        if messages[-1]["role"] != "assistant":  # a question without an answer teaches nothing
-            messages = messages[:-1]
-        elif len(ids) <= max_tokens:
-            return (ids, mask), was_cut
-        else:
-            messages = messages[:-2]
-            was_cut = True
+        if len(ids) <= max_tokens:
+            return (ids, mask), cut
+        messages = messages[:-2]
+        cut = "their last turns, which do not fit"
     raise Unusable("no whole turn that fits")
 
 

@@ -202,8 +202,8 @@ class Run:
             "data": data,
             "processes": n_processes(),
             "sources": list(sources),
-            "before": self.earlier_stages(base),
         }
+        self.common_entries["before"] = self.earlier_stages(base)
         if vocabulary:
             self.common_entries["vocabulary"] = vocabulary
         is_new = self.stored is None
@@ -238,9 +238,12 @@ class Run:
         if base is not None:
             latest = {name: base[name] for name in STAGE_ENTRIES if name in base}
             return [latest, *base.get("before", [])]
-        if self.stored is not None:
-            return self.stored.get("before", [])
-        return []
+        if self.stored is None:
+            return []
+        before = self.stored.get("before", [])
+        if self.stored["data"] != self.common_entries["data"]:  # resumed on other data, with --force=True
+            before = [{name: self.stored[name] for name in STAGE_ENTRIES if name in self.stored}, *before]
+        return before
 
     def prepare_folder(self):
         """Create out_dir for a new run, or remove an earlier run from it."""
@@ -399,8 +402,11 @@ class Run:
             )
 
     def handle_signals(self, handler):
-        """Let `handler` handle SIGINT and SIGTERM."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Let `handler` handle SIGINT, SIGTERM, and SIGHUP (a closed terminal) unless nohup has switched that off."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             signal.signal(number, handler)
 
     def on_signal(self, number, frame):
@@ -761,9 +767,12 @@ def load_checkpoint(path, device="cpu"):
         open(path, "rb").close()  # so that a file without read permission is not called damaged
     except (FileNotFoundError, IsADirectoryError):
         problem = "a folder, not a checkpoint" if os.path.isdir(path) else "no such checkpoint"
-        raise FileNotFoundError(f"{path}: {problem}; a run writes best.pt and ckpt.pt into its out_dir") from None
+        remedy = other_checkpoint(Path(path), "a run writes best.pt and ckpt.pt into its out_dir")
+        raise FileNotFoundError(f"{path}: {problem}; {remedy}") from None
     if not is_whole(path):
-        raise OSError(f"{path} is damaged or not a checkpoint: {advice_for_damaged(Path(path))}")
+        raise OSError(
+            f"{path} is damaged or not a checkpoint: {other_checkpoint(Path(path), 'copy or train it again')}"
+        )
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for files of other programs
@@ -772,12 +781,12 @@ def load_checkpoint(path, device="cpu"):
     return content
 
 
-def advice_for_damaged(path):
-    """What to do about a damaged checkpoint: use another file of its run, the latest first."""
+def other_checkpoint(path, otherwise):
+    """What to do about a damaged or missing checkpoint: use the latest other file of its run, else `otherwise`."""
     others = [path.with_name(name) for name in ("ckpt.pt", PREVIOUS, "best.pt") if name != path.name]
     found = [other for other in others if other.exists()]
     if not found:
-        return "copy or train it again"
+        return otherwise
     hint = " (to resume from it, rename it to ckpt.pt)" if found[0].name == PREVIOUS else ""
     return f"use {found[0]}{hint}"
 

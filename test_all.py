@@ -107,7 +107,7 @@ def run(*arguments, cwd=ROOT, code=0, **kwargs):
 @contextmanager
 def as_a_process():
     """Undoes what ends with a process: handlers of signals, and locks."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
@@ -664,7 +664,7 @@ BAD_INPUT = [
     ("train.py", {"base/best.pt": flipped}, "--init_from=base/best.pt", "base/best.pt is damaged"),
     ("-m tools.convert_hf export", {"base/best.pt": flipped}, "--checkpoint=base/best.pt --out=new", "is damaged"),
     ("sample.py", {}, "--checkpoint=none.pt", "none.pt: no such checkpoint; a run writes best.pt and ckpt.pt into its"),
-    ("sample.py", {}, "--checkpoint=base", "base: a folder, not a checkpoint; a run writes best.pt and ckpt.pt into"),
+    ("sample.py", {}, "--checkpoint=base", "base: a folder, not a checkpoint; a run writes best"),
     # prepare_fineweb.py
     ("prepare_fineweb.py", {}, "--source=gone/*.txt", r"gone/\*.txt: no .parquet, .* there \(a dataset of the Hub is"),
     ("prepare_fineweb.py", {"a.pdf": "x"}, "--source=a.pdf", "a.pdf: not a source that can be read: it must end"),
@@ -1907,16 +1907,20 @@ def test_a_folder_is_read_with_its_links_and_what_is_left_out_is_said(tmp_path, 
     write_jsonl(here / "c.json.gz", texts[4:6], gzip.open)
     write_jsonl(here / "d.json", texts[6:8])
     (here / "E.TXT").write_bytes(texts[8].encode())
+    (here / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
     for name in (".f.txt", ".hidden/g.txt", "h.csv", "i.CSV", "j.zst", "LICENSE", "config.json"):
         (here / name).write_text("{\n}" if name == "config.json" else "not read")
     prepare(source=here, out_dir=tmp_path / "out", val_fraction=0.3)
     train, val = both_sides(tmp_path / "out")
     assert sorted(train + val) == sorted(texts)
-    said = "ignored: 5 files (2 .csv, 1 .zst, 1 without ending, 1 .json); convert .csv with pandas, "
     out = capsys.readouterr().out
-    assert sorted(said) == sorted(out[: len(said)]) and "not used: 0 documents without text, 5 files" in out
+    assert (
+        "ignored: 6 files (2 .csv, 1 .json, 1 .zst, 1 broken links, 1 without ending); convert .csv with pandas, "
+        in out
+    )
+    assert "not used: 0 documents without text; this command ignored 6 files" in out
     assert data_py.read_json(tmp_path / "out/meta.json")["ignored_files"] == {
-        ".csv": 2, ".zst": 1, "without ending": 1, ".json": 1
+        ".csv": 2, ".zst": 1, "without ending": 1, ".json": 1, "broken links": 1
     }  # fmt: skip
 
 
@@ -1946,6 +1950,23 @@ def test_train_warns_of_tokens_in_no_window_and_of_bytes_taken_for_gpt2s(tmp_pat
     assert "train_0.bin has no token above 258: was it made with --tokenizer=bytes?" in said
     train.load_data(settings | dict(tokenizer="bytes", block_size=29))
     assert "22" not in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_finished_and_files_that_are_gone_are_announced(
+    prepared, no_file_is_small, tmp_path, capsys
+):
+    source = shutil.copytree(prepared / "in", tmp_path / "in")
+    out = prepare(source=source, out_dir=tmp_path / "out")
+    (source / "1.jsonl").unlink()
+    capsys.readouterr()
+    prepare(source=source, out_dir=out)
+    assert f"{out} also holds 1 files that are not in --source, such as {source}/1.jsonl" in capsys.readouterr().out
+    settings = train.settings_of(vars(train)) | dict(data_dir=out, block_size=32)
+    train.load_data(settings)
+    assert "not finished" not in capsys.readouterr().out
+    (out / "meta.json").unlink()
+    train.load_data(settings)
+    assert f"warning: {out} is not finished" in capsys.readouterr().out
 
 
 def test_the_split_of_a_text_never_changes_and_a_larger_fraction_holds_out_more_texts():
@@ -3318,7 +3339,7 @@ def get_a_signal_twice(folder, number):
     print("still there", flush=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_second_signal_stops_at_once(tmp_path, number, capfd):
     process = begin(get_a_signal_twice, tmp_path / "out", number)
     process.join()
@@ -3831,22 +3852,25 @@ def test_records_that_cannot_be_used_are_dropped_and_counted_by_reason_and_ignor
         "neither question and answer nor messages nor chosen and rejected: text, id": {"text": "a", "id": 1},
         "no answer to train on": {"messages": weighted[0]},
         "no object with fields": 7,
-        "no whole turn that fits": {"messages": turns("q")},
+        "no answer": {"messages": turns("q")},
         "roles that do not take turns": {"messages": turns("q")[:1] * 2 + turns("", "a")[1:]},
         "tool calls": {"messages": [*turns("q"), tool_call, dict(role="tool", content="4"), *turns("", "a")[1:]]},
         "a weight that is neither 0 nor 1": {"messages": weighted[1]},
         "a history that is not a list of questions and answers": {"prompt": "q", "output": "a", "history": ["p"]},
     }
     good = [{"prompt": f"Question {i}?", "completion": f"{i}", "id": i, "meta": {"a": 1}} for i in range(30)]
-    named = {"messages": [dict(role="user", content="Who?", name="Al"), *turns("", "I")[1:]]}
+    named = {"messages": [dict(role="user", content="Who?", name="Al"), *turns("", "I", "And?")[1:]]}
     (tmp_path / "in.json").write_text(json.dumps([*good, *odd.values(), named]))
     meta = instruct(tmp_path / "o", source=tmp_path / "in.json")
     dropped = {f"dropped, {reason}": 1 for reason in odd}
-    assert meta["counts"] == {f"read from {tmp_path}/in.json": 48, "kept": 31} | dropped
+    assert meta["counts"] == dropped | {
+        f"read from {tmp_path}/in.json": 48, "kept": 31, "kept without their last question, which has no answer": 1,
+    }  # fmt: skip
     assert meta["ignored_fields"] == {"id": 30, "meta": 30, "name of a message": 1}
     said = capsys.readouterr().out
     assert "in.json: read as 31 questions with answers and 4 conversations, from the fields prompt, completion" in said
     assert "ignored fields: id (30), meta (30), name of a message (1)" in said
+    assert f"1 dropped, a duplicate (first: {tmp_path}/in.json, record 31)" in said
 
 
 def test_pairs_that_cannot_be_used_are_dropped_and_counted_by_reason(tmp_path):
@@ -3880,8 +3904,9 @@ def test_a_conversation_keeps_its_system_message_and_the_whole_turns_that_fit():
     first = "<|user|>Be brief.\n\nOne?<|assistant|>1.<|endoftext|>"  # 20 tokens
     whole = first + "<|user|>Two?<|assistant|>2.<|endoftext|>"  # 29
     for room, expected in ((29, whole), (28, first), (20, first)):
-        (ids, _), was_cut = prepare_instruct.render_within(talk, tokenizer, room)
-        assert (tokenizer.decode(ids), was_cut) == (expected, room < 29)
+        (ids, _), cut = prepare_instruct.render_within(talk, tokenizer, room)
+        lost = "their last turns, which do not fit" if room < 29 else "their last question, which has no answer"
+        assert (tokenizer.decode(ids), cut) == (expected, lost)
     with pytest.raises(prepare_instruct.Unusable, match="no whole turn that fits"):
         prepare_instruct.render_within(talk, tokenizer, 19)
 

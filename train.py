@@ -25,7 +25,7 @@ from configurator import BadInput, check_settings, configure, one_line, settings
 
 import torch
 
-from data import Windows, find_shards, looks_like_bytes, read_meta, sources_of
+from data import Windows, find_shards, is_unfinished, looks_like_bytes, read_meta, sources_of
 from model import FAMILIES, GPT, OPTIMIZERS, GPTConfig, family_of, flags_unlike_family, make_optimizers, round_up
 from run import (
     TRACKERS,
@@ -306,6 +306,8 @@ def load_data(settings, checkpoint=None):
                 f"of its kind, has {windows.lengths[longest]} tokens; use a smaller --block_size, more data, or a "
                 "larger --val_fraction"
             )
+    if is_unfinished(folder):
+        print(f"warning: {folder} is not finished: the command of prepare_fineweb.py that made it resumes")
     outside = train.share_outside()
     if outside > 0.01:
         print(
