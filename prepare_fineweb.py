@@ -815,9 +815,8 @@ def summary(meta):
                 "--split_blank_lines, or name files with --val_source; and choose another --out_dir"
             )
     n_files = sum(meta["ignored_files"].values())
-    lines.append(
-        f"not used: {meta['documents_without_text']:,} documents without text; {n_files:,} files of this command"
-    )
+    blank = f"{meta['documents_without_text']:,} documents without text"
+    lines.append(f"not used: {blank}; this command ignored {n_files:,} files")
     if meta["end_tokens_as_text"]:
         lines.append(
             f"warning: the text contains {SPECIALS[0]} {meta['end_tokens_as_text']:,} times: it is kept as ordinary "
