@@ -3036,6 +3036,23 @@ def test_finetuning_and_dpo_keep_weights_on_the_way_too(trained, chat_rows, pair
         assert load_checkpoint(tmp_path / name / "step_00000001.pt")["step"] == 1
 
 
+def test_what_a_run_was_trained_on_before_it_was_forced_to_other_data_is_not_forgotten(story, tmp_path):
+    out = tmp_path / "run"
+    pretrain(story, out, max_steps=1)
+    shutil.copytree(story / "data", tmp_path / "data")
+    (tmp_path / "data/meta.json").write_text('{"tokenizer": "bytes", "sources": ["other/a.txt"]}')
+    shard = next(iter((tmp_path / "data").glob("train_*.bin")))
+    shard.rename(shard.with_name("train_other.bin"))
+    for path in tmp_path.glob("data/source_*.json"):
+        path.unlink()
+    pretrain(tmp_path, out, max_steps=2, init_from="resume", force=True)
+    stored = load_checkpoint(out / "ckpt.pt")
+    assert stored["sources"] == ["other"]
+    assert [(stage["step"], stage["sources"]) for stage in stored["before"]] == [
+        (1, data_py.sources_of(story / "data"))
+    ]
+
+
 def test_given_weights_decide_all_sizes_and_the_family(story, tmp_path):
     model = tiny("modern", rope_theta=500.0, head_dim=24, mlp_dim=40)
     write_checkpoint(tmp_path / "a.pt", model)
