@@ -29,6 +29,7 @@ LONGEST_LINE = 100_000_000  # bytes of a line of JSON
 HASH_KEY = b"fgpt validation"  # never change it: documents would change sides
 # prepare_fineweb.py writes a record about each source file; these must be the same for all files of a folder
 RULES = ("tokenizer", "split", "text_field", "split_blank_lines")
+NOT_USED = ("documents_without_text", "end_tokens_as_text")  # counts of each record
 COUNTS = {"documents": int, "tokens": int, "bytes": int}
 FILE = {"size": int, "checksum": str}
 RECORD = {  # the shape of a record
@@ -39,8 +40,8 @@ RECORD = {  # the shape of a record
     "revision": str | None,
     "train": COUNTS,
     "val": COUNTS,
+    **dict.fromkeys(NOT_USED, int),
 }
-NOT_USED = ("documents_without_text", "end_tokens_as_text")  # counts of each record
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,6 +146,8 @@ def read_records(path):
     if path.suffix.lower() == ".parquet":
         yield from read_parquet(path)
         return
+    if is_lfs_pointer(path):
+        raise OSError(f"{path}: only a pointer of Git LFS: run git lfs pull")
     size = os.path.getsize(path)
     try:
         by_line = ".jsonl" in path.name.lower() or has_record_lines(path)
@@ -163,6 +166,12 @@ def read_records(path):
                     yield f"{path}, record {number}", record, number / len(records)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise OSError(f"{path}: damaged gzip file ({error}): download it again") from None
+
+
+def is_lfs_pointer(path):
+    """Whether a file is what Git leaves of a large one that git lfs has not fetched."""
+    with open(path, "rb") as file:
+        return file.read(100).startswith(b"version https://git-lfs")
 
 
 def has_record_lines(path):
@@ -223,9 +232,11 @@ def read_sidecars(folder):
     records = []
     for path in sorted(Path(folder).glob("source_*.json")):
         record = read_json(path)
-        if has_shape(record, FILE) and "files" not in record:  # of format_version 1: one file a record
-            record["files"] = [record | {"name": record["source"]}]
-        if not has_shape(record, RECORD):
+        if isinstance(record, dict):
+            if "files" not in record and "source" in record:  # of format_version 1: one file a record
+                record["files"] = [{**record, "name": record["source"]}]
+            record = {**dict.fromkeys(NOT_USED, 0), **record}
+        if not has_shape(record, RECORD) or not record["files"]:
             raise OSError(f"{path}: not a record by prepare_fineweb.py: move it to another folder")
         records.append(record)
     return records
@@ -242,6 +253,13 @@ def read_meta(folder):
     path = Path(folder) / "meta.json"
     if not records:
         return read_json(path, {"tokenizer": str}) if path.exists() else {}
+    stems = {}  # of each file's checksum
+    for record in records:
+        for file in record["files"]:
+            stem = stems.setdefault(file["checksum"], record["stem"])
+            if stem != record["stem"]:
+                names = f"source_{stem}.json and source_{record['stem']}.json"
+                raise OSError(f"{folder}: {file['name']} is in {names}: delete one of them, and its shards")
     meta = {"format_version": 1}
     for name in RULES:
         values = sorted({str(record[name]) for record in records})
@@ -249,10 +267,10 @@ def read_meta(folder):
             raise OSError(f"{folder}: prepared in parts with {name} {' and '.join(values)}: keep one of them")
         meta[name] = records[0][name]
     for split in SPLITS:
-        meta[split] = {key: sum(record[split][key] for record in records) for key in records[0][split]}
+        meta[split] = {key: sum(record[split][key] for record in records) for key in COUNTS}
     meta["sources"] = sorted(file["name"] for record in records for file in record["files"])
     for name in NOT_USED:
-        meta[name] = sum(record.get(name, 0) for record in records)
+        meta[name] = sum(record[name] for record in records)
     return meta
 
 
@@ -347,6 +365,14 @@ class Windows:
                 [path.name, int(n_tokens), checksum]
                 for path, n_tokens, checksum in zip(self.paths, self.lengths, checksums, strict=True)
             ]
+
+    def fingerprint_of_ends(self):
+        """What `fingerprint` was for runs of earlier versions: checksums of the first and last 4,096 tokens."""
+        found = []
+        for path, shard in zip(self.paths, self.shards, strict=True):
+            ends = np.concatenate((shard[:4096], shard[-4096:]))
+            found.append([path.name, len(shard), zlib.crc32(ends)])
+        return found
 
 
 def sampled_checksum(path, step):

@@ -99,8 +99,8 @@ def main():
         folder = Path(out_dir)
         tokenizer = Tokenizer(settings["tokenizer"])
         sidecars = data.read_sidecars(folder)
-        list_dataset = partial(list_at_commit, subset=subset, revision=revision, sidecars=sidecars)
         ignored = Counter()
+        list_dataset = partial(list_at_commit, subset=subset, revision=revision, sidecars=sidecars, ignored=ignored)
         sources = list_sources(source, val_source, val_fraction, list_dataset, ignored)
         if ignored:
             print(describe_ignored(ignored))
@@ -117,11 +117,19 @@ def main():
         others = {file["name"] for record in sidecars for file in record["files"]} - {file["name"] for file in sources}
         if others:
             print(f"{folder} also holds {len(others):,} files that are not in --source, such as {min(others)}")
-        check_texts([file for group in mine for file in group.files if file["checksum"] not in finished])
+        todo = unfinished_groups(mine, sidecars, finished)
+        check_texts([file for group in todo for file in group.files])
         folder.mkdir(parents=True, exist_ok=True)
         if tokenizer.vocabulary:
             data.write_text(folder / VOCABULARY, tokenizer.vocabulary)
-        prepare(mine, finished, folder, rules, tokenizer, workers or os.cpu_count(), max_tokens, keep_downloads)
+        records = [finished[file["checksum"]] for group in mine for file in group.files if file["checksum"] in finished]
+        n_train = sum({record["stem"]: record["train"]["tokens"] for record in records}.values())
+        n_threads = workers or os.cpu_count()
+        prepare(todo, n_train, folder, rules, tokenizer, n_threads, max_tokens, keep_downloads)
+        if not keep_downloads:  # also those of shards that an earlier run finished before it was killed
+            remove_downloads([file for group in mine for file in group.files], folder / "downloads")
+            with suppress(OSError):  # other machines may still use it
+                (folder / "downloads").rmdir()
         meta = data.read_meta(folder)
         if not meta:
             raise BadInput(f"{source}: no documents there, nothing to train on")
@@ -162,14 +170,16 @@ def stop(number, frame):
 class Group:
     """Source files whose documents share a shard of each split: one file, or many small ones."""
 
-    files: list  # dicts, see list_sources
+    files: list  # dicts, see list_sources; all have the same val_fraction
+    stem: str = ""  # in the names of the shards; empty: derived from the files
 
-    @property
-    def stem(self):
-        if len(self.files) == 1:
-            return self.files[0]["stem"]
-        digest = hashlib.sha256("".join(file["checksum"] for file in self.files).encode()).hexdigest()
-        return f"{len(self.files)}_files_{digest[:8]}"
+    def __post_init__(self):
+        if self.stem:
+            return
+        self.stem = self.files[0]["stem"]
+        if len(self.files) > 1:
+            digest = hashlib.sha256("".join(file["checksum"] for file in self.files).encode()).hexdigest()
+            self.stem = f"{len(self.files)}_files_{digest[:8]}"
 
     @property
     def size(self):
@@ -178,7 +188,6 @@ class Group:
 
     @property
     def val_fraction(self):
-        """The same for all files of a group."""
         return self.files[0]["val_fraction"]
 
 
@@ -233,7 +242,7 @@ def find_files(item, list_dataset, ignored):
         for path in walk(item):
             if not path.is_file():
                 ignored["broken links"] += 1
-            elif is_source(path.name) and (path.suffix.lower() != ".json" or data.has_record_lines(path)):
+            elif is_source(path.name) and (path.suffix.lower() != ".json" or is_for_folder(path)):
                 paths.append(path)
             else:
                 ignored[path.suffix.lower() or "without ending"] += 1
@@ -247,6 +256,11 @@ def find_files(item, list_dataset, ignored):
             f"{item}: no {', '.join(FORMATS)} file there (a dataset of the Hub is owner/name){more}"
         )
     return [local_file(path) for path in tqdm(sorted(paths), "checksums", delay=2, leave=False, disable=None)]
+
+
+def is_for_folder(path):
+    """Whether a .json of a folder is one of documents. One that is only a pointer of Git LFS is refused later."""
+    return data.is_lfs_pointer(path) or data.has_record_lines(path)
 
 
 def walk(folder):
@@ -292,24 +306,36 @@ def group_files(files):
         else:
             groups.append(Group([file]))
     for together in small.values():
-        group = Group([])
+        members = []
         for file in sorted(together, key=lambda file: file["checksum"]):
-            if group.size + file["size"] > SMALL_FILES:
-                groups.append(group)
-                group = Group([])
-            group.files.append(file)
-        groups.append(group)
+            if members and sum(member["size"] for member in members) + file["size"] > SMALL_FILES:
+                groups.append(Group(members))
+                members = []
+            members.append(file)
+        groups.append(Group(members))
     return sorted(groups, key=lambda group: group.val_fraction != 1)
 
 
-def list_at_commit(repo, subset, revision, sidecars):
+def list_at_commit(repo, subset, revision, sidecars, ignored):
     """`list_hub` at the commit that a folder was started with, unless another revision than main is asked for."""
     ours = [record for record in sidecars if record["files"][0]["name"].startswith(f"{repo}/")]
     commits = {record["revision"] for record in ours} - {None}
     if commits and revision == "main":
         revision = min(commits)
     subset = subset or DEFAULT_SUBSETS.get(repo, "")
-    return list_hub(repo, subset, revision, lambda path: is_source(path) and not path.endswith((".txt", ".json")))
+
+    left_out = set()
+
+    def is_wanted(path):
+        name = Path(path).name.lower()
+        wanted = is_source(name) and not name.endswith((".txt", ".json"))  # there, those are about the dataset
+        if not wanted and not name.startswith((".", "readme")):
+            left_out.add(path)
+        return wanted
+
+    files = list_hub(repo, subset, revision, is_wanted)
+    ignored.update(Path(path).suffix.lower() or "without ending" for path in left_out)
+    return files
 
 
 def is_shard(file):
@@ -362,6 +388,33 @@ def check_folder(folder, sidecars, rules, sources):
     return {key: record for key, record in by_checksum.items() if is_finished(folder, record)}
 
 
+def unfinished_groups(mine, sidecars, finished):
+    """The Groups that are still to be prepared. finished: what check_folder returned.
+
+    A record whose shards are lost or damaged is made again as it was, whatever has been added since. BadInput when its
+    files are not all there.
+    """
+    files = {file["checksum"]: file for group in mine for file in group.files}
+    groups = []
+    known = set(finished)
+    for record in sidecars:
+        checksums = [file["checksum"] for file in record["files"]]
+        if not set(checksums).isdisjoint(known) or set(checksums).isdisjoint(files):
+            continue
+        if not set(checksums) <= files.keys():
+            raise BadInput(
+                f"the shards of source_{record['stem']}.json are lost or damaged, and so are some of its files: "
+                "delete it and its shards, the rest is prepared again"
+            )
+        groups.append(Group([files[checksum] for checksum in checksums], record["stem"]))
+        known.update(checksums)
+    for group in mine:
+        new = [file for file in group.files if file["checksum"] not in known]
+        if new:
+            groups.append(Group(new))
+    return sorted(groups, key=lambda group: group.val_fraction != 1)
+
+
 def check_texts(files):
     """BadInput that names all files that are not text at once, by what is wrong with them."""
     wrong = {}  # what: names
@@ -384,7 +437,7 @@ def problem_of_text(path):
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as file:
         start = file.read(100)
-        if start.startswith(b"version https://git-lfs"):
+        if data.is_lfs_pointer(path):
             return "only a pointer of Git LFS (run git lfs pull)"
         if path.suffix.lower() != ".txt":
             return ""
@@ -429,15 +482,13 @@ class Counts:
         self.bytes += piece.n_bytes
 
 
-def prepare(groups, finished, folder, rules, tokenizer, n_threads, max_tokens, keep_downloads):
-    """Prepare every group that is not finished, in order, up to the one that brings train to max_tokens (0: all).
+def prepare(groups, n_train, folder, rules, tokenizer, n_threads, max_tokens, keep_downloads):
+    """Prepare groups in order, up to the one that brings train to max_tokens (0: all).
 
-    finished: what check_folder returned.
+    n_train: tokens that train has already.
     """
-    n_bytes = check_space(groups, finished, folder, max_tokens, keep_downloads)
-    todo = [file for group in groups for file in unfinished(group, finished)]
-    paths = fetch_ahead(todo, folder / "downloads")
-    n_train = 0
+    n_bytes = check_space(groups, n_train, folder, max_tokens, keep_downloads)
+    paths = fetch_ahead([file for group in groups for file in group.files], folder / "downloads")
     totals = Counts()
     layout = "{percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
     # smoothing: the time left follows the mean speed, not that of the last batch
@@ -445,38 +496,16 @@ def prepare(groups, finished, folder, rules, tokenizer, n_threads, max_tokens, k
         for group in groups:
             if 0 < max_tokens <= n_train:
                 break
-            n_train += finished_tokens(group, finished)
-            files = unfinished(group, finished)
-            if files:
-                new = Group(files)
-                advance = partial(show_progress, bar, totals, bar.n, new.size)
-                record = tokenize_group(new, paths, folder, rules, tokenizer, n_threads, advance)
-                if total(record, "tokens"):
-                    data.write_json(folder / f"source_{new.stem}.json", record)
-                for file in files:
-                    if "url" in file and not keep_downloads:
-                        place(file, folder / "downloads")[0].unlink()
-                blank = f"{record['documents_without_text']:,} without text ignored"
-                tqdm.write(f"{describe(files)}: {total(record, 'documents'):,} documents, {blank}")
-                n_train += record["train"]["tokens"]
-    if not keep_downloads:
-        remove_downloads([file for group in groups for file in group.files], folder / "downloads")
-
-
-def describe(files):
-    """The name of a group's file, or how many there are."""
-    return files[0]["name"] if len(files) == 1 else f"{len(files):,} small files"
-
-
-def unfinished(group, finished):
-    """The files of a group that are in no finished shard."""
-    return [file for file in group.files if file["checksum"] not in finished]
-
-
-def finished_tokens(group, finished):
-    """Training tokens of the finished shards that hold files of a group."""
-    records = [finished[file["checksum"]] for file in group.files if file["checksum"] in finished]
-    return sum({record["stem"]: record["train"]["tokens"] for record in records}.values())
+            advance = partial(show_progress, bar, totals, bar.n, group.size)
+            record = tokenize_group(group, paths, folder, rules, tokenizer, n_threads, advance)
+            if total(record, "tokens"):
+                data.write_json(folder / f"source_{group.stem}.json", record)
+            if not keep_downloads:
+                remove_downloads(group.files, folder / "downloads")
+            name = group.files[0]["name"] if len(group.files) == 1 else f"{len(group.files):,} small files"
+            blank = f"{record['documents_without_text']:,} without text ignored"
+            tqdm.write(f"{name}: {total(record, 'documents'):,} documents, {blank}")
+            n_train += record["train"]["tokens"]
 
 
 def total(record, what):
@@ -484,19 +513,17 @@ def total(record, what):
     return sum(record[split][what] for split in SPLITS)
 
 
-def check_space(groups, finished, folder, max_tokens, keep_downloads):
+def check_space(groups, n_train, folder, max_tokens, keep_downloads):
     """Bytes of the source files to be read. OSError when shards and downloads clearly do not fit on the disk."""
     n_bytes = 0
-    n_train = 0
     missing = []  # bytes of each download
     for group in groups:
         if 0 < max_tokens <= n_train:
             break
-        n_train += finished_tokens(group, finished)
-        for file in unfinished(group, finished):
-            n_bytes += file["size"]
-            if file["val_fraction"] < 1:
-                n_train += file["size"] * GROWTH / 2
+        n_bytes += group.size
+        if group.val_fraction < 1:
+            n_train += group.size * GROWTH / 2
+        for file in group.files:
             if "url" in file:
                 missing.append(file["size"] - max(map(size_of, place(file, folder / "downloads"))))
     if not keep_downloads:
@@ -533,13 +560,11 @@ def fetch_ahead(files, folder):
 
 
 def remove_downloads(files, folder):
-    """Remove what a run that was killed has left, and with max_tokens the file that would have been next."""
+    """Remove the downloads of files, and what a run that was killed has left of them."""
     for file in files:
         if "url" in file:
             for path in place(file, folder):
                 path.unlink(missing_ok=True)
-    with suppress(OSError):  # other machines may still use it
-        folder.rmdir()
 
 
 def show_progress(bar, totals, first_byte, size, share, pieces):

@@ -252,7 +252,9 @@ def collect(sources, tokenizer, max_tokens, val_fraction):
                 ignored.update(found.ignored)
                 check_length(found.sides, LONGEST_TEXT.get(name, math.inf))
                 rows, cut = render_record(found.sides, tokenizer, max_tokens)
-                digest = hashlib.blake2b(b"".join(ids.tobytes() for ids, _ in rows), digest_size=16).digest()
+                digest = hashlib.blake2b(
+                    b"".join(ids.tobytes() + mask.tobytes() for ids, mask in rows), digest_size=16
+                ).digest()
                 if digest in seen:
                     raise Unusable("a duplicate")
             except Unusable as reason:
@@ -284,37 +286,61 @@ def to_conversations(record):
         raise Unusable("label false")
     if fields.left.get("label") is True:
         del fields.left["label"]
-    has = {field for field, names in FIELDS.items() if record.keys() & names}
+    if not is_trained_on(fields):
+        raise Unusable("not to be trained on")
+    form = form_of(fields.left)
+    if form is None:
+        if form_of(record):
+            raise Unusable("an empty message")
+        names = ", ".join(record)
+        raise Unusable(f"neither question and answer nor messages nor chosen and rejected: {names:.60}")
     before = read_history(fields)
-    if {"chosen", "rejected"} <= has:
-        form = "preferences"
+    if form == "preferences":
         answers = [to_messages(fields.take(side), "assistant", fields.ignored) for side in ("chosen", "rejected")]
         if answers[0][0]["role"] == answers[1][0]["role"] == "assistant":
             before += read_question(fields)
-    elif "messages" in has:
-        form = "conversations"
+    elif form == "conversations":
         messages = fields.take("messages")
         if not isinstance(messages, list | None):
             raise Unusable(f"messages that are {type(messages).__name__}, not a list")
         answers = [to_messages(messages, "user", fields.ignored)]
-    elif "answer" in has and has & {"question", "input"}:
-        form = "questions with answers"
+    else:
         before += read_question(fields)
         answers = [to_messages(fields.take("answer"), "assistant", fields.ignored)]
-    else:
-        names = ", ".join(record)
-        raise Unusable(f"neither question and answer nor messages nor chosen and rejected: {names:.60}")
     used = [name for name in record if not is_empty(record[name]) and name not in fields.left]
     ignored = [*fields.left, *(f"{name} of a message" for name in fields.ignored)]
     sides = [before + answer for answer in answers]
     return Conversations(form, used, sides, ignored)
 
 
+def form_of(names):
+    """What a record with these fields is: preferences, conversations, questions with answers, or None."""
+    has = {field for field, synonyms in FIELDS.items() if not names.keys().isdisjoint(synonyms)}
+    if {"chosen", "rejected"} <= has:
+        return "preferences"
+    if "messages" in has:
+        return "conversations"
+    if "answer" in has and has & {"question", "input"}:
+        return "questions with answers"
+    return None
+
+
+def is_trained_on(fields):
+    """Whether train and weight of a record or a message let it be learned. Unusable for what is not a yes or no."""
+    flags = (fields.take("train"), fields.take("weight"))
+    if any(flag not in (None, 0, 1) for flag in flags):  # True and False are 1 and 0
+        raise Unusable("train or weight that is neither 0 nor 1")
+    return 0 not in flags
+
+
 def read_history(fields):
     """Messages of the fields system, a text, and history, a list of [question, answer]."""
     system = fields.take("system")
     messages = to_messages(system, "system", fields.ignored) if system else []
-    for turn in fields.take("history") or []:
+    history = fields.take("history") or []
+    if not isinstance(history, list):
+        raise Unusable("a history that is not a list of questions and answers")
+    for turn in history:
         if not isinstance(turn, list) or len(turn) != 2:
             raise Unusable("a history that is not a list of questions and answers")
         messages += to_messages(turn[0], "user", fields.ignored) + to_messages(turn[1], "assistant", fields.ignored)
@@ -339,7 +365,9 @@ def to_messages(value, role, ignored):
     """
     if isinstance(value, str) and value.startswith("\n\nHuman:"):  # Anthropic's HH-RLHF
         names_and_texts = re.split(r"\n\n(Human|Assistant):", value)[1:]
-        turns = zip(names_and_texts[::2], names_and_texts[1::2], strict=True)
+        turns = list(zip(names_and_texts[::2], names_and_texts[1::2], strict=True))
+        if not turns[-1][1].strip():  # a prompt ends where the answer is to begin
+            turns.pop()
         value = [{"role": name, "content": text} for name, text in turns]
     if isinstance(value, dict) and "messages" in value:
         value = value["messages"]
@@ -370,13 +398,9 @@ def to_message(message, ignored):
     text = (content or "").strip()
     if not text:
         raise Unusable("an empty message")
-    train = fields.take("train")
-    weight = fields.take("weight")
-    if weight not in (None, 0, 1):
-        raise Unusable("a weight that is neither 0 nor 1")
+    train = is_trained_on(fields)
     ignored.update(fields.left)
-    text = text.encode("utf-8", errors="replace").decode()
-    return {"role": ROLES[role], "content": text, "train": train is not False and weight != 0}
+    return {"role": ROLES[role], "content": text.encode("utf-8", errors="replace").decode(), "train": train}
 
 
 def join_parts(parts):
@@ -420,7 +444,7 @@ def render_within(messages, tokenizer, max_tokens):
         cut = "their last question, which has no answer"
     if all(message["role"] != "assistant" for message in messages):
         raise Unusable("no answer")
-    while messages:
+    while messages and messages[-1]["role"] == "assistant":
         ids, mask = tokenizer.render(messages)
         if len(ids) <= max_tokens:
             return (ids, mask), cut

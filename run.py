@@ -784,7 +784,7 @@ def load_checkpoint(path, device="cpu"):
 def other_checkpoint(path, otherwise):
     """What to do about a damaged or missing checkpoint: use the latest other file of its run, else `otherwise`."""
     others = [path.with_name(name) for name in ("ckpt.pt", PREVIOUS, "best.pt") if name != path.name]
-    found = [other for other in others if other.exists()]
+    found = [other for other in others if other.exists() and is_whole(other)]
     if not found:
         return otherwise
     hint = " (to resume from it, rename it to ckpt.pt)" if found[0].name == PREVIOUS else ""

@@ -1,5 +1,6 @@
 """All promises of fgpt, as tests: `python test_all.py` (CPU, no network, a few minutes) or `pytest test_all.py`."""
 
+import collections
 import email.utils
 import errno
 import functools
@@ -738,6 +739,7 @@ BAD_INPUT = [
     ("hellaswag.py", {"items.jsonl": "\n\n"}, "", "items.jsonl has no items"),
     ("hellaswag.py", {"items.jsonl": lambda old: old[:-9]}, "", r"items.jsonl, line 6: not JSON \(.*: fix it, or"),
     ("hellaswag.py", {"items.jsonl": b'\n{"ctx": "\xff"}'}, "", "items.jsonl, line 2: not JSON"),
+    ("hellaswag.py", {"items.jsonl": LFS_POINTER}, "", "items.jsonl: only a pointer of Git LFS: run git lfs pull"),
     ("hellaswag.py", {"items.csv": "ctx,endings\n"}, "--source=items.csv", "items.csv: not JSON .*: fix it"),
     ("hellaswag.py", {"items.parquet": b"\n<!DOCTYPE html>\n<html>Sign in</html>"}, "--source=items.parquet",
      "items.parquet is not a complete parquet file .*: delete it and download it again"),
@@ -1952,6 +1954,47 @@ def test_train_warns_of_tokens_in_no_window_and_of_bytes_taken_for_gpt2s(tmp_pat
     assert "22" not in capsys.readouterr().out
 
 
+def test_a_damaged_shard_of_small_files_is_made_again_as_it_was_whatever_was_added_since(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for number, text in enumerate(make_texts(20)):
+        (source / f"{number}.txt").write_bytes(text.encode())
+    out = prepare(source=source, out_dir=tmp_path / "out", val_fraction=0.3)
+    before = tree(out)
+    [shard] = out.glob("train_20_files_*.bin")
+    shard.write_bytes(shard.read_bytes()[:-2])
+    (source / "new.txt").write_text("A new text.")
+    prepare(source=source, out_dir=out, val_fraction=0.3)
+    assert data_py.read_meta(out)["train"]["documents"] + data_py.read_meta(out)["val"]["documents"] == 21
+    assert {name: tree(out)[name] for name in before if name != "meta.json"} == {
+        name: content for name, content in before.items() if name != "meta.json"
+    }
+    shard.unlink()
+    (source / "3.txt").unlink()
+    with pytest.raises(BadInput, match="the shards of source_20_files_.* are lost or damaged, and so are some"):
+        prepare(source=source, out_dir=out, val_fraction=0.3)
+
+
+def test_max_tokens_counts_each_shard_once_when_files_were_added(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_fineweb, "SMALL_FILES", 3000)
+    source = tmp_path / "in"
+    source.mkdir()
+    for number, text in enumerate(make_texts(80)):
+        (source / f"{number:02}.txt").write_bytes(text.encode())
+        if number == 39:
+            prepare(source=source, out_dir=tmp_path / "out", val_fraction=0.0, max_tokens=4000)
+    out = prepare(source=source, out_dir=tmp_path / "out", val_fraction=0.0, max_tokens=9000)
+    assert data_py.read_meta(out)["train"]["tokens"] >= 9000
+
+
+def test_a_file_in_two_records_is_refused(tmp_path):
+    for name in ("a", "b"):
+        record = SIDECAR | {"stem": name}
+        (tmp_path / f"source_{name}.json").write_text(json.dumps(record))
+    with pytest.raises(OSError, match="a.txt is in source_a.json and source_b.json: delete one of them"):
+        data_py.read_meta(tmp_path)
+
+
 def test_a_folder_that_is_not_finished_and_files_that_are_gone_are_announced(
     prepared, no_file_is_small, tmp_path, capsys
 ):
@@ -2092,10 +2135,13 @@ def test_a_hub_dataset_is_read_at_one_commit_also_when_it_changes_before_the_run
 
 
 def test_fineweb_edu_means_its_10b_sample_and_another_dataset_all_of_it(tmp_path, monkeypatch):
-    with hub({"sample/10BT/a.jsonl": b"x", "b.jsonl": b"x"}, monkeypatch):
+    ignored = collections.Counter()
+    files = {"sample/10BT/a.jsonl": b"x", "b.jsonl": b"x", "README.md": b"x", "C.TXT": b"x", "d.csv": b"x"}
+    with hub(files, monkeypatch):
         for source, names in (("HuggingFaceFW/fineweb-edu", ["sample/10BT/a"]), ("me/data", ["b", "sample/10BT/a"])):
-            found = prepare_fineweb.list_at_commit(source, "", "main", [])
+            found = prepare_fineweb.list_at_commit(source, "", "main", [], ignored)
             assert [file["name"] for file in found] == [f"{source}/{name}.jsonl" for name in names]
+    assert ignored == {".txt": 1, ".csv": 1}
 
 
 def test_the_next_file_downloads_while_one_is_tokenized_and_no_more_than_two_are_kept(tmp_path, monkeypatch):
@@ -3053,6 +3099,15 @@ def test_what_a_run_was_trained_on_before_it_was_forced_to_other_data_is_not_for
     ]
 
 
+def test_a_run_that_knows_its_data_by_the_ends_of_shards_is_resumed_and_goes_on_to(story, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:  # as in earlier versions
+        patch.setattr(data_py.Windows, "fingerprint", data_py.Windows.fingerprint_of_ends)
+        pretrain(story, tmp_path / "run", max_steps=1)
+    pretrain(story, tmp_path / "run", max_steps=2, init_from="resume")
+    pretrain(story, tmp_path / "run", max_steps=3, init_from="resume")
+    assert log_rows(tmp_path / "run")[-1]["step"] == 3
+
+
 def test_given_weights_decide_all_sizes_and_the_family(story, tmp_path):
     model = tiny("modern", rope_theta=500.0, head_dim=24, mlp_dim=40)
     write_checkpoint(tmp_path / "a.pt", model)
@@ -3835,6 +3890,10 @@ FORMS = [  # (record, what it becomes, with what is trained on in brackets)
     ({"messages": [*turns("q"), dict(role="assistant", content="b", train=False), *turns("q", "a")]},
      "<|user|>q<|assistant|>b<|endoftext|>" + QA),
     ({"prompt": "q", "completion": "a", "label": True}, QA),  # KTO
+    ({"messages": None, "prompt": "q", "completion": "a", "chosen": None, "rejected": None}, QA),  # columns of a table
+    ({"messages": [*turns("q"), dict(role="assistant", content="b", train=0), *turns("q", "a")]},
+     "<|user|>q<|assistant|>b<|endoftext|>" + QA),
+    ({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "a", "rejected": "b"}, PAIR),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, PAIR),
     ({"prompt": turns("q"), "chosen": turns("", "a")[1:], "rejected": turns("", "b")[1:]}, PAIR),  # TRL, explicit
     ({"prompt": "q", "chosen": turns("q", "a"), "rejected": turns("q", "b"), "score": 5.0}, PAIR),  # UltraFeedback
@@ -3872,8 +3931,9 @@ def test_records_that_cannot_be_used_are_dropped_and_counted_by_reason_and_ignor
         "no answer": {"messages": turns("q")},
         "roles that do not take turns": {"messages": turns("q")[:1] * 2 + turns("", "a")[1:]},
         "tool calls": {"messages": [*turns("q"), tool_call, dict(role="tool", content="4"), *turns("", "a")[1:]]},
-        "a weight that is neither 0 nor 1": {"messages": weighted[1]},
-        "a history that is not a list of questions and answers": {"prompt": "q", "output": "a", "history": ["p"]},
+        "train or weight that is neither 0 nor 1": {"messages": weighted[1]},
+        "a history that is not a list of questions and answers": {"prompt": "q", "output": "a", "history": 5},
+        "not to be trained on": {"prompt": "q", "output": "a", "weight": 0},
     }
     good = [{"prompt": f"Question {i}?", "completion": f"{i}", "id": i, "meta": {"a": 1}} for i in range(30)]
     named = {"messages": [dict(role="user", content="Who?", name="Al"), *turns("", "I", "And?")[1:]]}
@@ -3881,7 +3941,7 @@ def test_records_that_cannot_be_used_are_dropped_and_counted_by_reason_and_ignor
     meta = instruct(tmp_path / "o", source=tmp_path / "in.json")
     dropped = {f"dropped, {reason}": 1 for reason in odd}
     assert meta["counts"] == dropped | {
-        f"read from {tmp_path}/in.json": 48, "kept": 31, "kept without their last question, which has no answer": 1,
+        f"read from {tmp_path}/in.json": 49, "kept": 31, "kept without their last question, which has no answer": 1,
     }  # fmt: skip
     assert meta["ignored_fields"] == {"id": 30, "meta": 30, "name of a message": 1}
     said = capsys.readouterr().out

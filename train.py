@@ -160,6 +160,9 @@ def main():
         settings["batch_size"] = find_batch_size(model, optimizers, stored_size, n_rows, autocast, settings["compile"])
     describe(model, optimizers, settings, tokenizer, train, val, n_steps)
     data = train.fingerprint() + val.fingerprint()
+    data_as_before = train.fingerprint_of_ends() + val.fingerprint_of_ends()
+    if run.stored and run.stored["data"] == data_as_before:  # a run of an earlier version
+        data = data_as_before
     run.restore(model, optimizers, tokenizer.name, data, tokenizer.vocabulary, sources_of(data_dir), base)
 
     micro_batch = settings["batch_size"]
