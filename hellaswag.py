@@ -166,9 +166,7 @@ def evaluate(model, tokenizer, items, autocast=nullcontext, style="completion", 
     Under torchrun every process must call it, with the same arguments, and gets the same numbers.
     """
     block_size = model.config.block_size
-    groups = []  # the rows of each item; equal endings have one together, so that rounding does not choose
-    row_of_ending = []  # the number of each ending's row
-    n_rows = 0
+    groups = []  # the rows of each item
     divisors = []  # of each ending, for acc_norm
     cut = 0
     for item in items:
@@ -177,18 +175,12 @@ def evaluate(model, tokenizer, items, autocast=nullcontext, style="completion", 
         cut += any(len(ids) > block_size + 1 for ids, _ in rows)
         # Nothing predicts the first of the block_size + 1 tokens that are left.
         rows = [(ids[-block_size - 1 :], min(n_scored, block_size)) for ids, n_scored in rows]
-        different = []
-        for row in rows:
-            if row not in different:
-                different.append(row)
-            row_of_ending.append(n_rows + different.index(row))
-        groups.append(different)
-        n_rows += len(different)
+        groups.append(rows)
         if style == "harness":
             divisors += [max(len(ending), 1) for ending in endings]  # the clean-up may leave nothing of an ending
         else:
             divisors += [n_scored for _, n_scored in rows]
-    sums = log_likelihoods(model, groups, autocast)[row_of_ending]
+    sums = log_likelihoods(model, groups, autocast)
     if np.isnan(sums).any():
         raise FloatingPointError("the model's log-likelihoods are not numbers: its training has diverged")
     labels = np.array([item["label"] for item in items])
@@ -246,10 +238,11 @@ def log_likelihoods(model, items, autocast=nullcontext):
     items: lists of rows (ids, n_scored) with 0 < n_scored < len(ids) <= block_size + 1. What the rows of an item share
     at their beginning is computed once. Under torchrun the processes share the batches, and each returns all sums.
     """
-    packed = [pack(rows) for rows in items]
+    different_rows, row_numbers = without_repetition(items)
+    packed = [pack(rows) for rows in different_rows]
     on_cpu = next(model.parameters()).device.type == "cpu"
     batches = make_batches([len(item.inputs) for item in packed], CPU_BATCH if on_cpu else GPU_BATCH)
-    first_rows = np.cumsum([0] + [len(rows) for rows in items])  # the number of each item's first row
+    first_rows = np.cumsum([0] + [len(rows) for rows in different_rows])  # the number of each item's first row
     rank, world = rank_and_world()
     scores = []  # of targets; they stay on the device, so that it need not wait for the host
     rows = []  # the number of each target's row
@@ -261,7 +254,24 @@ def log_likelihoods(model, items, autocast=nullcontext):
     if rows:
         sums = np.bincount(rows, torch.cat(scores).cpu().numpy(), minlength=len(sums))
     sum_over_ranks(torch.from_numpy(sums))  # one process has a row's sum, the others 0: exact
-    return sums
+    return sums[row_numbers]
+
+
+def without_repetition(items):
+    """(each item's different rows, the number of each row among them): equal endings get one sum, not two that differ
+    by rounding."""
+    different_rows = []
+    row_numbers = []
+    n_rows = 0
+    for rows in items:
+        different = []
+        for row in rows:
+            if row not in different:
+                different.append(row)
+            row_numbers.append(n_rows + different.index(row))
+        different_rows.append(different)
+        n_rows += len(different)
+    return different_rows, row_numbers
 
 
 @dataclass
