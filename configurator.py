@@ -241,7 +241,7 @@ def one_line_errors(kind, error, trace):
     out_of_memory = kind.__name__ == "OutOfMemoryError"  # torch's, which is not imported here
     if kind is KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
-    elif kind is BrokenPipeError:  # whoever reads the output, such as `head`, has closed the pipe
+    elif kind is BrokenPipeError:  # the program that reads the output, such as `head`, has closed the pipe
         # Python flushes stdout when it exits, which would raise this error again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif os.environ.get("FGPT_TRACEBACK"):

@@ -80,7 +80,7 @@ hellaswag_limit = 0  # items to score; 0: all
 # machine
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
 dtype = ""  # float32 or bfloat16; empty: bfloat16 where it was measured to be faster
-activation_checkpointing = False  # less memory for a third more compute
+activation_checkpointing = False  # less memory for a fifth more compute
 deterministic = False  # use only deterministic kernels: the same bits every run, perhaps slower
 
 UNITS = {

@@ -100,7 +100,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False  # True: a third more compute, activations of one block at a time
+        self.checkpoint_activations = False  # True: a fifth more compute, activations of one block at a time
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head: tied
         if config.rotary:
             powers = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim

@@ -122,8 +122,7 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
         if tokenizer.vocabulary:
             data.write_text(folder / VOCABULARY, tokenizer.vocabulary)
-        records = [finished[file["checksum"]] for group in mine for file in group.files if file["checksum"] in finished]
-        n_train = sum({record["stem"]: record["train"]["tokens"] for record in records}.values())
+        n_train = finished_tokens(mine, finished)
         n_threads = workers or os.cpu_count()
         prepare(todo, n_train, folder, rules, tokenizer, n_threads, max_tokens, keep_downloads)
         if not keep_downloads:  # also those of shards that an earlier run finished before it was killed
@@ -415,6 +414,12 @@ def unfinished_groups(mine, sidecars, finished):
     return sorted(groups, key=lambda group: group.val_fraction != 1)
 
 
+def finished_tokens(mine, finished):
+    """Training tokens of the finished shards that hold files of these groups, each shard once."""
+    records = [finished[file["checksum"]] for group in mine for file in group.files if file["checksum"] in finished]
+    return sum({record["stem"]: record["train"]["tokens"] for record in records}.values())
+
+
 def check_texts(files):
     """BadInput that names all files that are not text at once, by what is wrong with them."""
     wrong = {}  # what: names
@@ -434,13 +439,13 @@ def check_texts(files):
 
 def problem_of_text(path):
     """What is wrong with a source file, as far as one sees without its format; "" if nothing is."""
+    if data.is_lfs_pointer(path):
+        return "only a pointer of Git LFS (run git lfs pull)"
+    if path.suffix.lower() != ".txt":
+        return ""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as file:
-        start = file.read(100)
-        if data.is_lfs_pointer(path):
-            return "only a pointer of Git LFS (run git lfs pull)"
-        if path.suffix.lower() != ".txt":
-            return ""
+        start = file.read(2)
         if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return "UTF-16 (convert with iconv -f utf-16 -t utf-8)"
         file.seek(0)

@@ -1866,7 +1866,7 @@ def test_any_texts_in_any_format_come_out_exactly_and_each_is_always_on_the_same
     assert val_of_some == [text for text in some if text in val]
 
 
-def test_many_small_files_share_shards_whatever_their_order_and_kills_in_between(tmp_path, monkeypatch, capsys):
+def test_many_small_files_share_shards_whatever_their_order_and_kills_in_between(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_fineweb, "SMALL_FILES", 2000)
     texts = make_texts(60)
     for name, some in (("in", texts), ("other", texts[::-1])):
@@ -1894,7 +1894,6 @@ def test_many_small_files_share_shards_whatever_their_order_and_kills_in_between
     prepare(source=tmp_path / "in", out_dir=died, val_fraction=0.3)
     train, val = both_sides(died)
     assert sorted(train + val) == sorted([*texts, "A new one."])
-    capsys.readouterr()
 
 
 def test_a_folder_is_read_with_its_links_and_what_is_left_out_is_said(tmp_path, capsys):
@@ -3106,6 +3105,13 @@ def test_a_run_that_knows_its_data_by_the_ends_of_shards_is_resumed_and_goes_on_
     pretrain(story, tmp_path / "run", max_steps=2, init_from="resume")
     pretrain(story, tmp_path / "run", max_steps=3, init_from="resume")
     assert log_rows(tmp_path / "run")[-1]["step"] == 3
+
+
+def test_a_run_may_live_in_the_working_folder(story, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pretrain(story, Path("."), max_steps=1)
+    pretrain(story, Path("."), max_steps=2, init_from="resume")
+    assert log_rows(tmp_path)[-1]["step"] == 2
 
 
 def test_given_weights_decide_all_sizes_and_the_family(story, tmp_path):

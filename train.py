@@ -97,7 +97,7 @@ max_minutes = 0.0  # save and stop after this time; 0: no limit
 device = ""  # cpu, cuda, ...; empty: cuda where there is one
 dtype = ""  # float32 or bfloat16; empty: bfloat16 where it was measured to be faster
 compile = None  # torch.compile; None: on cuda only
-activation_checkpointing = False  # less memory for a third more compute
+activation_checkpointing = False  # less memory for a fifth more compute
 deterministic = False  # use only deterministic kernels: the same bits every run, perhaps slower
 
 DEFAULTS = settings_of(globals())
@@ -159,10 +159,7 @@ def main():
         stored_size = run.stored_settings.get("batch_size", 0)
         settings["batch_size"] = find_batch_size(model, optimizers, stored_size, n_rows, autocast, settings["compile"])
     describe(model, optimizers, settings, tokenizer, train, val, n_steps)
-    data = train.fingerprint() + val.fingerprint()
-    data_as_before = train.fingerprint_of_ends() + val.fingerprint_of_ends()
-    if run.stored and run.stored["data"] == data_as_before:  # a run of an earlier version
-        data = data_as_before
+    data = fingerprint(train, val, run.stored)
     run.restore(model, optimizers, tokenizer.name, data, tokenizer.vocabulary, sources_of(data_dir), base)
 
     micro_batch = settings["batch_size"]
@@ -222,7 +219,7 @@ def check(settings):
         (final_lr_fraction <= 1, "final_lr_fraction must be at most 1"),
         (compile in (None, True, False), "compile must be None, True or False"),
         (
-            Path(init_from).resolve().parent != Path(out_dir).resolve(),
+            init_from in ("scratch", "resume") or Path(init_from).resolve().parent != Path(out_dir).resolve(),
             f"out_dir {out_dir} is the folder of {init_from}, which would be overwritten: choose another",
         ),
     ]
@@ -320,6 +317,14 @@ def load_data(settings, checkpoint=None):
     if tokenizer.name != "bytes" and looks_like_bytes(train.shards[0]):
         print(f"warning: {train.paths[0]} has no token above 258: was it made with --tokenizer=bytes?")
     return tokenizer, train, val
+
+
+def fingerprint(train, val, stored):
+    """What a resumed run recognizes its data by. stored: its checkpoint, or None."""
+    of_ends = train.fingerprint_of_ends() + val.fingerprint_of_ends()
+    if stored and stored["data"] == of_ends:  # a run of an earlier version
+        return of_ends
+    return train.fingerprint() + val.fingerprint()
 
 
 def load_tokenizer(folder, source, checkpoint):
