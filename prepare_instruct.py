@@ -200,8 +200,8 @@ class Unusable(Exception):
 
 
 @dataclass
-class Conversations:
-    """A record: one conversation, or the chosen and the rejected one of a preference."""
+class Record:
+    """What is read of a record: one conversation, or the chosen and the rejected one of a preference."""
 
     form: str  # what the record is
     used: list  # names of the fields that were used
@@ -276,7 +276,7 @@ def collect(sources, tokenizer, max_tokens, val_fraction):
 
 
 def to_conversations(record):
-    """The Conversations of a record. Unusable when it is none."""
+    """The Record that a value of a file stands for. Unusable when it is none."""
     if isinstance(record, list):
         record = {"messages": record}
     if not isinstance(record, dict):
@@ -310,7 +310,7 @@ def to_conversations(record):
     used = [name for name in record if not is_empty(record[name]) and name not in fields.left]
     ignored = [*fields.left, *(f"{name} of a message" for name in fields.ignored)]
     sides = [before + answer for answer in answers]
-    return Conversations(form, used, sides, ignored)
+    return Record(form, used, sides, ignored)
 
 
 def form_of(names):
