@@ -3048,6 +3048,27 @@ def test_a_run_from_given_weights_that_dies_before_its_first_checkpoint_is_not_r
     pretrain(story, out, init_from=str(trained / "best.pt"), max_steps=1, overwrite=True)
     pretrain(story, out, init_from="resume", max_steps=2)
     assert [stage["stage"] for stage in load_checkpoint(out / "ckpt.pt")["before"]] == ["pretrain"]
+    pretrain(story, out, max_steps=1, overwrite=True)
+    assert not (out / "init_from.txt").exists() and load_checkpoint(out / "ckpt.pt")["before"] == []
+
+
+def test_printing_to_a_closed_stream_ends_nothing():
+    stream = io.StringIO()
+    stream.close()
+    lossy = run_py.LossyStream(stream)
+    assert lossy.write("lost") == 4
+    lossy.flush()
+
+
+def test_published_shards_that_look_like_bytes_are_warned_of(tmp_path, capsys):
+    for split, token in (("train", 65), ("val", 66)):
+        with open(tmp_path / f"{split}_x.bin", "wb") as file:
+            write_shard(file, np.full(2000, token))
+    said = "has no token above 258: was it made with --tokenizer=bytes?"
+    for tokenizer, n_warnings in (("gpt2", 2), ("bytes", 0)):
+        prepare(source=tmp_path, out_dir=tmp_path / "out" / tokenizer, tokenizer=tokenizer)
+        assert capsys.readouterr().out.count(said) == n_warnings
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_weights_kept_on_the_way_are_listed_never_deleted_and_no_run_in_use(story, tmp_path, capsys):
