@@ -4992,6 +4992,18 @@ def test_a_page_asks_only_its_own_server_and_on_a_phone_nothing_is_wider_than_th
     assert all(url.startswith((site.address, "data:", "blob:")) for url in asked)
 
 
+def test_a_screenshot_shows_the_page_after_an_answer(serve, tmp_path):
+    site = serve("finetune", "It is 4.")
+    site.let(1000)
+    picture = tmp_path / "page.png"
+    run("-m", "tools.screenshot", f"--url={site.address}", "--question=What is 2 + 2?", f"--out={picture}")
+    assert "What is 2 + 2?" in site.prompts[0] and site.ended.is_set()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    command = [sys.executable, "-m", "tools.screenshot", f"--url=http://127.0.0.1:{free_port()}"]
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 1 and len(failed.stderr.splitlines()) == 1 and "is the page running" in failed.stderr
+
+
 def test_an_assembled_space_works_with_its_own_files_alone_and_reports_to_nobody(chromium, tmp_path):
     stored = dict(stage="finetune", tokenizer="gpt2", tokens=9, metrics=dict(val_loss=1.5))
     write_checkpoint(tmp_path / "ckpt.pt", tiny(n_vocab=50259, vocab_size=50304), **stored)
@@ -5426,6 +5438,7 @@ def test_the_race_gives_the_baseline_its_best_rate_and_tells_the_shares_of_token
     assert (at_the_end["modern + Muon"], at_the_end["± modern + Muon"]) == pytest.approx((1.75, 0.5 / 2**0.5))
     # 5 to 2 passes 3 at two thirds of the way: 1,667 of 2,000 tokens, at 1.5 times the seconds a token
     assert (muon["share of tokens"], muon["share of seconds"]) == pytest.approx((5 / 6, 1.25))
+    assert (tmp_path / "race.png").stat().st_size > 10_000  # the picture of the curves
     # seed 2: 9 to 1 passes 3 at three quarters of the first half; the share is the median
     shares = (modern["tokens from"], modern["share of tokens"], modern["tokens to"])
     assert shares == pytest.approx((3 / 8, 29 / 48, 5 / 6))
@@ -5538,24 +5551,24 @@ def test_the_quick_start_does_not_clear_a_folder_that_holds_something_else(asked
 
 
 def test_the_real_run_prepares_trains_scores_and_finetunes(asked):
-    commands = asked("fgpt_712m.sh", "--max_tokens=1024", NAME="mine", CONFIG="config/fgpt_modern.py")
+    commands = asked("fgpt_712m.sh", "--max_tokens=1024", CONFIG="config/gpt2_124m.py")
     stages = ["prepare_fineweb.py", "prepare_instruct.py", "train.py", "hellaswag.py", "hellaswag.py", "finetune.py"]
     assert [words[1] for words in commands][: len(stages)] == stages
     for _, *words in commands[: len(stages)]:
         read_settings(words)  # they exist
-    assert {"config/fgpt_modern.py", "--out_dir=out/mine", "--max_tokens=1024"} <= set(commands[2])
+    assert {"config/gpt2_124m.py", "--out_dir=out/gpt2_124m", "--max_tokens=1024"} <= set(commands[2])
     assert "--init_from=resume" in commands[2] and commands[4][-1] == "--style=harness"
 
 
 def test_the_real_run_resumes_what_was_begun_and_finetunes_anew_what_was_trained_further(asked, tmp_path):
-    base, chat = "out/fgpt_712m/best.pt", "out/fgpt_712m_chat/ckpt.pt"
+    base, chat = "out/fgpt_modern/best.pt", "out/fgpt_modern_chat/ckpt.pt"
     for number, path in enumerate(["data/fineweb/meta.json", "data/fgpt_instruct/meta.json", base, chat, base]):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
         os.utime(tmp_path / path, (number, number))
         if path in (base, chat):
             training, _, _, finetuning, *_ = asked("fgpt_712m.sh")
-            assert {"train.py", "config/fgpt_712m.py", "--init_from=resume"} <= set(training)
+            assert {"train.py", "config/fgpt_modern.py", "--init_from=resume"} <= set(training)
             assert finetuning[-1] == ("--init_from=resume" if path == chat else "--overwrite=True")
 
 

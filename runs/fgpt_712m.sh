@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# The real run, from start to end: FineWeb-Edu, the 712M model, HellaSwag, an assistant. Needs a GPU, the Hub, GitHub,
-# about 70 GB of disk, and days: run it in tmux. Not yet run to the end.
+# The real run, from start to end: FineWeb-Edu, a model of 712M parameters, HellaSwag, an assistant. Needs a GPU, the
+# Hub, GitHub, about 70 GB of disk, and days: run it in tmux. Not yet run to the end.
 #
-#   bash runs/fgpt_712m.sh                              one GPU, 10 billion tokens
+#   bash runs/fgpt_712m.sh                              one GPU, 10 billion tokens, config/fgpt_modern.py
 #   GPUS=8 bash runs/fgpt_712m.sh                       eight GPUs (or 2, 4, 16 ...)
 #   bash runs/fgpt_712m.sh --max_tokens=30000000000     three epochs of the same 10 billion
-#   CONFIG=config/fgpt_modern.py NAME=fgpt_modern bash runs/fgpt_712m.sh
+#   CONFIG=config/fgpt_712m.py bash runs/fgpt_712m.sh   GPT-2's architecture, the one with published reference points
 #
 # Whatever stopped it, the same command resumes. All downloads come first, so that they fail before the GPU has worked
 # for hours. Arguments go to train.py: --activation_checkpointing=True for small GPUs, or --max_minutes=600 to train for
 # ten hours at most, and then score and finetune the result.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-name=${NAME:-fgpt_712m} config=${CONFIG:-config/fgpt_712m.py} gpus=${GPUS:-1}
+config=${CONFIG:-config/fgpt_modern.py} gpus=${GPUS:-1}
+name=${NAME:-$(basename "$config" .py)} # of the folders in out
 if [[ ! $gpus =~ ^[1-9][0-9]*$ ]] || ((512 % gpus)); then # rows of a step
     echo "fgpt_712m.sh: GPUS=$gpus does not divide the 512 rows of a step: use 1, 2, 4, 8 ..." >&2
     exit 2
