@@ -5615,44 +5615,62 @@ def test_models_that_are_compared_have_as_many_parameters():
     assert max(racers) < 1.01 * min(racers)
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SMALL_AND_LOCAL = {  # command of the README: what makes it small, and takes it from this machine
+PAGES = {  # text of each page with commands, in the order in which a reader needs what they write
+    page: (ROOT / page).read_text(encoding="utf-8")
+    for page in ("README.md", "docs/data.md", "docs/running.md", "docs/page.md", "docs/elsewhere.md")
+}
+README = PAGES["README.md"]
+SMALL_AND_LOCAL = {  # command of a page: what makes it small, and takes it from this machine
     "train.py": "--max_steps=2 --n_layer=1 --tokens_per_step=256 --batch_size=1 --eval_tokens=512 --device=cpu",
     "hellaswag.py": "--limit=4 --source=items.jsonl",
     "finetune.py": "--epochs=1 --scored_answers=2 --answer_tokens=2 --device=cpu",
     "dpo.py": "--answer_tokens=2 --device=cpu",
     "sample.py": "--max_new_tokens=4 --device=cpu",
     "tools.contamination": "--source=items.jsonl",
-    "tools.bench": "--configs=tiny.py --repeats=1 --batch_sizes=1 --n_items=2 --decode_batches=1 --new_tokens=8 "
-    "--race_config=tiny.py --seeds=1 --learning_rates=1e-3 --device=cpu",
+    "tools.bench race": "--race_config=tiny.py --seeds=1 --learning_rates=1e-3 --device=cpu",
 }
-NOT_RUN = (  # beginnings of commands: they need a GPU or the Hub, or other tests run them
-    "pip install", "hf ", "python test_all.py", "bash runs/", "GPUS=8 bash runs/", "CONFIG=config/fgpt_modern.py",
-    "torchrun", "python sample.py --checkpoint=out/quickstart/", "python -m tools.convert_hf import",
-    "python prepare_fineweb.py --source=kjj0", "python prepare_fineweb.py --out_dir=data/fineweb",
-    "python -m space.app --checkpoint=", "python app.py",
+NEEDS = ("GPU", "8 GPUs", "Hub")  # beginnings of the comments of commands that need more than this machine
+NOT_RUN = (  # beginnings of commands that are not ours, or that other tests run
+    "pip install", "bash runs/", "transformers serve", "python test_all.py", "python -m space.app --checkpoint=",
+    "python app.py", "python -m tools.screenshot", "python sample.py --checkpoint=out/quickstart/",
+    "python -m tools.plot --runs=out/quickstart/", "python convert_hf_to_gguf.py",
 )  # fmt: skip
 TINY = SMALL | dict(tokenizer="bytes", n_layer=1, tokens_per_step=128, max_steps=3, eval_interval=1)
 
 
-def readme_blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], flags=re.DOTALL)
 
 
-def readme_commands():
-    """The commands of the README: those of its blocks without their comments, then those of its text."""
-    blocks = "".join(readme_blocks("bash")).replace("\\\n", " ").splitlines()
-    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    commands = [line.split("  #")[0].strip() for line in blocks]
-    commands += re.findall(r"`((?:python|bash|pip|torchrun|hf) [^`]+)`", text)
-    return list(dict.fromkeys(commands))
+def documented_commands():
+    """{command: its comment} of all pages: of each page first those of its bash blocks, then those in its sentences."""
+    commands = {}
+    for page, text in PAGES.items():
+        for line in "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
+            command, _, comment = line.partition("  #")
+            commands.setdefault(command.strip(), comment.strip())
+        sentences = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for command in re.findall(r"`((?:python|bash|pip|torchrun) [^`]+)`", sentences):
+            commands.setdefault(command, "")
+    return commands
 
 
-def write_what_the_readme_takes_for_granted(folder):
+def check_that_its_settings_exist(command):
+    """For a command of ours that is not run."""
+    words = shlex.split(command)
+    scripts = [word for word in words if word in STAGES or word.startswith(("tools.", "space."))]
+    if scripts:
+        defaults = configurator.settings_of(vars(importlib.import_module(scripts[0].removesuffix(".py"))))
+        names = re.findall(r"--([a-z_]+)", " ".join(words[words.index(scripts[0]) :]))
+        assert set(names) <= defaults.keys(), command
+        assert all(Path(word).exists() for word in words if word.startswith("config/")), command
+
+
+def write_what_the_pages_take_for_granted(folder):
     texts = [f"{i} " + " ".join(random.Random(i).choices(SENTENCES, k=20)) for i in range(3000)]
     questions = [dict(instruction=f"What is {i} + 1?", output=f"{i + 1}.") for i in range(60)]
     pairs = [dict(prompt=f"What is {i} + 2?", chosen=f"{i + 2}.", rejected="Who knows?") for i in range(60)]
-    records_shown, pairs_shown = map(json.loads, readme_blocks("json"))
+    records_shown, pairs_shown = map(json.loads, blocks("README.md", "json"))
     (folder / "texts").mkdir()
     write_parquet(folder / "texts/a.parquet", texts)
     (folder / "input.txt").write_text(("\n\n".join(texts) * 2)[:1_115_394])
@@ -5660,21 +5678,24 @@ def write_what_the_readme_takes_for_granted(folder):
     (folder / "preferences.json").write_text(json.dumps(pairs + pairs_shown))
     write_jsonl(folder / "items.jsonl", hellaswag_items())
     (folder / "tiny.py").write_text("".join(f"{name} = {value!r}\n" for name, value in TINY.items()))
-    (folder / "my_config.py").write_text(readme_blocks("python")[0])
+    (folder / "my_config.py").write_text(blocks("docs/running.md", "python")[0])
     (folder / "config").symlink_to(ROOT / "config")
+    (folder / "out/gpt2").mkdir(parents=True)
+    gpt2 = tiny(n_layer=1, block_size=64, n_vocab=50259, vocab_size=50304)
+    write_checkpoint(folder / "out/gpt2/gpt2.pt", gpt2, stage="pretrain", tokenizer="gpt2")  # as if from the Hub
 
 
-def test_every_command_of_the_readme_works_one_after_the_other_or_names_settings_that_exist(tmp_path, monkeypatch):
-    write_what_the_readme_takes_for_granted(tmp_path)
+def test_every_documented_command_works_one_after_the_other_or_names_settings_that_exist(tmp_path, monkeypatch):
+    write_what_the_pages_take_for_granted(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model_py, "ATTENTION_IN_FP32", model_py.ATTENTION_IN_FP32)  # tools.bench changes it
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setattr(race.subprocess, "call", lambda words, **_: command_line(*words[1:])[0])  # in this process
-    assert all(any(command.startswith(start) for command in readme_commands()) for start in NOT_RUN)
-    for command in [*readme_commands(), "python train.py my_config.py"]:
+    commands = documented_commands()
+    assert all(any(command.startswith(start) for command in commands) for start in NOT_RUN)
+    for command, comment in commands.items():
         words = shlex.split(command.split(" | ")[-1])
-        if command.startswith(NOT_RUN):
-            if words[1] in STAGES:
-                read_settings(words[1:])
+        if command.startswith(NOT_RUN) or comment.startswith(NEEDS):
+            check_that_its_settings_exist(command)
         elif words[0] != "python":
             subprocess.run(["bash", "-euc", command], check=True)
         else:
@@ -5687,20 +5708,25 @@ def test_every_command_of_the_readme_works_one_after_the_other_or_names_settings
 def test_model_py_and_muon_py_work_alone_in_an_empty_folder(tmp_path):
     for name in ("model.py", "muon.py"):
         shutil.copy(ROOT / name, tmp_path)
-    code = readme_blocks("python")[1] + "import model; print(len(ids), model.__file__)"
+    code = blocks("docs/elsewhere.md", "python")[0] + "import model; print(len(ids), model.__file__)"
     assert run("-c", code, cwd=tmp_path).splitlines()[1:] == [f"8 {tmp_path}/model.py"]
 
 
-def test_the_tour_of_the_readme_has_every_file():
-    assert {path.name for path in ROOT.glob("*.py")} <= set(re.findall(r"^\| `(\S+)` \|", README, flags=re.MULTILINE))
+def test_the_code_in_reading_order_has_every_file():
+    rows = re.findall(r"^\| (`\S+\.py`.*?) \|", README, flags=re.MULTILINE)
+    assert {path.name for path in ROOT.glob("*.py")} <= set(re.findall(r"`(\S+?)`", " ".join(rows)))
+
+
+def test_code_that_the_pages_quote_from_a_file_is_there():
+    pages = README + (ROOT / "docs/why.md").read_text(encoding="utf-8")
+    quotes = re.findall(r"`(\w+\.py)`: `([^`]+)`", pages)
+    assert len(quotes) > 20
+    assert [quote for quote in quotes if quote[1] not in (ROOT / quote[0]).read_text(encoding="utf-8")] == []
 
 
 def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
     measured = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (.*?) \| (.*?) \| (.*?) \|", README, flags=re.MULTILINE)
-    start = next(number for number, row in enumerate(rows) if row[0] == "what")
-    figures = re.findall(r"\d+\.\d+", " ".join(f"{row[1]} {row[2]}" for row in rows[start:]))
-    figures += re.findall(r"\d+\.\d%", README.split("```")[3])  # the quick start's
+    figures = re.findall(r"\b\d\.\d{3}\b|\b\d+\.\d%", README.partition("## The real run")[0])
     assert len(figures) > 20 and [figure for figure in figures if figure not in measured] == []
 
 
