@@ -105,8 +105,10 @@ class GPT(nn.Module):
         if config.rotary:
             powers = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
             angles = torch.outer(torch.arange(config.block_size, dtype=torch.float32), config.rope_theta**-powers)
-            self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, D/2)
-            self.register_buffer("sin", angles.sin(), persistent=False)
+            cos = angles.cos()  # (block_size, D/2)
+            sin = angles.sin()
+            self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)  # (block_size, D)
+            self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)
         else:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
@@ -155,7 +157,7 @@ class GPT(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         rope = None
         if self.config.rotary:
-            rope = (self.cos[positions][:, None], self.sin[positions][:, None])  # (1 or B, 1, T, D/2)
+            rope = (self.cos[positions][:, :, None], self.sin[positions][:, :, None])  # (1 or B, T, 1, D)
         else:
             x = x + self.wpe(positions)
         for block in self.h:
@@ -316,36 +318,40 @@ class Attention(nn.Module):
 
     def forward(self, x, rope=None, cache=None):
         B, T, _ = x.shape
-        q, k, v = (
-            part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).chunk(3, -1)
-        )  # (B, H, T, D)
+        in_fp32 = cache is None and x.device.type in ATTENTION_IN_FP32
+        qkv = self.c_attn(x)  # (B, T, 3 H D)
+        dtype = torch.float32 if in_fp32 else qkv.dtype
+        q, k, v = (part.view(B, T, self.n_head, -1).to(dtype) for part in qkv.chunk(3, -1))  # (B, T, H, D)
         if self.q_norm is not None:
             q = self.q_norm(q)
             k = self.k_norm(k)
         if rope is not None:
             q = rotate(q, *rope)
             k = rotate(k, *rope)
-        q = q.to(v.dtype)  # under autocast norms and rotation may have produced fp32
-        k = k.to(v.dtype)
+        # under autocast norms and rotation may have produced fp32
+        q, k, v = (part.to(dtype).transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
+        scale = self.head_dim**-0.5
         if cache is not None:
             k, v, mask = cache.extend(self.layer, k, v)  # (B, H, S, D or more) twice, (B, 1, T, S)
             q = F.pad(q, (0, k.shape[-1] - self.head_dim))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.head_dim**-0.5)
-            y = y[..., : self.head_dim]
-        elif x.device.type in ATTENTION_IN_FP32:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        elif in_fp32:
             with torch.autocast(x.device.type, enabled=False):
-                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).to(v.dtype)
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         else:
             pad = (0, -self.head_dim % 8)  # cuDNN's attention needs multiples of 8, others pad on their own
             q, k, v = (F.pad(part, pad) for part in (q, k, v))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.head_dim**-0.5)[..., : self.head_dim]
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        y = y[..., : self.head_dim].transpose(1, 2)
+        return self.c_proj(y.reshape(B, T, -1))  # (B, T, C)
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021), half-split layout. x (B, H, T, D); cos, sin (B or 1, 1, T, D/2)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    """Rotary positions (Su et al. 2021): turns each pair (x[i], x[i + D/2]) by the angle of its position.
+
+    x (B, T, H, D); cos, sin (B or 1, T, 1, D), where the first half of sin is negative.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class MLP(nn.Module):
