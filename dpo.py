@@ -210,9 +210,8 @@ def answer_log_probs(model, ids, mask):
     """(P, 2) log-probability in nats of each chosen and rejected answer. ids, mask: (P, 2, T)."""
     targets = ids[..., 1:].masked_fill(~mask[..., 1:], IGNORE).flatten(0, 1)  # (2P, T - 1)
     hidden = model.hidden(ids[..., :-1].flatten(0, 1))  # (2P, T - 1, C)
-    weight = model.wte.weight
     n_vocab = model.config.n_vocab
-    losses = [cross_entropy_sum(h, weight, t, n_vocab) for h, t in zip(hidden, targets, strict=True)]
+    losses = [cross_entropy_sum(h, model.head, t, n_vocab) for h, t in zip(hidden, targets, strict=True)]
     return -torch.stack(losses).view(-1, 2)
 
 

@@ -43,6 +43,7 @@ class GPTConfig:
     swiglu: bool = False  # else GELU
     bias: bool = True
     zero_init: bool = False  # output projections start at zero: every block starts as the identity
+    tied: bool = True  # the output head is the embedding
 
     def __post_init__(self):
         if min(self.block_size, self.n_layer, self.n_head, self.n_embd, self.n_vocab) < 1:
@@ -69,7 +70,7 @@ class GPTConfig:
 
 FAMILIES = {
     "gpt2": dict(),
-    "modern": dict(rmsnorm=True, rotary=True, qk_norm=True, swiglu=True, bias=False, zero_init=True),
+    "modern": dict(rmsnorm=True, rotary=True, qk_norm=True, swiglu=True, bias=False, zero_init=True, tied=False),
 }
 
 
@@ -79,9 +80,9 @@ def family_of(config):
 
 
 def flags_unlike_family(config):
-    """The flags in which a config differs from its family. zero_init is not one: it matters only for new weights."""
+    """The flags in which a config differs from its family, but for `tied`, which may, and zero_init, for new weights."""
     expected = GPTConfig(**FAMILIES[family_of(config)])
-    flags = [flag for flag in FAMILIES["modern"] if flag != "zero_init"]
+    flags = [flag for flag in FAMILIES["modern"] if flag not in ("tied", "zero_init")]
     return [flag for flag in flags if getattr(config, flag) != getattr(expected, flag)]
 
 
@@ -101,16 +102,20 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # True: a fifth more compute, activations of one block at a time
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head: tied
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.rotary:
             powers = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
             angles = torch.outer(torch.arange(config.block_size, dtype=torch.float32), config.rope_theta**-powers)
-            self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, D/2)
-            self.register_buffer("sin", angles.sin(), persistent=False)
+            cos = angles.cos()  # (block_size, D/2)
+            sin = angles.sin()
+            self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)  # (block_size, D)
+            self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)
         else:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = make_norm(config)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -134,7 +139,7 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.logits(x)
-        return cross_entropy_sum(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.n_vocab)
+        return cross_entropy_sum(x.flatten(0, 1), self.head, targets.flatten(), self.config.n_vocab)
 
     def hidden(self, idx, cache=None):
         """(B, T) ids -> (B, T, C) after the final norm. With a cache (AttentionCache), idx continues what it holds.
@@ -155,7 +160,7 @@ class GPT(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         rope = None
         if self.config.rotary:
-            rope = (self.cos[positions][:, None], self.sin[positions][:, None])  # (1 or B, 1, T, D/2)
+            rope = (self.cos[positions][:, :, None], self.sin[positions][:, :, None])  # (1 or B, T, 1, D)
         else:
             x = x + self.wpe(positions)
         for block in self.h:
@@ -167,7 +172,12 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """(..., C) -> (..., n_vocab): scores of the ids that exist, and of no padding row."""
-        return F.linear(hidden, self.wte.weight)[..., : self.config.n_vocab]
+        return F.linear(hidden, self.head)[..., : self.config.n_vocab]
+
+    @property
+    def head(self):
+        """The weight of the output head, (V, C)."""
+        return self.wte.weight if self.config.tied else self.lm_head.weight
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -180,6 +190,8 @@ class GPT(nn.Module):
         """
         c = self.config
         n_multiplied = self.n_params()
+        if not c.tied:
+            n_multiplied -= self.wte.weight.numel()
         if not c.rotary:
             n_multiplied -= self.wpe.weight.numel()
         return 6 * n_multiplied + 6 * c.n_layer * c.n_head * c.head_dim * c.block_size
@@ -197,9 +209,11 @@ class GPT(nn.Module):
         more rows than columns are stored by columns: a token of a 30M-parameter model then took 0.54 of the time.
         """
         dtype = self.compute_dtype()
+        by_columns = self.wte.weight.device.type == "cpu" and dtype == torch.float32
         for p in self.parameters():
             p.data = p.data.to(dtype)
-            if p.ndim == 2 and p.shape[0] > p.shape[1] and p.device.type == "cpu" and dtype == torch.float32:
+            is_multiplied = p is self.head or p is not self.wte.weight
+            if by_columns and is_multiplied and p.ndim == 2 and p.shape[0] > p.shape[1]:
                 p.data = p.data.t().contiguous().t()
         return self
 
@@ -316,36 +330,40 @@ class Attention(nn.Module):
 
     def forward(self, x, rope=None, cache=None):
         B, T, _ = x.shape
-        q, k, v = (
-            part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).chunk(3, -1)
-        )  # (B, H, T, D)
+        in_fp32 = cache is None and x.device.type in ATTENTION_IN_FP32
+        qkv = self.c_attn(x)  # (B, T, 3 H D)
+        dtype = torch.float32 if in_fp32 else qkv.dtype
+        q, k, v = (part.view(B, T, self.n_head, -1).to(dtype) for part in qkv.chunk(3, -1))  # (B, T, H, D)
         if self.q_norm is not None:
             q = self.q_norm(q)
             k = self.k_norm(k)
         if rope is not None:
             q = rotate(q, *rope)
             k = rotate(k, *rope)
-        q = q.to(v.dtype)  # under autocast norms and rotation may have produced fp32
-        k = k.to(v.dtype)
+        # under autocast norms and rotation may have produced fp32
+        q, k, v = (part.to(dtype).transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
+        scale = self.head_dim**-0.5
         if cache is not None:
             k, v, mask = cache.extend(self.layer, k, v)  # (B, H, S, D or more) twice, (B, 1, T, S)
             q = F.pad(q, (0, k.shape[-1] - self.head_dim))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.head_dim**-0.5)
-            y = y[..., : self.head_dim]
-        elif x.device.type in ATTENTION_IN_FP32:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        elif in_fp32:
             with torch.autocast(x.device.type, enabled=False):
-                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).to(v.dtype)
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         else:
             pad = (0, -self.head_dim % 8)  # cuDNN's attention needs multiples of 8, others pad on their own
             q, k, v = (F.pad(part, pad) for part in (q, k, v))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.head_dim**-0.5)[..., : self.head_dim]
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        y = y[..., : self.head_dim].transpose(1, 2).to(qkv.dtype)  # (B, T, H, D)
+        return self.c_proj(y.reshape(B, T, -1))  # (B, T, C)
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021), half-split layout. x (B, H, T, D); cos, sin (B or 1, 1, T, D/2)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    """Rotary positions (Su et al. 2021): turns each pair (x[i], x[i + D/2]) by the angle of its position.
+
+    x (B, T, H, D); cos, sin (B or 1, T, 1, D), where the first half of sin is negative.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class MLP(nn.Module):
@@ -508,15 +526,17 @@ OPTIMIZERS = ("muon", "adamw")
 def make_optimizers(model, optimizer="muon", learning_rate=3e-3, muon_learning_rate=0.02, weight_decay=0.1, beta2=0.95):
     """[AdamW] or [AdamW, Muon], whose groups (each with a `name`) hold every parameter of the model exactly once.
 
-    Muon gets the matrices of the blocks, AdamW the embeddings, norms and biases, or everything with optimizer="adamw".
-    Weight decay applies to matrices and embeddings. ValueError for another optimizer.
+    Muon gets the matrices of the blocks, AdamW the embeddings, an untied head, norms and biases, or everything with
+    optimizer="adamw". Weight decay applies to all but norms and biases. ValueError for another optimizer.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}")
-    embeddings, vectors, qkv, matrices = [], [], [], []
+    embeddings, head, vectors, qkv, matrices = [], [], [], [], []
     for name, p in model.named_parameters():
         if p.ndim < 2:
             vectors.append(p)
+        elif name == "lm_head.weight":
+            head.append(p)
         elif not name.startswith("h."):
             embeddings.append(p)
         elif name.endswith("c_attn.weight"):
@@ -527,6 +547,8 @@ def make_optimizers(model, optimizer="muon", learning_rate=3e-3, muon_learning_r
         dict(name="embeddings", params=embeddings, weight_decay=weight_decay),
         dict(name="norms and biases", params=vectors, weight_decay=0.0),
     ]
+    if head:
+        outer.append(dict(name="head", params=head, weight_decay=weight_decay))
     hidden = [
         dict(name="attention QKV", params=qkv, weight_decay=weight_decay),
         dict(name="other matrices", params=matrices, weight_decay=weight_decay),

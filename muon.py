@@ -65,12 +65,11 @@ class Muon(torch.optim.Optimizer):
         cols = params[0][0].numel()
         updates = torch.stack([self.update_momentum(p, group["momentum"]) for p in params])  # (P, *shape)
         updates = updates.reshape(-1, rows, cols)  # (P * n, rows, cols); view fails for kernels stored channels last
-        updates = orthogonalize_distributed(updates)
+        updates = orthogonalize_distributed(updates).to(params[0].dtype)
+        if group["beta2"]:
+            self.normalize(params, updates, group["beta2"])
         step_size = group["lr"] * max(1, rows / cols) ** 0.5
         for p, update in zip(params, updates.split(n), strict=True):
-            update = update.to(p.dtype)  # (n, rows, cols)
-            if group["beta2"]:
-                update = normalize_neurons(update, self.second_moment(p, update), group["beta2"])
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update.reshape(p.shape), alpha=-step_size)
 
@@ -82,14 +81,17 @@ class Muon(torch.optim.Optimizer):
         state["momentum"].lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(state["momentum"], momentum)
 
-    def second_moment(self, p, update):
-        """The running second moment of parameter p, zeros at first: (n, rows, 1), or (n, 1, cols) for wide matrices."""
-        state = self.state[p]
-        if "second" not in state:
-            n, rows, cols = update.shape
-            shape = (n, rows, 1) if rows >= cols else (n, 1, cols)
-            state["second"] = update.new_zeros(shape)
-        return state["second"]
+    def normalize(self, params, updates, beta2):
+        """Apply `normalize_neurons` to the updates of P parameters, (P * n, rows, cols), in place."""
+        parts = updates.split(len(updates) // len(params))
+        for p, update in zip(params, parts, strict=True):
+            if "second" not in self.state[p]:
+                self.state[p]["second"] = torch.zeros_like(mean_square(update))  # (n, rows, 1) or (n, 1, cols)
+        moments = [self.state[p]["second"] for p in params]
+        stacked = torch.cat(moments)
+        normalize_neurons(updates, stacked, beta2)
+        for moment, new in zip(moments, stacked.split(len(moments[0])), strict=True):
+            moment.copy_(new)
 
 
 def orthogonalize(G, steps=5):
@@ -130,17 +132,23 @@ def orthogonalize_distributed(G):
     return gathered[: len(G)]
 
 
-def normalize_neurons(update, second_moment, beta2):
+def normalize_neurons(updates, second_moment, beta2):
     """Scale each row (the weights of a neuron) so that all rows have updates of about equal size, averaged over time.
 
     This is NorMuon (Li et al. 2025, arXiv:2510.05491), except that the columns of wide matrices are scaled: the rows of
-    a wide orthogonalized matrix have equal size already. The norm of each matrix stays the same.
-    update: (n, rows, cols). second_moment: (n, rows, 1) or (n, 1, cols), the running mean of the squared entries of
-    each row or column; it is changed in place.
+    a wide orthogonalized matrix have equal size already. The norm of each matrix stays the same. Both are changed in
+    place.
+    updates: (n, rows, cols). second_moment: the running mean of `mean_square(updates)`.
     """
-    mean_over = -1 if second_moment.shape[-1] == 1 else -2
-    second_moment.lerp_(update.square().mean(dim=mean_over, keepdim=True), 1 - beta2)
-    scaled = update / (second_moment.sqrt() + 1e-10)
-    norm_before = update.norm(dim=(-2, -1), keepdim=True)  # (n, 1, 1)
-    norm_after = scaled.norm(dim=(-2, -1), keepdim=True)
-    return scaled * (norm_before / (norm_after + 1e-10))
+    second_moment.lerp_(mean_square(updates), 1 - beta2)
+    norm_before = updates.norm(dim=(-2, -1), keepdim=True)  # (n, 1, 1)
+    updates.div_(second_moment.sqrt().add_(1e-10))
+    norm_after = updates.norm(dim=(-2, -1), keepdim=True)
+    updates.mul_(norm_before / (norm_after + 1e-10))
+
+
+def mean_square(updates):
+    """The mean of the squared entries of each row, (n, rows, 1), or of each column of wide matrices, (n, 1, cols)."""
+    n, rows, cols = updates.shape
+    dim = -1 if rows >= cols else -2
+    return updates.norm(dim=dim, keepdim=True).square() / updates.shape[dim]

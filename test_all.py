@@ -147,7 +147,7 @@ def tiny(family="gpt2", **changes):
     """A random model so small that a test takes milliseconds; its weights are large enough to make logits differ."""
     sizes = dict(block_size=32, vocab_size=320, n_vocab=259, n_layer=2, n_head=2, n_embd=32) | changes
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**FAMILIES[family], **sizes))
+    model = GPT(GPTConfig(**FAMILIES[family] | sizes))
     for name, p in model.named_parameters():
         is_norm = p.ndim == 1 and name.endswith("weight")
         torch.nn.init.normal_(p, 1.0 if is_norm else 0.0, 0.1)
@@ -770,6 +770,7 @@ BAD_INPUT = [
     ("train.py", {}, "--head_dim=-8", "head_dim must be at least 0, not -8"),
     ("train.py", {}, "--family=modern --rope_theta=0.0", "rope_theta must be above 0"),
     ("train.py", {}, "--compile=false", "compile must be None, True or False"),
+    ("train.py", {}, "--tied=yes", "tied must be None, True or False"),
     ("train.py", {}, "--tokens_per_step=192", "192 must be a multiple of block_size x batch_size = 128"),
     ("train.py", {}, "--family=gpt5", "family must be one of gpt2, modern, not 'gpt5'"),
     ("train.py", {}, "--optimizer=sgd", "optimizer must be one of muon, adamw, not 'sgd'"),
@@ -859,7 +860,7 @@ BAD_INPUT = [
     ("-m tools.convert_hf", {"hf/config.json": edited(num_key_value_heads=1)}, "",
         "hf: num_key_value_heads is 1; fgpt's models have 2"),
     ("-m tools.convert_hf", {"hf/config.json": lambda old: old.replace(b'"tie_word', b'"not_tie_word')}, "",
-        "tie_word_embeddings is False; fgpt's models have True"),  # where it says nothing
+        "hf: no weight lm_head.weight: is a file missing"),  # where it says nothing, transformers has a head
     ("-m tools.convert_hf", {"hf/config.json": edited(rope_parameters=dict(rope_type="yarn", rope_theta=1e4))}, "",
         "rope_type is 'yarn'; fgpt's models have 'default'"),
     ("-m tools.convert_hf", {"hf/config.json": edited(rope_scaling=dict(type="linear", factor=2.0))}, "",
@@ -875,7 +876,7 @@ BAD_INPUT = [
     ("-m tools.convert_hf", {"hf/config.json": edited(head_dim=16)}, "",
         "hf: weight layers.0.self_attn.q_proj.weight is .48, 32., which does not fit config.json"),
     ("-m tools.convert_hf", {"hf/model.safetensors": with_a_head}, "",
-        "hf: its head is not its embedding; fgpt's models are tied"),
+        "hf: its head is not its embedding, although config.json says tie_word_embeddings"),
     ("-m tools.convert_hf", {"hf/model.safetensors": lambda old: old[:-100]}, "",
         "hf/model.safetensors: damaged .*: download it again"),
     ("-m tools.convert_hf",
@@ -1244,7 +1245,8 @@ def test_a_custom_vocabulary_travels_from_shards_to_checkpoints_chats_spaces_and
 
 def test_a_training_flop_is_six_per_parameter_that_multiplies_and_causal_attention():
     attention = 2 * 6 * 32 * 32  # layers: scores and values, forward and twice backward, over half of 32 positions
-    for family, n_added in (("modern", 0), ("gpt2", 32 * 32)):  # learned positions are added, not multiplied
+    n_wte = 320 * 32
+    for family, n_added in (("modern", n_wte), ("gpt2", 32 * 32)):  # untied embeddings and positions are looked up
         model = tiny(family)
         assert model.flops_per_token() == 6 * (model.n_params() - n_added) + attention
 
@@ -1364,7 +1366,8 @@ def test_compiled_generation_gives_the_same_ids_from_one_graph(family, monkeypat
 def test_for_decoding_keeps_the_logits_and_takes_the_dtype_of_autocast(family):
     idx = torch.randint(259, (2, 20), generator=torch.Generator().manual_seed(0))
     model, fast = tiny(family), tiny(family).for_decoding()
-    assert fast.wte.weight.stride() == (1, 320) and fast.h[0].mlp.c_proj.weight.is_contiguous()
+    assert fast.head.stride() == (1, 320) and fast.h[0].mlp.c_proj.weight.is_contiguous()
+    assert fast.config.tied or fast.wte.weight.is_contiguous()  # an untied embedding is only looked up
     assert (model(idx) - fast(idx)).abs().max() < 1e-5
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected, fast = model(idx), tiny(family).for_decoding()
@@ -3135,8 +3138,9 @@ def test_a_run_may_live_in_the_working_folder(story, tmp_path, monkeypatch):
     assert log_rows(tmp_path)[-1]["step"] == 2
 
 
-def test_given_weights_decide_all_sizes_and_the_family(story, tmp_path):
-    model = tiny("modern", rope_theta=500.0, head_dim=24, mlp_dim=40)
+@pytest.mark.parametrize("tied", [True, False])
+def test_given_weights_decide_all_sizes_and_the_family(story, tmp_path, tied):
+    model = tiny("modern", rope_theta=500.0, head_dim=24, mlp_dim=40, tied=tied)
     write_checkpoint(tmp_path / "a.pt", model)
     pretrain(story, tmp_path / "run", init_from=str(tmp_path / "a.pt"), max_steps=1, family="gpt2")
     assert load_model(tmp_path / "run/best.pt")[0].config == model.config
@@ -3632,6 +3636,7 @@ def test_a_run_by_an_earlier_version_resumes_although_that_called_the_schedule_c
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (header, *rows)))
     stored = load_checkpoint(out / "ckpt.pt")
     stored["settings"]["schedule"] = "constant"
+    del stored["settings"]["tied"]
     stored["state"]["log_bytes"] = (out / "log.jsonl").stat().st_size
     torch.save(stored, out / "ckpt.pt")
     with pytest.raises(OSError, match="schedule was 'trapezoid', is now 'cosine'"):
@@ -5068,7 +5073,8 @@ def assert_same_logits(model, other, idx):
 SIZES_ABROAD = [
     ("gpt2", dict(n_layer=3, n_head=4, n_embd=96, block_size=96, mlp_dim=100)),
     ("modern", dict(n_layer=3, n_head=4, n_embd=96, block_size=96, mlp_dim=100, rope_theta=500.0)),
-    ("modern", dict(n_head=3, head_dim=24)),
+    ("modern", dict(n_head=3, head_dim=24, tied=True)),
+    ("gpt2", dict(tied=False)),
 ]
 
 
@@ -5098,7 +5104,7 @@ def test_export_and_import_leave_every_weight_that_exists_as_the_dtype_rounds_it
     assert again.config == GPTConfig(**vars(model.config) | dict(zero_init=again.config.zero_init))
     assert (stored["stage"], stored["tokenizer"], stored["step"]) == ("finetune", "bytes", 0)
     for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
-        rows = 259 if name == "wte.weight" else None
+        rows = 259 if name in ("wte.weight", "lm_head.weight") else None
         assert torch.equal(p[:rows].to(other.dtype).float(), q[:rows]), name
 
 

@@ -64,6 +64,7 @@ n_embd = 1296  # width
 head_dim = 0  # size of a head; 0: n_embd / n_head
 mlp_dim = 0  # hidden width of the MLP; 0: the family's ratio
 rope_theta = 10000.0  # base of rotary positions (modern)
+tied = None  # the output head is the embedding; None: as the family, gpt2 yes, modern no
 # optimization
 optimizer = "muon"  # muon (AdamW for embeddings and norms) or adamw
 tokens_per_step = 524288  # global batch, tokens
@@ -127,9 +128,9 @@ MAY_CHANGE = {  # on resuming: these do not affect the weights, or only lengthen
     "data_dir", "max_steps", "max_tokens", "eval_interval", "eval_tokens", "hellaswag_interval", "hellaswag_source",
     "hellaswag_limit", "sample_interval", "sample_prompt", "tokenizer",
 }  # fmt: skip
-SIZES = ("block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "rope_theta")
+SIZES = ("block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "rope_theta", "tied")
 # not even --force may change these, as the shapes of the stored tensors depend on them
-FIXED = {"family", "block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "optimizer"}
+FIXED = {"family", "block_size", "n_layer", "n_head", "n_embd", "head_dim", "mlp_dim", "tied", "optimizer"}
 CPU_TOKENS = 8192  # largest micro-batch that --batch_size=0 finds on a CPU
 
 
@@ -218,6 +219,7 @@ def check(settings):
         (decay_fraction <= 1, "decay_fraction must be at most 1"),
         (final_lr_fraction <= 1, "final_lr_fraction must be at most 1"),
         (compile in (None, True, False), "compile must be None, True or False"),
+        (tied in (None, True, False), "tied must be None, True or False"),
         (
             init_from in ("scratch", "resume") or Path(init_from).resolve().parent != Path(out_dir).resolve(),
             f"out_dir {out_dir} is the folder of {init_from}, which would be overwritten: choose another",
@@ -230,6 +232,7 @@ def upgrade_settings(stored):
     """Convert the settings of a checkpoint of an earlier version, in place."""
     if stored["schedule"] == "constant":
         stored["schedule"] = "trapezoid"
+    stored.setdefault("tied", True)
 
 
 def load_start():
@@ -366,11 +369,11 @@ def choose_machine_settings(settings, device, stored):
 
 def make_model(settings, tokenizer):
     """A GPT with new weights for the settings' sizes and the tokenizer's vocabulary. BadInput if they do not fit."""
-    sizes = {name: settings[name] for name in SIZES}
+    sizes = {name: settings[name] for name in SIZES if settings[name] is not None}
     sizes["vocab_size"] = round_up(tokenizer.n_vocab, 64)  # GPUs multiply matrices of such sizes fastest
     sizes["n_vocab"] = tokenizer.n_vocab
     try:
-        config = GPTConfig(**FAMILIES[settings["family"]], **sizes)
+        config = GPTConfig(**FAMILIES[settings["family"]] | sizes)
     except ValueError as error:
         raise BadInput(str(error)) from None
     torch.manual_seed(settings["seed"])

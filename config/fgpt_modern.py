@@ -1,14 +1,14 @@
-# The modern family at the size of fgpt_712m (713,171,968 parameters): fewer and wider layers in sizes that suit GPUs,
-# heads of 128. The weights load into Qwen3ForCausalLM. Not yet trained to the end with this code.
+# The modern family at the size of fgpt_712m (720,833,024 parameters): fewer and wider layers in sizes that suit GPUs,
+# heads of 128, a head of its own for the output. The weights load into Qwen3ForCausalLM. Not yet trained to the end with this code.
 data_dir = "data/fineweb"
 out_dir = "out/fgpt_modern"
 
 family = "modern"
 block_size = 1024
-n_layer = 22
+n_layer = 20
 n_head = 12
 n_embd = 1536
-mlp_dim = 4224
+mlp_dim = 4096
 
 tokens_per_step = 524288
 batch_size = 16

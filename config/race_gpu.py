@@ -8,6 +8,7 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 mlp_dim = 2048 if family == "modern" else 3072
+tied = True  # a head of its own would be 39M parameters more than gpt2 has
 
 tokens_per_step = 65536
 batch_size = 32

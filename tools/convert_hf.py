@@ -50,12 +50,12 @@ HF_SIZES = {  # our names of the sizes: Hugging Face's
 }  # fmt: skip
 HF_CONSTANTS = {  # settings with which transformers computes what a family computes; import refuses other values
     "gpt2": dict(
-        activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True, tie_word_embeddings=True,
+        activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
         scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False, add_cross_attention=False,
     ),
     "modern": dict(
-        hidden_act="silu", rms_norm_eps=1e-6, attention_bias=False, tie_word_embeddings=True, use_sliding_window=False,
-        rope_scaling=None, rope_type="default",
+        hidden_act="silu", rms_norm_eps=1e-6, attention_bias=False, use_sliding_window=False, rope_scaling=None,
+        rope_type="default",
     ),
 }  # fmt: skip
 # GPT-2's published files write each byte as a letter: printable bytes as themselves, the others as U+0100, U+0101, ...
@@ -78,6 +78,7 @@ QWEN3_MODULES = {  # our modules: Qwen3's, which has separate ones for queries, 
     "mlp.c_fc": ["mlp.up_proj"],
     "mlp.c_proj": ["mlp.down_proj"],
     "ln_f": ["norm"],
+    "lm_head": ["lm_head"],
 }
 # Where the answer is in the text of a conversation; without this, the server of transformers would assume Qwen3's form.
 RESPONSE_TEMPLATE = {
@@ -164,6 +165,7 @@ def config_to_hf(config, eot, stage, dtype):
     family = family_of(config)
     hf = {"model_type": MODEL_TYPES[family], "architectures": [ARCHITECTURES[family]], **HF_CONSTANTS[family]}
     hf |= {hf_name: getattr(config, name) for name, hf_name in HF_SIZES[family].items()}
+    hf["tie_word_embeddings"] = config.tied
     if family == "gpt2":
         hf |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         hf["n_ctx"] = config.block_size  # another name of n_positions, which llama.cpp's converter reads
@@ -186,17 +188,18 @@ def check_family(config):
 
 
 def weights_to_hf(gpt, dtype):
-    """The weights as {hf_name: tensor}, without padding rows, and without a head, which is the embedding."""
+    """The weights as {hf_name: tensor}, without padding rows, and without a head that is the embedding."""
     family = family_of(gpt.config)
     weights = {}
     for name, p in gpt.state_dict().items():
-        if name == "wte.weight":
+        if name in ("wte.weight", "lm_head.weight"):
             p = p[: gpt.config.n_vocab]
+        prefix = "" if name == "lm_head.weight" else PREFIXES[family]
         hf_names, is_transposed = hf_weights_of(name, family)
         for hf_name, part in zip(hf_names, p.chunk(len(hf_names)), strict=True):
             if is_transposed:
                 part = part.T
-            weights[PREFIXES[family] + hf_name] = part.to(dtype).contiguous()
+            weights[prefix + hf_name] = part.to(dtype).contiguous()
     return weights
 
 
@@ -390,9 +393,9 @@ def config_from_hf(hf):
         raise BadInput(f"model_type is {model_type!r}; fgpt has counterparts of {' and '.join(families)}")
     family = families[model_type]
     constants = dict(HF_CONSTANTS[family])
-    values = {}
+    values = dict(tied=hf.get("tie_word_embeddings", family == "gpt2"))  # transformers' defaults
     if family == "modern":
-        defaults = dict(tie_word_embeddings=False, head_dim=128, rope_theta=10000.0)  # of transformers
+        defaults = dict(head_dim=128, rope_theta=10000.0)  # of transformers
         rope = hf.get("rope_parameters") or {}  # contains rope_theta in transformers 5; in 4 it is a value of its own
         hf = defaults | hf | rope
         constants["num_key_value_heads"] = hf.get("num_attention_heads")  # grouped-query attention has fewer
@@ -403,7 +406,7 @@ def config_from_hf(hf):
     values |= {name: hf.get(hf_name) or 0 for name, hf_name in HF_SIZES[family].items()}
     n_vocab = values["n_vocab"]
     try:
-        return GPTConfig(vocab_size=round_up(n_vocab, 64), **FAMILIES[family], **values)
+        return GPTConfig(vocab_size=round_up(n_vocab, 64), **FAMILIES[family] | values)
     except ValueError as error:
         raise BadInput(str(error)) from None
 
@@ -469,15 +472,15 @@ def read_weights(folder):
 def weights_from_hf(weights, gpt):
     """The model's state dict, fp32, from {hf_name: tensor}. BadInput where weights are missing, unknown, or do not fit.
 
-    New rows of the embedding (padding, and the chat tokens of OpenAI's GPT-2) get the mean of the other rows: a row of
-    zeros would have logit 0, which is far more than GPT-2 gives to most tokens.
+    New rows of embedding and head (padding, and the chat tokens of OpenAI's GPT-2) get the mean of the other rows: a
+    row of zeros would have logit 0, which is far more than GPT-2 gives to most tokens.
     """
     config = gpt.config
     family = family_of(config)
     weights = {hf_name.removeprefix(PREFIXES[family]): p for hf_name, p in weights.items()}
     is_mask = re.compile(r"\.attn\.(masked_)?bias$").search  # GPT-2's files contain the masks of attention
     weights = {hf_name: p for hf_name, p in weights.items() if not is_mask(hf_name)}
-    head = weights.pop("lm_head.weight", None)
+    head = weights.pop("lm_head.weight", None) if config.tied else None
     state = {}
     for name, p in gpt.state_dict().items():
         hf_names, is_transposed = hf_weights_of(name, family)
@@ -485,9 +488,9 @@ def weights_from_hf(weights, gpt):
         if missing:
             raise BadInput(f"no weight {missing[0]}: is a file missing?")
         parts = [weights.pop(hf_name) for hf_name in hf_names]
-        if name == "wte.weight":
-            if head is not None and not torch.equal(head, parts[0]):
-                raise BadInput("its head is not its embedding; fgpt's models are tied")
+        if name == "wte.weight" and head is not None and not torch.equal(head, parts[0]):
+            raise BadInput("its head is not its embedding, although config.json says tie_word_embeddings")
+        if name in ("wte.weight", "lm_head.weight"):
             n_new = config.vocab_size - config.n_vocab
             parts.append(parts[0].float().mean(dim=0).expand(n_new, -1))
         if is_transposed:
