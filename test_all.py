@@ -5623,8 +5623,10 @@ def test_models_that_are_compared_have_as_many_parameters():
 
 PAGES = {  # text of each page with commands, in the order in which a reader needs what they write
     page: (ROOT / page).read_text(encoding="utf-8")
-    for page in ("README.md", "docs/data.md", "docs/running.md", "docs/page.md", "docs/elsewhere.md")
-}
+    for page in (
+        "README.md", "docs/data.md", "docs/running.md", "docs/page.md", "docs/elsewhere.md", "docs/benchmarks.md",
+    )
+}  # fmt: skip
 README = PAGES["README.md"]
 SMALL_AND_LOCAL = {  # command of a page: what makes it small, and takes it from this machine
     "train.py": "--max_steps=2 --n_layer=1 --tokens_per_step=256 --batch_size=1 --eval_tokens=512 --device=cpu",
@@ -5633,7 +5635,8 @@ SMALL_AND_LOCAL = {  # command of a page: what makes it small, and takes it from
     "dpo.py": "--answer_tokens=2 --device=cpu",
     "sample.py": "--max_new_tokens=4 --device=cpu",
     "tools.contamination": "--source=items.jsonl",
-    "tools.bench race": "--race_config=tiny.py --seeds=1 --learning_rates=1e-3 --device=cpu",
+    "tools.bench": "--configs=tiny.py --repeats=1 --batch_sizes=1 --n_items=2 --decode_batches=1 --new_tokens=8 "
+    "--race_config=tiny.py --seeds=1 --learning_rates=1e-3 --device=cpu",
 }
 NEEDS = ("GPU", "8 GPUs", "Hub")  # beginnings of the comments of commands that need more than this machine
 NOT_RUN = (  # beginnings of commands that are not ours, or that other tests run
@@ -5649,16 +5652,27 @@ def blocks(page, language):
 
 
 def documented_commands():
-    """{command: its comment} of all pages: of each page first those of its bash blocks, then those in its sentences."""
+    """{command: its comment} of all pages: of each page first those of its bash blocks, then those in its sentences.
+
+    What stands below a heading GPU has the comment GPU.
+    """
     commands = {}
     for page, text in PAGES.items():
         for line in "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
             command, _, comment = line.partition("  #")
             commands.setdefault(command.strip(), comment.strip())
-        sentences = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-        for command in re.findall(r"`((?:python|bash|pip|torchrun) [^`]+)`", sentences):
+        on_a_cpu, _, on_a_gpu = text.partition("\n## GPU\n")
+        for command in commands_in_sentences(on_a_cpu):
             commands.setdefault(command, "")
+        for command in commands_in_sentences(on_a_gpu):
+            commands.setdefault(command, "GPU")
     return commands
+
+
+def commands_in_sentences(text):
+    sentences = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    commands = re.findall(r"`((?:python|bash|pip|torchrun)\s[^`]+)`", sentences)
+    return [" ".join(command.split()) for command in commands]
 
 
 def check_that_its_settings_exist(command):
@@ -5683,6 +5697,8 @@ def write_what_the_pages_take_for_granted(folder):
     (folder / "mine.json").write_text(json.dumps(questions + records_shown))
     (folder / "preferences.json").write_text(json.dumps(pairs + pairs_shown))
     write_jsonl(folder / "items.jsonl", hellaswag_items())
+    for name in ("ja_train.jsonl", "ja_held_out.jsonl"):
+        write_jsonl(folder / name, [dict(text=text) for text in texts])
     (folder / "tiny.py").write_text("".join(f"{name} = {value!r}\n" for name, value in TINY.items()))
     (folder / "my_config.py").write_text(blocks("docs/running.md", "python")[0])
     (folder / "config").symlink_to(ROOT / "config")
@@ -5698,6 +5714,8 @@ def test_every_documented_command_works_one_after_the_other_or_names_settings_th
     monkeypatch.setattr(race.subprocess, "call", lambda words, **_: command_line(*words[1:])[0])  # in this process
     commands = documented_commands()
     assert all(any(command.startswith(start) for command in commands) for start in NOT_RUN)
+    for command in commands_in_sentences((ROOT / "docs/experiments.md").read_text(encoding="utf-8")):
+        check_that_its_settings_exist(command)
     for command, comment in commands.items():
         words = shlex.split(command.split(" | ")[-1])
         if command.startswith(NOT_RUN) or comment.startswith(NEEDS):
