@@ -5,6 +5,7 @@ modern family + Muon. Every run is train.py itself with one config, the recipes 
 from the logs of the runs. The baseline (1) is first run with several learning rates, and then uses the best of them.
 """
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from configurator import BadInput
 
 import numpy as np
 
-from tools.plot import read_log
+from tools.plot import COLORS, GREY, STYLE, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = {  # arguments of train.py before the config
@@ -31,7 +32,8 @@ def race(config, folder, seeds, rates, more=(), n_points=8):
 
     rates: learning rates of the baseline to try, ascending. more: further arguments for train.py. A loss is the mean
     over the seeds with its standard deviation (0 of one seed); a share is of the baseline's tokens and seconds to its
-    own final loss (the mean over the seeds): the median over the seeds, and its range.
+    own final loss (the mean over the seeds): the median over the seeds, and its range. At the end the curves are drawn
+    into folder/race.png, if matplotlib is installed.
     """
     losses = {}
     for rate in rates:
@@ -52,6 +54,10 @@ def race(config, folder, seeds, rates, more=(), n_points=8):
     curves = {arm: np.array(of_seeds) for arm, of_seeds in curves.items()}  # (seeds, 3, validations)
     yield from loss_rows(curves, n_points)
     yield from share_rows(curves)
+    if importlib.util.find_spec("matplotlib"):
+        draw(curves, Path(folder, "race.png"))
+    else:
+        print("no picture: pip install -e '.[plot]', and the same command draws it", file=sys.stderr)
 
 
 def run(config, arm, out_dir, *arguments):
@@ -115,3 +121,31 @@ def first_reached(curve, loss):
     i = max(1, below[0])
     losses = curve[2, [i, i - 1]]  # ascending, as np.interp needs them
     return np.array([np.interp(loss, losses, values[[i, i - 1]]) for values in curve[:2]])
+
+
+def draw(curves, path):
+    """Write a picture: the loss of each arm over the tokens, the mean over the seeds with its standard deviation.
+
+    Dotted lines show the baseline's final loss, and after how many tokens the arms reach it.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    means = {arm: of_seeds.mean(axis=0) for arm, of_seeds in curves.items()}  # (3, validations)
+    target = means[BASELINE][2, -1]
+    lowest = min(mean[2].min() for mean in means.values())
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        ax = figure.subplots()
+        ax.axhline(target, color=GREY, linestyle=":", linewidth=1)
+        for color, (arm, mean) in zip(COLORS, means.items(), strict=False):
+            tokens, _, losses = mean
+            deviation = curves[arm][:, 2].std(axis=0)
+            ax.plot(tokens / 1e6, losses, color=color, linewidth=1.8, label=arm)
+            ax.fill_between(tokens / 1e6, losses - deviation, losses + deviation, color=color, alpha=0.2, linewidth=0)
+            reached, _ = first_reached(mean, target) / 1e6
+            ax.plot([reached, reached], [0, target], color=color, linestyle=":", linewidth=1)
+        ax.set(xlabel="million trained tokens", ylabel="validation loss, nats per token")
+        ax.set_ylim(lowest - 0.05, lowest + 1.5)  # without the first steps, where all lines fall steeply
+        ax.legend()
+    figure.savefig(path, dpi=150)
