@@ -5434,12 +5434,19 @@ def test_the_race_gives_the_baseline_its_best_rate_and_tells_the_shares_of_token
     seconds = {"gpt2 + AdamW": 1.0, "gpt2 + Muon": 1.5, "modern + Muon": 2.0}
 
     def made_run(config, arm, out_dir, *settings):
+        if "shorter" in out_dir:  # of 200 steps: 9 twentieths end at 2.9, 8 at 3.1
+            steps = int(settings[1].removeprefix("--max_steps="))
+            return made_log([9.0, 4.7 - steps / 50], seconds[arm])
         if arm == "modern + Muon" and settings == ("--seed=2",):
             return made_log([1.0, 1.5], seconds[arm])
         return made_log([5.0, last_loss.get(settings[-1], 2.0)], seconds[arm])
 
     monkeypatch.setattr(race, "run", made_run)
-    *_, at_the_end, muon, modern = race.race("", tmp_path, [1, 2], [1e-3, 2e-3, 4e-3], n_points=2)
+    rows = list(race.race("", tmp_path, [1, 2], [1e-3, 2e-3, 4e-3], n_points=2))
+    at_the_end, muon, modern = rows[4:7]
+    # runs of fewer steps: from where the curves cross 3, after 16.7 and 12.1 twentieths, to the first that ends above it
+    lengths = [("gpt2 + Muon", n) for n in range(16, 7, -1)] + [("modern + Muon", n) for n in range(12, 7, -1)]
+    assert [(row["a whole run of"], round(5 * (4.7 - row["final loss"]))) for row in rows[7:]] == lengths
     assert (at_the_end["tokens"], at_the_end["gpt2 + AdamW"], at_the_end["± gpt2 + AdamW"]) == (2000, 3.0, 0)
     assert (at_the_end["modern + Muon"], at_the_end["± modern + Muon"]) == pytest.approx((1.75, 0.5 / 2**0.5))
     # 5 to 2 passes 3 at two thirds of the way: 1,667 of 2,000 tokens, at 1.5 times the seconds a token

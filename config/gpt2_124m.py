@@ -12,9 +12,10 @@ tokens_per_step = 524288
 batch_size = 32
 max_steps = 19073
 
-# not yet tried at this size; config/fgpt_712m.py explains these values
-learning_rate = 3e-3  # a cautious choice: 1e-2 sqrt(128 / 768) = 4.1e-3
+# not yet tried at this size; config/fgpt_modern.py explains these values
+learning_rate = 4e-3
 muon_learning_rate = 0.02
+weight_decay = 0.01
 warmup_steps = 200
 
 eval_interval = 250

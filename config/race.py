@@ -1,4 +1,4 @@
-# The learning race of tools/bench.py: a size at which two CPU cores do twelve runs in an hour. The recipe depends on
+# The learning race of tools/bench.py: a size at which two CPU cores do its runs in half an hour. The recipe depends on
 # the command line before it: python train.py --family=gpt2 --optimizer=adamw config/race.py
 tokenizer = "bytes"
 
@@ -10,7 +10,7 @@ mlp_dim = 320 if family == "modern" else 512  # 0.84M parameters with modern's o
 
 tokens_per_step = 1024
 batch_size = 8
-max_steps = 4000
+max_steps = 2000
 
 if optimizer == "adamw":  # nanoGPT's schedule, with the learning rate that the race finds best
     schedule = "cosine"
@@ -24,7 +24,7 @@ else:
     decay_fraction = 1.0
     weight_decay = 0.0
 
-eval_interval = 200
+eval_interval = 100
 eval_tokens = 65536
 log_interval = 200
 checkpoint_interval = 2000

@@ -4,7 +4,7 @@
 #
 #   bash runs/fgpt_712m.sh                              one GPU, 10 billion tokens, config/fgpt_modern.py
 #   GPUS=8 bash runs/fgpt_712m.sh                       eight GPUs (or 2, 4, 16 ...)
-#   bash runs/fgpt_712m.sh --max_tokens=30000000000     three epochs of the same 10 billion
+#   bash runs/fgpt_712m.sh --max_tokens=30000000000 --weight_decay=0.003       three epochs of the same 10 billion
 #   CONFIG=config/fgpt_712m.py bash runs/fgpt_712m.sh   GPT-2's architecture, the one with published reference points
 #
 # Whatever stopped it, the same command resumes. All downloads come first, so that they fail before the GPU has worked

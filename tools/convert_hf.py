@@ -274,6 +274,7 @@ def last_merge(token, ids):
 LICENSES = {  # of data sources, by the names that prepare_fineweb.py and prepare_instruct.py record
     "HuggingFaceFW/fineweb-edu": "ODC-By 1.0",
     "kjj0/finewebedu10B-gpt2": "ODC-By 1.0, as its text is FineWeb-Edu's",
+    "karpathy/climbmix-400b-shuffle": "CC BY-NC 4.0, as NVIDIA's ClimbMix, of which it is a copy",
     "raschka": "Apache 2.0",
     "alpaca": "CC BY-NC 4.0, not for commercial use, as Stanford's Alpaca; the cleaned copy's page says CC BY 4.0",
     "smoltalk": "Apache 2.0",

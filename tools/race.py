@@ -28,12 +28,13 @@ BASELINE, *CHALLENGERS = ARMS
 
 
 def race(config, folder, seeds, rates, more=(), n_points=8):
-    """Yields rows for tables: the bracket, the losses at fixed token counts, and the shares that (2) and (3) need.
+    """Yields rows for tables: the bracket, losses at fixed token counts, shares that (2) and (3) need, shorter runs.
 
     rates: learning rates of the baseline to try, ascending. more: further arguments for train.py. A loss is the mean
     over the seeds with its standard deviation (0 of one seed); a share is of the baseline's tokens and seconds to its
-    own final loss (the mean over the seeds): the median over the seeds, and its range. At the end the curves are drawn
-    into folder/race.png, if matplotlib is installed.
+    own final loss (the mean over the seeds): the median over the seeds, and its range. Then (2) and (3) are run with
+    fewer and fewer steps, as long as they end at that loss: their learning rates fall to zero earlier. At the end the
+    curves are drawn into folder/race.png, if matplotlib is installed.
     """
     losses = {}
     for rate in rates:
@@ -46,18 +47,31 @@ def race(config, folder, seeds, rates, more=(), n_points=8):
     curves = {arm: [] for arm in ARMS}
     for seed in seeds:
         for arm in ARMS:
-            out_dir = f"{folder}/{arm.replace(' + ', '_').lower()}_{seed}"
             arguments = [f"--seed={seed}"]
             if arm == BASELINE:
                 arguments.append(f"--learning_rate={best}")
-            curves[arm].append(curve(run(config, arm, out_dir, *arguments, *more)))
+            rows = run(config, arm, f"{folder}/{folder_name(arm)}_{seed}", *arguments, *more)
+            curves[arm].append(curve(rows))
+            n_steps = rows[-1]["step"]
     curves = {arm: np.array(of_seeds) for arm, of_seeds in curves.items()}  # (seeds, 3, validations)
     yield from loss_rows(curves, n_points)
     yield from share_rows(curves)
+
+    def run_shorter(arm, twentieths):
+        steps = f"--max_steps={n_steps * twentieths // 20}"
+        out_dirs = {seed: f"{folder}/{folder_name(arm)}_{seed}_shorter_{twentieths}" for seed in seeds}
+        return [curve(run(config, arm, out_dir, f"--seed={seed}", steps, *more)) for seed, out_dir in out_dirs.items()]
+
+    for arm in CHALLENGERS:
+        yield from shorter_rows(arm, curves, run_shorter)
     if importlib.util.find_spec("matplotlib"):
         draw(curves, Path(folder, "race.png"))
     else:
         print("no picture: pip install -e '.[plot]', and the same command draws it", file=sys.stderr)
+
+
+def folder_name(arm):
+    return arm.replace(" + ", "_").lower()
 
 
 def run(config, arm, out_dir, *arguments):
@@ -103,14 +117,36 @@ def loss_rows(curves, n_points):
 
 def share_rows(curves):
     """What share of the baseline's tokens and seconds the other arms need to reach its final loss."""
-    target = float(curves[BASELINE][:, 2, -1].mean())
-    end = np.median(curves[BASELINE][:, :2, -1], axis=0)  # tokens, seconds
+    target, end = goal(curves)
     for arm in CHALLENGERS:
         shares = np.array([first_reached(of_seed, target) / end for of_seed in curves[arm]])  # (seeds, 2)
         row = {"to reach": target, "needs": arm}
         for name, share in zip(("tokens", "seconds"), shares.T.tolist(), strict=True):
             row |= {f"share of {name}": float(np.median(share)), f"{name} from": min(share), f"{name} to": max(share)}
         yield row
+
+
+def shorter_rows(arm, curves, run_shorter):
+    """Complete runs of an arm with fewer steps, by twentieths, until their mean final loss is above the baseline's.
+
+    run_shorter(arm, twentieths): the curves of such runs, one of each seed.
+    """
+    target, end = goal(curves)
+    reached = [first_reached(of_seed, target)[0] / end[0] for of_seed in curves[arm]]
+    if np.isnan(reached).any():
+        return
+    for twentieths in range(int(20 * np.median(reached)), 0, -1):
+        tokens, seconds, losses = np.transpose([of_seed[:, -1] for of_seed in run_shorter(arm, twentieths)])
+        row = {"a whole run of": arm, "share of tokens": float(tokens[0] / end[0])}
+        row |= {"share of seconds": float(np.median(seconds) / end[1]), "final loss": float(losses.mean())}
+        yield row | {"from": float(losses.min()), "to": float(losses.max())}
+        if losses.mean() > target:
+            return
+
+
+def goal(curves):
+    """The baseline's final loss, the mean over the seeds, and its (tokens, seconds) there, the median."""
+    return float(curves[BASELINE][:, 2, -1].mean()), np.median(curves[BASELINE][:, :2, -1], axis=0)
 
 
 def first_reached(curve, loss):
