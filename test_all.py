@@ -5651,7 +5651,7 @@ NOT_RUN = (  # beginnings of commands that are not ours, or that other tests run
     "python app.py", "python -m tools.screenshot", "python sample.py --checkpoint=out/quickstart/",
     "python -m tools.plot --runs=out/quickstart/", "python convert_hf_to_gguf.py",
 )  # fmt: skip
-TINY = SMALL | dict(tokenizer="bytes", n_layer=1, tokens_per_step=128, max_steps=3, eval_interval=1)
+TINY = SMALL | dict(tokenizer="bytes", n_layer=1, tokens_per_step=128, max_steps=40, eval_interval=20)
 
 
 def blocks(page, language):
@@ -5704,8 +5704,8 @@ def write_what_the_pages_take_for_granted(folder):
     (folder / "mine.json").write_text(json.dumps(questions + records_shown))
     (folder / "preferences.json").write_text(json.dumps(pairs + pairs_shown))
     write_jsonl(folder / "items.jsonl", hellaswag_items())
-    for name in ("ja_train.jsonl", "ja_held_out.jsonl"):
-        write_jsonl(folder / name, [dict(text=text) for text in texts])
+    write_jsonl(folder / "ja_train.jsonl", texts[100:])
+    write_jsonl(folder / "ja_held_out.jsonl", texts[:100])
     (folder / "tiny.py").write_text("".join(f"{name} = {value!r}\n" for name, value in TINY.items()))
     (folder / "my_config.py").write_text(blocks("docs/running.md", "python")[0])
     (folder / "config").symlink_to(ROOT / "config")
@@ -5758,7 +5758,7 @@ def test_code_that_the_pages_quote_from_a_file_is_there():
 def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
     measured = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     figures = re.findall(r"\b\d\.\d{3}\b|\b\d+\.\d%", README.partition("## The real run")[0])
-    assert len(figures) > 20 and [figure for figure in figures if figure not in measured] == []
+    assert len(figures) > 10 and [figure for figure in figures if figure not in measured] == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
