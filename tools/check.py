@@ -30,7 +30,7 @@ from tools.plot import read_log
 ROOT = Path(__file__).resolve().parent.parent
 N_STEPS = 20  # of the steps that are compared
 MOST_ROWS = 4  # of their micro-batches
-TOLERANCE = 0.05  # nats per token: how far compiled steps may be from eager ones
+TOLERANCE = 0.02  # nats per token between compiled and eager steps; bf16 and fp32 differed by 0.002 on a CPU
 FAST_ATTENTION = {"bfloat16": {"flash", "cuDNN"}, "float32": {"memory-efficient"}}
 
 
