@@ -189,7 +189,7 @@ def losses_of_run(out_dir, arguments):
     done = subprocess.run([sys.executable, ROOT / "train.py", *arguments], capture_output=True, text=True)
     if done.returncode:
         last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise BadInput(f"train.py fails: {last_line}")
+        raise BadInput(f"a run of four steps fails: {last_line}")
     return [row.get("loss", math.nan) for row in read_log(out_dir)[1][-2:]]
 
 
