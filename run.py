@@ -24,6 +24,7 @@ import socket
 import statistics
 import sys
 import time
+import warnings
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -865,7 +866,9 @@ def pick_device(name="", deterministic=False):
     except (RuntimeError, AssertionError):  # AssertionError: this torch was built without CUDA
         raise OSError(f"device {name!r} cannot be used here: try --device=cpu") from None
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
+        with warnings.catch_warnings():  # torch 2.9 recommends fp32_precision, after which parts of its compiler fail
+            warnings.simplefilter("ignore")
+            torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
         torch.backends.cuda.enable_cudnn_sdp(False)  # see fixed_shapes
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(deterministic)

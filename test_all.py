@@ -86,7 +86,7 @@ from muon import Muon  # noqa: E402
 from run import load_checkpoint, load_model, save_checkpoint  # noqa: E402
 from space import app as space_app  # noqa: E402
 from tokenizer import Tokenizer, tokenizer_of_checkpoint, tokenizer_of_shards, vocabulary_text  # noqa: E402
-from tools import bench, contamination, convert_hf, plot, race, summary, toyworld  # noqa: E402
+from tools import bench, check, contamination, convert_hf, plot, race, summary, toyworld  # noqa: E402
 
 STAGES = ["prepare_fineweb.py", "hellaswag.py", "train.py", "prepare_instruct.py", "finetune.py", "dpo.py", "sample.py"]
 TOOLS = [path for path in (ROOT / "tools").glob("*.py") if "configure(" in path.read_text(encoding="utf-8")]
@@ -915,6 +915,7 @@ BAD_INPUT = [
     ("-m tools.bench", {}, "train --configs=small.py --batch_sizes=0", "batch_sizes must be numbers above 0.* not '0'"),
     ("-m tools.bench", {}, "train --configs=small.py --batch_sizes=a", "numbers above 0, separated by commas, not 'a'"),
     ("-m tools.bench", {}, "decode --configs=small.py --new_tokens=4", "4 tokens after .* are too few .*: at least 5"),
+    ("-m tools.bench", {}, "check --configs=small.py --device=nowhere", "device .nowhere. cannot be used here"),
     ("-m tools.bench", {}, "tokenize", "tokenize needs --source, files of text like texts/"),
     # tools/contamination.py
     ("-m tools.contamination", {}, "--data_dir=rows --source=items.jsonl", "rows: no train shards .* there"),
@@ -2916,6 +2917,26 @@ def test_the_largest_micro_batch_is_found_stored_and_used_again(story, tmp_path,
         pretrain(story, tmp_path / "none", max_steps=2, **sizes)
 
 
+@pytest.mark.parametrize(
+    "message, is_full",
+    [
+        ("CUDA out of memory. Tried to allocate 20.00 GiB.", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("CUDA error: misaligned address", False),
+    ],
+)
+def test_only_a_full_memory_makes_the_search_for_the_micro_batch_try_fewer_rows(monkeypatch, message, is_full):
+    def forward(self, idx, targets=None):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    model = tiny()
+    with nullcontext() if is_full else pytest.raises(RuntimeError, match=message):
+        assert not train.fits(model, make_optimizers(model), 1, plain, is_compiled=False)
+
+
 def test_a_run_says_at_the_start_what_it_will_do_and_logs_its_memory(story, tmp_path, capsys):
     pretrain(story, tmp_path, max_steps=4, seed=5, dtype="", compile=None)
     model, stored = load_model(tmp_path / "ckpt.pt")
@@ -3828,6 +3849,20 @@ def losses_of_50_steps(family, compiled):
 def test_on_a_gpu_compiled_and_eager_losses_agree_over_50_steps_and_attention_is_fused(family):
     eager, compiled = losses_of_50_steps(family, compiled=False), losses_of_50_steps(family, compiled=True)
     assert compiled == pytest.approx(eager, abs=0.05) and compiled[-1] < compiled[0] - 1
+
+
+@on_a_gpu
+@families
+def test_on_a_gpu_attention_is_fused_and_cudnn_plans_only_for_pretraining_s_one_shape(family):
+    device = run_py.pick_device("cuda")
+    model = tiny(family, n_embd=108).to(device)  # heads of 54
+    idx, targets = (part.to(device) for part in random_batch())
+    with run_py.autocast_for(device, "bfloat16")():
+        with run_py.fixed_shapes():
+            assert bench.attention_kernels(lambda: model(idx, targets).backward()) in ("flash", "cuDNN")
+        assert bench.attention_kernels(lambda: model(idx, targets).backward()) == "flash"
+        read = functools.partial(generate_all, model.for_decoding(), [[1, 2, 3], [4]], 8)
+        assert bench.attention_kernels(read) == "memory-efficient"  # flash takes no mask
 
 
 @on_a_gpu
@@ -5409,7 +5444,75 @@ def test_bench_hellaswag_finds_the_same_sums_one_item_at_a_time():
 def test_the_speed_of_decoding_is_of_the_tokens_of_all_rows(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))  # a second passes between two looks at it
-    assert bench.decoding(tiny(), [[1, 2], [3, 4], [5, 6]], n_new=10) == 3 * (10 - 4)  # the first four warm up
+    speed = bench.decoding(tiny(), [[1, 2], [3, 4], [5, 6]], n_new=10, compile=False)
+    assert speed == 3 * (10 - 4)  # the first four warm up
+
+
+@pytest.fixture
+def checked(monkeypatch, tmp_path):
+    """A function: what bench check finds on a tiny config, {check: result}; all in this process, on a CPU."""
+
+    def run_here(words, **_):
+        code, _, errors = command_line(*words[1:])
+        return SimpleNamespace(returncode=code, stderr=errors)
+
+    monkeypatch.setattr(check, "in_new_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(check, "subprocess", SimpleNamespace(run=run_here))
+    settings = train.DEFAULTS | SMALL | dict(tokenizer="bytes", out_dir=f"{tmp_path}/out/run", seed=0)
+    return lambda: {row["check"]: row["result"] for row in check.check(settings)}
+
+
+def test_the_check_of_a_machine_runs_what_needs_no_gpu_and_names_the_rest(checked, tmp_path):
+    found = checked()
+    assert (
+        found["micro-batch that fits"] == "8 rows of 32 tokens"
+        and "the same to the last bit" in found["save and resume"]
+    )
+    assert {name for name, result in found.items() if "not run" in result} == {"graphs", "attention"}
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_check_of_a_machine_ends_when_resuming_changes_the_run(checked, monkeypatch):
+    monkeypatch.setattr(Muon, "load_state_dict", lambda self, state: None)
+    with pytest.raises(BadInput, match="resuming changes the next losses"):
+        checked()
+
+
+@pytest.mark.parametrize(
+    "eager, compiled, attention, said",
+    [
+        ([3.0, 2.0], [3.0, 2.0], "cuDNN", None),
+        ([2.0, 3.0], [2.0, 3.0], "cuDNN", "does not fall: 2.0000 to 3.0000"),
+        ([3.0, math.nan], [3.0, 2.0], "cuDNN", "does not fall: 3.0000 to nan"),
+        ([3.0, 2.0], [3.1, 2.0], "cuDNN", "differ by 0.1000 nats, above 0.02"),
+        ([3.0, 2.0], [math.nan, 2.0], "cuDNN", "differ by nan nats"),
+        ([3.0, 2.0], [3.0, 2.0], "flash, memory-efficient", "attention is flash, memory-efficient"),
+        ([3.0, 2.0], [3.0, 2.0], "unfused, or not recorded", "attention is unfused"),
+    ],
+)
+def test_the_check_of_a_machine_ends_when_steps_are_wrong(checked, monkeypatch, eager, compiled, attention, said):
+    made = {False: check.Steps(eager, attention), True: check.Steps(compiled, attention)}
+    monkeypatch.setattr(check, "first_steps", lambda settings: made[settings["compile"]])
+    with nullcontext() if said is None else pytest.raises(BadInput, match=said):
+        list(check.check_steps(dict(compile=True, dtype="bfloat16")))
+
+
+def test_the_check_of_a_machine_ends_when_a_compiled_step_is_in_pieces(monkeypatch):
+    forward = model_py.MLP.forward
+
+    def in_pieces(self, x):
+        torch._dynamo.graph_break()
+        return forward(self, x)
+
+    monkeypatch.setattr(model_py.MLP, "forward", in_pieces)
+    with pytest.raises(BadInput, match="the compiled step is not one graph that stays"):
+        check.first_steps(train.DEFAULTS | SMALL | dict(tokenizer="bytes", compile=True))
+
+
+def test_the_check_of_a_machine_without_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInput, match="sees no GPU here: --device=cpu checks what needs none"):
+        list(check.tests_on_a_gpu(""))
 
 
 def made_log(losses, seconds=1.0, compiling=0.0):

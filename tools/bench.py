@@ -2,6 +2,7 @@
 
     python -m tools.bench train --configs=config/gpt2_124m.py
 
+    check       on a rented GPU, before a long run: does all of it work there
     train       a training step: tokens/s, share of a ceiling, memory
     race        tokens and seconds that three recipes need to reach a loss
     tokenize    tokens/s of prepare_fineweb.py, and of tiktoken alone
@@ -28,6 +29,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,7 +45,7 @@ import hellaswag
 import model as model_py
 import prepare_fineweb
 import train
-from run import BF16_WIDTH, BF16_WIDTH_DECODING, autocast_for, peak_memory, pick_device, pick_dtype
+from run import BF16_WIDTH, BF16_WIDTH_DECODING, autocast_for, fixed_shapes, peak_memory, pick_device, pick_dtype
 from tokenizer import Tokenizer
 from tools.race import race
 
@@ -69,7 +71,11 @@ compile = False  # decode: as sample.py's, for GPUs
 def main(what):
     check_settings(settings_of(globals()), at_least_1=("repeats", "n_items", "new_tokens"))
     of_a_config = {"train": training, "hellaswag": score_items, "decode": decode}
-    if what in of_a_config:
+    if what == "check":
+        from tools import check  # here, as it imports this file
+
+        rows = chain(check.tests_on_a_gpu(device), rows_of_configs(check.check))
+    elif what in of_a_config:
         rows = rows_of_configs(of_a_config[what])
     elif what == "race":
         arguments = [f"--{name}={value}" for name, value in given("data_dir", "device", "dtype").items()]
@@ -77,7 +83,7 @@ def main(what):
     elif what == "tokenize":
         rows = tokenize(source)
     else:
-        names = ", ".join([*of_a_config, "race", "tokenize"])
+        names = ", ".join(["check", *of_a_config, "race", "tokenize"])
         raise BadInput(f"python -m tools.bench WHAT [--help]: WHAT is one of {names}, not {what!r}")
     print(machine())
     show(rows)
@@ -92,6 +98,8 @@ def rows_of_configs(measure):
         least_width = BF16_WIDTH_DECODING if measure == decode else BF16_WIDTH
         device = pick_device(settings["device"])
         settings["dtype"] = pick_dtype(settings["dtype"], device, settings["n_embd"], least_width)
+        if settings["compile"] is None:
+            settings["compile"] = device.type == "cuda"
         for row in measure(settings):
             yield {"config": config} | row
 
@@ -162,6 +170,12 @@ def seconds_of(function, device, calls=1):
     return time.perf_counter() - start
 
 
+def in_new_process(function, *arguments):
+    """What the function returns in a process of its own, whose memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def prepare(settings):
     """(model with new weights, device, autocast) of settings of train.py."""
     device = pick_device(settings["device"])
@@ -178,10 +192,7 @@ def prepare(settings):
 
 def training(settings):
     for size in numbers("batch_sizes"):
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # a new process, whose peak memory is its own
-            figures = pool.submit(training_step, settings | {"batch_size": size}, repeats).result()
-        yield {"micro-batch": size} | figures
+        yield {"micro-batch": size} | in_new_process(training_step, settings | {"batch_size": size}, repeats)
 
 
 def training_step(settings, repeats):
@@ -196,10 +207,13 @@ def training_step(settings, repeats):
     n_micro_batches = max(1, settings["tokens_per_step"] // settings["block_size"] // batch_size)
     shape = (n_micro_batches * batch_size, settings["block_size"])
     idx = torch.randint(model.config.n_vocab, shape, device=device)
-    compiled = device.type == "cuda" if settings["compile"] is None else settings["compile"]
-    trained = torch.compile(model) if compiled else model
+    trained = torch.compile(model) if settings["compile"] else model
     arguments = (trained, optimizers, (idx, idx), idx.numel(), batch_size, settings["grad_clip"], autocast)
-    step = partial(train.train_step, train.next_token_loss, *arguments)
+
+    def step():
+        with fixed_shapes():
+            train.train_step(train.next_token_loss, *arguments)
+
     seconds_of(step, device, calls=2)
     with torch.compiler.set_stance("fail_on_recompile"):
         seconds = statistics.median([seconds_of(step, device) for _ in range(repeats)])
@@ -339,7 +353,7 @@ def decode(settings, n_prompt=16):
     for n_rows in numbers("decode_batches"):
         step_bytes = model.n_params() * bytes_per_value + n_rows * row_bytes
         prompts = torch.randint(c.n_vocab, (n_rows, n_prompt)).tolist()
-        cached = partial(decoding, model, prompts, n_new)
+        cached = partial(decoding, model, prompts, n_new, compile)
         cached()  # warms up, compiles
         others = [partial(recomputing, model, prompts, n_new), partial(copy_bandwidth, device)]
         speed, slow, bandwidth = take_turns([cached, *others])
@@ -347,7 +361,7 @@ def decode(settings, n_prompt=16):
         yield {"batch": n_rows, "tokens/s": speed, "of the limit": share, "recomputing": slow, "ratio": speed / slow}
 
 
-def decoding(model, prompts, n_new):
+def decoding(model, prompts, n_new, compile):
     """Tokens/s of sampling with sample.py's defaults, after the fourth token: compilation and its cache come before."""
     steps = model.generate(prompts, n_new, temperature=0.8, top_k=50, compile=compile)
     for _ in range(4):
