@@ -80,7 +80,10 @@ def family_of(config):
 
 
 def flags_unlike_family(config):
-    """The flags in which a config differs from its family, but for `tied`, which may, and zero_init, for new weights."""
+    """The flags in which a config differs from its family.
+
+    `tied` is not one: both families may be either. Nor is zero_init: it matters only for new weights.
+    """
     expected = GPTConfig(**FAMILIES[family_of(config)])
     flags = [flag for flag in FAMILIES["modern"] if flag not in ("tied", "zero_init")]
     return [flag for flag in flags if getattr(config, flag) != getattr(expected, flag)]

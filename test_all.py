@@ -5547,7 +5547,7 @@ def test_the_race_gives_the_baseline_its_best_rate_and_tells_the_shares_of_token
     monkeypatch.setattr(race, "run", made_run)
     rows = list(race.race("", tmp_path, [1, 2], [1e-3, 2e-3, 4e-3], n_points=2))
     at_the_end, muon, modern = rows[4:7]
-    # runs of fewer steps: from where the curves cross 3, after 16.7 and 12.1 twentieths, to the first that ends above it
+    # runs of fewer steps: from where the curves cross 3 (after 16.7 and 12.1 twentieths) to the first that ends above
     lengths = [("gpt2 + Muon", n) for n in range(16, 7, -1)] + [("modern + Muon", n) for n in range(12, 7, -1)]
     assert [(row["a whole run of"], round(5 * (4.7 - row["final loss"]))) for row in rows[7:]] == lengths
     assert (at_the_end["tokens"], at_the_end["gpt2 + AdamW"], at_the_end["± gpt2 + AdamW"]) == (2000, 3.0, 0)

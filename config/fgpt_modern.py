@@ -1,5 +1,5 @@
-# The recommended config of the real run: the modern family at the size of fgpt_712m (720,833,024 parameters), with fewer
-# and wider layers in sizes that suit GPUs, heads of 128 and an output head of its own. The weights load into
+# The recommended config of the real run: the modern family at the size of fgpt_712m (720,833,024 parameters), with
+# fewer and wider layers in sizes that suit GPUs, heads of 128 and an output head of its own. The weights load into
 # Qwen3ForCausalLM. 19,073 steps of 524,288 tokens are 10 billion tokens. Not yet trained to the end with this code.
 data_dir = "data/fineweb"
 out_dir = "out/fgpt_modern"

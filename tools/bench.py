@@ -349,9 +349,11 @@ def decode(settings, n_prompt=16):
     if n_new < 5:
         raise BadInput(f"{n_new} tokens after a prompt of {n_prompt} are too few to time: at least 5")
     bytes_per_value = model.wte.weight.element_size()
+    n_looked_up = 0 if c.tied else model.wte.weight.numel()
+    n_read = model.n_params() - n_looked_up  # weights that each token reads
     row_bytes = 2 * c.n_layer * c.n_head * c.head_dim * (n_prompt + n_new / 2) * bytes_per_value
     for n_rows in numbers("decode_batches"):
-        step_bytes = model.n_params() * bytes_per_value + n_rows * row_bytes
+        step_bytes = n_read * bytes_per_value + n_rows * row_bytes
         prompts = torch.randint(c.n_vocab, (n_rows, n_prompt)).tolist()
         cached = partial(decoding, model, prompts, n_new, compile)
         cached()  # warms up, compiles
