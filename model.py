@@ -248,8 +248,8 @@ class GPT(nn.Module):
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         if not prompts or lengths.min() < 1 or lengths.max() > block_size:
             raise ValueError(f"a prompt must have 1 to {block_size} tokens (block_size), not {lengths.tolist()}")
-        room = (block_size + 1 - lengths).clamp(max=max_new_tokens)  # ids that a row can get
-        n_positions = max(int((lengths + room).max()) - 1, int(lengths.max()))  # the last id is not read
+        room = (block_size + 1 - lengths).clamp(max=max_new_tokens)  # (B,): ids that each row can get
+        n_positions = max(int((lengths + room).max()) - 1, int(lengths.max()))  # - 1: the last new id is not read
         if cache is None:
             cache = self.new_cache(len(prompts), n_positions, static=compile)
         if cache.n_positions < n_positions or len(cache.ids) != len(prompts) or (compile and not cache.static):
@@ -287,7 +287,7 @@ class GPT(nn.Module):
         hidden = self.hidden(torch.tensor(padded, device=device), cache)  # (B, T, C)
         cache.lengths = lengths
         cache.ids = [list(prompt) for prompt in prompts]
-        return hidden[cache.rows[:, 0], lengths - n_known - 1]
+        return hidden[cache.rows[:, 0], lengths - n_known - 1]  # (B, C)
 
 
 class Block(nn.Module):
@@ -444,12 +444,15 @@ class KVCache:
         self.end = 0
         self.n_positions = n_positions
         self.static = static
-        if static:  # tells CUDA graphs to write into these tensors, not into copies of them
+        if static:  # so that CUDA graphs write into these tensors, not into copies of them
             for tensor in self.k + self.v:
                 torch._dynamo.mark_static_address(tensor, guard=False)
 
     def rewind(self, prompts):
-        """Forget all but what every prompt shares, its last id excepted; returns how many positions that is."""
+        """Keep the beginning that each prompt shares with its row, the shortest of all rows; returns its length.
+
+        A prompt's last id never counts, as the output at its position is needed.
+        """
         shared = [n_shared([ids, prompt[:-1]]) for ids, prompt in zip(self.ids, prompts, strict=True)]
         self.end = min(shared)
         self.ids = [ids[: self.end] for ids in self.ids]
@@ -479,6 +482,7 @@ class KVCache:
         all_k = self.k[layer]
         all_v = self.v[layer]
         D = k.shape[-1]
+        # rows (B, 1) and positions (B, T) index together, and their dimensions come first: (B, T, H, D)
         all_k[self.rows, :, self.positions, :D] = k.transpose(1, 2).to(all_k.dtype)
         all_v[self.rows, :, self.positions, :D] = v.transpose(1, 2).to(all_v.dtype)
         return all_k[:, :, : self.n_read].to(k.dtype), all_v[:, :, : self.n_read].to(v.dtype), self.mask
@@ -511,8 +515,8 @@ def sample_ids(logits, temperature, top_k, top_p, generator):
     probs = (logits / temperature).softmax(dim=-1)
     if top_p < 1:  # drop the tokens after the cumulative probability reached top_p
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
-    # Exponential arrival times with rates p: the first to arrive is i with probability p_i. torch.multinomial draws
-    # like this too, but it checks its input on the host.
+    # With E_i from Exp(1), E_i / p_i is the smallest with probability p_i: the largest p_i / E_i. torch.multinomial draws
+    # like this too, but it waits for the device to check its input.
     ids = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1)
     if order is not None:
         ids = order.gather(-1, ids[:, None])[:, 0]
@@ -546,23 +550,21 @@ def make_optimizers(model, optimizer="muon", learning_rate=3e-3, muon_learning_r
             qkv.append(p)
         else:
             matrices.append(p)
-    outer = [
+    other_groups = [
         dict(name="embeddings", params=embeddings, weight_decay=weight_decay),
         dict(name="norms and biases", params=vectors, weight_decay=0.0),
     ]
     if head:
-        outer.append(dict(name="head", params=head, weight_decay=weight_decay))
-    hidden = [
-        dict(name="attention QKV", params=qkv, weight_decay=weight_decay),
-        dict(name="other matrices", params=matrices, weight_decay=weight_decay),
-    ]
+        other_groups.append(dict(name="head", params=head, weight_decay=weight_decay))
+    qkv_group = dict(name="attention QKV", params=qkv, weight_decay=weight_decay)
+    matrix_groups = [qkv_group, dict(name="other matrices", params=matrices, weight_decay=weight_decay)]
     has_fused = embeddings[0].device.type in ("cpu", "cuda", "mps", "xpu")
     adamw = dict(lr=learning_rate, betas=(0.9, beta2), eps=1e-8, fused=has_fused)
     if optimizer == "adamw":
-        optimizers = [torch.optim.AdamW(outer + hidden, **adamw)]
+        optimizers = [torch.optim.AdamW(other_groups + matrix_groups, **adamw)]
     else:
-        hidden[0]["n_split"] = 3
-        optimizers = [torch.optim.AdamW(outer, **adamw), Muon(hidden, lr=muon_learning_rate)]
+        qkv_group["n_split"] = 3  # queries, keys and values
+        optimizers = [torch.optim.AdamW(other_groups, **adamw), Muon(matrix_groups, lr=muon_learning_rate)]
     groups = [group for opt in optimizers for group in opt.param_groups]
     placed = sorted(id(p) for group in groups for p in group["params"])
     assert placed == sorted(id(p) for p in model.parameters()), "every parameter must be in exactly one group"

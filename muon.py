@@ -83,7 +83,7 @@ class Muon(torch.optim.Optimizer):
 
     def normalize(self, params, updates, beta2):
         """Apply `normalize_neurons` to the updates of P parameters, (P * n, rows, cols), in place."""
-        parts = updates.split(len(updates) // len(params))
+        parts = updates.split(len(updates) // len(params))  # (n, rows, cols) of each parameter
         for p, update in zip(params, parts, strict=True):
             if "second" not in self.state[p]:
                 self.state[p]["second"] = torch.zeros_like(mean_square(update))  # (n, rows, 1) or (n, 1, cols)

@@ -1,5 +1,5 @@
 # The learning race of config/race.py at 124M parameters with GPT-2's tokenizer, for a GPU: one epoch of 30M tokens, so
-# that no recipe overfits (with more data, increase max_steps). Not yet run: the rates are those of gpt2_124m.py.
+# that no recipe overfits (with more data, increase max_steps). Not yet run: the rates are cautious.
 exec(open(str(__file__).replace("race_gpu", "race")).read())  # the recipes; the sizes are replaced below
 
 tokenizer = "gpt2"
@@ -8,7 +8,7 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 mlp_dim = 2048 if family == "modern" else 3072
-tied = True  # a head of its own would be 39M parameters more than gpt2 has
+tied = True  # an untied head would be 39M parameters more than gpt2 has
 
 tokens_per_step = 65536
 batch_size = 32

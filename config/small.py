@@ -8,7 +8,7 @@ block_size = 256
 n_layer = 4
 n_head = 4
 n_embd = 128
-tied = True  # a head of its own would be 6.4M parameters more, and did not help in short runs
+tied = True  # an untied head would be 6.4M parameters more, and did not help in short runs
 
 tokens_per_step = 2048
 batch_size = 8

@@ -1,8 +1,8 @@
-"""The first ten minutes on a rented GPU: does all that a long run needs work there? Minutes for each config:
+"""The first ten minutes on a rented GPU: does all that a long run needs work there? A few minutes per config:
 
     python -m tools.bench check --configs=config/fgpt_modern.py
 
-A row for each check, as it passes. The first one that does not ends the table with one line and a non-zero exit code.
+Each check that passes is a row. The first one that fails ends the command with one line and a non-zero exit code.
 --device=cpu runs those that need no GPU. A checkpoint is written beside the run's own out_dir, and removed.
 """
 
@@ -88,15 +88,16 @@ class Steps(NamedTuple):
 
 def check_steps(settings):
     """Yields rows: the loss falls, compiled steps agree with eager ones and are one graph, attention is fast."""
-    steps = eager = in_new_process(first_steps, settings | {"compile": False})
+    eager = in_new_process(first_steps, settings | {"compile": False})
     falls = f"{eager.losses[0]:.4f} to {eager.losses[-1]:.4f} nats per token"
     if not eager.losses[-1] < eager.losses[0]:  # also if it is not a number
         raise BadInput(f"the loss of {N_STEPS} steps on one batch does not fall: {falls}")
     yield row(f"{N_STEPS} steps, eager", falls)
+    steps = eager
     if settings["compile"]:
-        steps = compiled = in_new_process(first_steps, settings)
-        difference = max(abs(a - b) for a, b in zip(eager.losses, compiled.losses, strict=True))
-        if not difference <= TOLERANCE:
+        steps = in_new_process(first_steps, settings)
+        difference = max(abs(a - b) for a, b in zip(eager.losses, steps.losses, strict=True))
+        if not difference <= TOLERANCE:  # also if it is not a number
             raise BadInput(f"losses of compiled and eager steps differ by {difference:.4f} nats, above {TOLERANCE}")
         yield row(f"{N_STEPS} steps, compiled", f"losses differ by {difference:.4f} nats at most, {TOLERANCE} allowed")
         yield row("graphs", "one, compiled once")  # else first_steps raises
@@ -174,7 +175,7 @@ def losses_of_two_runs(settings, folder):
         hellaswag_interval=0, sample_interval=0, checkpoint_interval=2, keep_every=0, tracker="", max_minutes=0.0,
         deterministic=True,
     )  # fmt: skip
-    ids = np.random.default_rng(0).integers(256, size=settings["tokens_per_step"])  # which every tokenizer has
+    ids = np.random.default_rng(0).integers(256, size=settings["tokens_per_step"])  # ids that every tokenizer has
     for split in ("train", "val"):
         with open(folder / f"{split}.bin", "wb") as file:
             write_shard(file, ids.astype(np.uint16))

@@ -33,8 +33,8 @@ def race(config, folder, seeds, rates, more=(), n_points=8):
     rates: learning rates of the baseline to try, ascending. more: further arguments for train.py. A loss is the mean
     over the seeds with its standard deviation (0 of one seed); a share is of the baseline's tokens and seconds to its
     own final loss (the mean over the seeds): the median over the seeds, and its range. Then (2) and (3) are run with
-    fewer and fewer steps, as long as they end at that loss: their learning rates fall to zero earlier. At the end the
-    curves are drawn into folder/race.png, if matplotlib is installed.
+    fewer and fewer steps, until their final loss is above the baseline's; each of these runs has its whole schedule,
+    with the rate falling to zero at its end. At the end the curves are drawn into folder/race.png, if matplotlib is installed.
     """
     losses = {}
     for rate in rates:
@@ -75,7 +75,10 @@ def folder_name(arm):
 
 
 def run(config, arm, out_dir, *arguments):
-    """The rows of the log of a run of train.py. A finished run of the same command and config is not repeated."""
+    """The rows of the log of a run of train.py.
+
+    A finished run of the same command and config is not repeated, even if the code or the data have changed since.
+    """
     folder = Path(out_dir)
     command = ["train.py", *ARMS[arm], config, f"--out_dir={out_dir}", *arguments]
     recipe = f"{' '.join(command)}\n{Path(config).read_text(encoding='utf-8')}"
@@ -97,8 +100,8 @@ def curve(rows):
     The seconds are of training, without the extra time of the first step: compilation happens once, and does not depend
     on the number of tokens.
     """
-    seconds = {row["step"]: row.get("seconds", 0.0) for row in rows}
-    extra = max(0.0, 2 * seconds[1] - seconds[2])
+    seconds = {row["step"]: row.get("seconds", 0.0) for row in rows}  # from the start to the end of each step
+    extra = max(0.0, 2 * seconds[1] - seconds[2]) if 2 in seconds else 0.0
     points = [(row["tokens"], seconds[row["step"]] - extra, row["val_loss"]) for row in rows if "val_loss" in row]
     return np.maximum(np.array(points, dtype=float).T, 0.0)
 
@@ -120,7 +123,7 @@ def share_rows(curves):
     target, end = goal(curves)
     for arm in CHALLENGERS:
         shares = np.array([first_reached(of_seed, target) / end for of_seed in curves[arm]])  # (seeds, 2)
-        row = {"to reach": target, "needs": arm}
+        row = {"to reach": target, "recipe": arm}
         for name, share in zip(("tokens", "seconds"), shares.T.tolist(), strict=True):
             row |= {f"share of {name}": float(np.median(share)), f"{name} from": min(share), f"{name} to": max(share)}
         yield row
@@ -176,7 +179,7 @@ def draw(curves, path):
         ax.axhline(target, color=GREY, linestyle=":", linewidth=1)
         for color, (arm, mean) in zip(COLORS, means.items(), strict=False):
             tokens, _, losses = mean
-            deviation = curves[arm][:, 2].std(axis=0)
+            deviation = curves[arm][:, 2].std(axis=0, ddof=min(1, len(curves[arm]) - 1))
             ax.plot(tokens / 1e6, losses, color=color, linewidth=1.8, label=arm)
             ax.fill_between(tokens / 1e6, losses - deviation, losses + deviation, color=color, alpha=0.2, linewidth=0)
             reached, _ = first_reached(mean, target) / 1e6

@@ -40,7 +40,7 @@ def main():
                 page.locator(".stop-button").wait_for(state="hidden")  # shown while an answer is written
             page.screenshot(path=out)
         except Error as error:
-            raise BadInput(f"{url}: {str(error).splitlines()[0]}: is the page running there?") from None
+            raise BadInput(f"{url}: {str(error).splitlines()[0]}: is the page running there, and Chromium installed?") from None
     print(f"wrote {out}")
 
 

@@ -4,7 +4,7 @@
 
 Reads the logs and checkpoints in `dir`, asks the base, the finetuned and the
 preference-tuned model every held-out question, and writes dir/summary.json:
-losses in nats per byte, shares between 0 and 1, seconds by stage.
+losses in nats per token, shares between 0 and 1, seconds by stage.
 """
 
 import sys
@@ -45,7 +45,7 @@ def main():
     print(f"{'':46} before   after")
     asked = f"{len(questions)} held-out questions answered right"
     for what, before, after, kind, stage in (
-        ("validation loss (nats per byte)", "val_loss_before", "val_loss_after", ".3f", "pretraining"),
+        ("validation loss (nats per token)", "val_loss_before", "val_loss_after", ".3f", "pretraining"),
         ("HellaSwag format, right of four (chance 25%)", "hellaswag_before", "hellaswag_after", ".1%", "pretraining"),
         (asked, "heldout_base", "heldout_finetuned", ".1%", "finetuning"),
         ("HellaSwag format", "hellaswag_after", "hellaswag_finetuned", ".1%", "finetuning"),
