@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from muon import Muon
 
 IGNORE = -100  # a target that does not count
-ATTENTION_IN_FP32 = {"cpu"}  # devices where attention is faster in fp32: on CPUs bf16 took 1.7 times as long
 LOGITS_AT_ONCE = 2**27  # elements: the loss is computed in chunks of rows so that no more exist at once
 
 
@@ -213,10 +212,10 @@ class GPT(nn.Module):
         """
         dtype = self.compute_dtype()
         by_columns = self.wte.weight.device.type == "cpu" and dtype == torch.float32
-        for p in self.parameters():
+        for name, p in self.named_parameters():
             p.data = p.data.to(dtype)
-            is_multiplied = p is self.head or p is not self.wte.weight
-            if by_columns and is_multiplied and p.ndim == 2 and p.shape[0] > p.shape[1]:
+            is_looked_up = name == "wpe.weight" or (name == "wte.weight" and not self.config.tied)
+            if by_columns and not is_looked_up and p.ndim == 2 and p.shape[0] > p.shape[1]:
                 p.data = p.data.t().contiguous().t()
         return self
 
@@ -333,7 +332,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope=None, cache=None):
         B, T, _ = x.shape
-        in_fp32 = cache is None and x.device.type in ATTENTION_IN_FP32
+        in_fp32 = cache is None and x.device.type == "cpu"  # in bf16 attention took 1.7 times as long there
         qkv = self.c_attn(x)  # (B, T, 3 H D)
         dtype = torch.float32 if in_fp32 else qkv.dtype
         q, k, v = (part.view(B, T, self.n_head, -1).to(dtype) for part in qkv.chunk(3, -1))  # (B, T, H, D)
@@ -515,8 +514,8 @@ def sample_ids(logits, temperature, top_k, top_p, generator):
     probs = (logits / temperature).softmax(dim=-1)
     if top_p < 1:  # drop the tokens after the cumulative probability reached top_p
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
-    # With E_i from Exp(1), E_i / p_i is the smallest with probability p_i: the largest p_i / E_i. torch.multinomial draws
-    # like this too, but it waits for the device to check its input.
+    # With E_i from Exp(1), E_i / p_i is the smallest with probability p_i, so p_i / E_i the largest. torch.multinomial
+    # draws like this too, but it waits for the device to check its input.
     ids = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1)
     if order is not None:
         ids = order.gather(-1, ids[:, None])[:, 0]
@@ -530,7 +529,9 @@ def sample_ids(logits, temperature, top_k, top_p, generator):
 OPTIMIZERS = ("muon", "adamw")
 
 
-def make_optimizers(model, optimizer="muon", learning_rate=3e-3, muon_learning_rate=0.02, weight_decay=0.1, beta2=0.95):
+def make_optimizers(
+    model, optimizer="muon", learning_rate=3e-3, muon_learning_rate=0.02, weight_decay=0.01, beta2=0.95
+):
     """[AdamW] or [AdamW, Muon], whose groups (each with a `name`) hold every parameter of the model exactly once.
 
     Muon gets the matrices of the blocks, AdamW the embeddings, an untied head, norms and biases, or everything with

@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
             by_shape = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
+                    by_shape.setdefault((p.shape, p.dtype), []).append(p)
             for params in by_shape.values():
                 self.step_same_shape(params, group)
         return loss
@@ -128,6 +128,7 @@ def orthogonalize_distributed(G):
     padding = G.new_zeros(share - len(mine), *G.shape[1:])  # all_gather needs the same number from each process
     mine = orthogonalize(torch.cat((mine, padding))).contiguous()
     gathered = mine.new_empty(world * share, *G.shape[1:])
+    # not all_gather_into_tensor, which torch 2.13 calls deprecated, and for which 2.9 has no other name
     dist.all_gather(list(gathered.split(share)), mine)
     return gathered[: len(G)]
 

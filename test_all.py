@@ -770,7 +770,7 @@ BAD_INPUT = [
     ("train.py", {}, "--head_dim=-8", "head_dim must be at least 0, not -8"),
     ("train.py", {}, "--family=modern --rope_theta=0.0", "rope_theta must be above 0"),
     ("train.py", {}, "--compile=false", "compile must be None, True or False"),
-    ("train.py", {}, "--tied=yes", "tied must be None, True or False"),
+    ("train.py", {}, "--tied=1", "tied must be None, True or False"),
     ("train.py", {}, "--tokens_per_step=192", "192 must be a multiple of block_size x batch_size = 128"),
     ("train.py", {}, "--family=gpt5", "family must be one of gpt2, modern, not 'gpt5'"),
     ("train.py", {}, "--optimizer=sgd", "optimizer must be one of muon, adamw, not 'sgd'"),
@@ -3648,21 +3648,23 @@ def test_a_run_is_resumed_only_with_the_settings_that_its_weights_depend_on(tmp_
     assert refused == train.DEFAULTS.keys() - free.split()
 
 
-def test_a_run_by_an_earlier_version_resumes_although_that_called_the_schedule_constant(story, tmp_path):
-    pretrain(story, tmp_path / "whole", max_steps=6)
+@families
+def test_a_run_by_an_earlier_version_resumes_although_its_settings_have_changed(story, tmp_path, family):
+    settings = dict(max_steps=6, family=family)
+    pretrain(story, tmp_path / "whole", **settings, tied=True)
     out = tmp_path / "parts"
-    pretrain(story, out, max_steps=6, max_minutes=1e-9)
+    pretrain(story, out, **settings, tied=True, max_minutes=1e-9)
     header, *rows = log_rows(out)
     header["units"] |= dict(val_exact_match="share of first answers")  # the stages had one list of units
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (header, *rows)))
     stored = load_checkpoint(out / "ckpt.pt")
-    stored["settings"]["schedule"] = "constant"
-    del stored["settings"]["tied"]
+    stored["settings"]["schedule"] = "constant"  # now trapezoid
+    del stored["settings"]["tied"]  # there was no other
     stored["state"]["log_bytes"] = (out / "log.jsonl").stat().st_size
     torch.save(stored, out / "ckpt.pt")
     with pytest.raises(OSError, match="schedule was 'trapezoid', is now 'cosine'"):
-        pretrain(story, out, max_steps=6, schedule="cosine", init_from="resume")
-    pretrain(story, out, max_steps=6, init_from="resume")
+        pretrain(story, out, **settings, schedule="cosine", init_from="resume")
+    pretrain(story, out, **settings, init_from="resume")
     assert log_rows(out) == [header, *log_rows(tmp_path / "whole")[1:]]
     weights = [load_checkpoint(folder / "ckpt.pt")["model"] for folder in (tmp_path / "whole", out)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -5120,6 +5122,8 @@ def test_an_exported_model_gives_the_same_logits_and_text_in_transformers(tmp_pa
     if family == "modern":  # squares of 1e-6: here the epsilon of the norms of queries and keys counts
         model.h[0].attn.c_attn.weight[:64] *= 2e-3
     other, _ = export(model, tmp_path / "hf")
+    card = (tmp_path / "hf/README.md").read_text(encoding="utf-8")
+    assert f"{sum(p.numel() for p in other.parameters()):,} parameters" in card
     assert type(other).__name__ == {"gpt2": "GPT2LMHeadModel", "modern": "Qwen3ForCausalLM"}[family]
     idx = torch.randint(0, 259, (3, model.config.block_size), generator=torch.Generator().manual_seed(1))
     assert_same_logits(model, other, idx)
@@ -5497,15 +5501,28 @@ def test_the_check_of_a_machine_ends_when_steps_are_wrong(checked, monkeypatch, 
         list(check.check_steps(dict(compile=True, dtype="bfloat16")))
 
 
-def test_the_check_of_a_machine_ends_when_a_compiled_step_is_in_pieces(monkeypatch):
-    forward = model_py.MLP.forward
+def in_pieces(self, x):
+    torch._dynamo.graph_break()
+    return x
 
-    def in_pieces(self, x):
-        torch._dynamo.graph_break()
-        return forward(self, x)
 
-    monkeypatch.setattr(model_py.MLP, "forward", in_pieces)
-    with pytest.raises(BadInput, match="the compiled step is not one graph that stays"):
+def always_new(self, x):
+    self.n_calls = getattr(self, "n_calls", 0) + 1
+    return x * self.n_calls
+
+
+@pytest.mark.parametrize(
+    "forward, said",
+    [
+        (in_pieces, "the step does not compile into one graph: "),
+        (always_new, "the step was compiled . times: TORCH_LOGS"),
+    ],
+)
+def test_the_check_of_a_machine_ends_when_a_compiled_step_is_not_one_graph(monkeypatch, forward, said):
+    monkeypatch.setattr(model_py.MLP, "forward", forward)
+    compile = torch.compile  # with the code of inductor it would take long
+    monkeypatch.setattr(torch, "compile", lambda model, **kw: compile(model, backend="eager", **kw))
+    with pytest.raises(BadInput, match=said):
         check.first_steps(train.DEFAULTS | SMALL | dict(tokenizer="bytes", compile=True))
 
 

@@ -73,7 +73,7 @@ max_steps = 19073  # length of the run, optimizer steps
 max_tokens = 0  # length of the run, tokens; replaces max_steps unless 0
 learning_rate = 3e-3  # peak of AdamW
 muon_learning_rate = 0.02  # peak of Muon
-weight_decay = 0.1  # decoupled, on matrices and embeddings
+weight_decay = 0.01  # decoupled, on matrices and embeddings
 beta2 = 0.95  # decay of AdamW's second moment (Muon's is 0.95)
 grad_clip = 1.0  # largest gradient norm; 0: no clipping
 warmup_steps = 200  # linear from 0 to the peak
@@ -218,8 +218,8 @@ def check(settings):
         (beta2 < 1, "beta2 must be below 1"),
         (decay_fraction <= 1, "decay_fraction must be at most 1"),
         (final_lr_fraction <= 1, "final_lr_fraction must be at most 1"),
-        (compile in (None, True, False), "compile must be None, True or False"),
-        (tied in (None, True, False), "tied must be None, True or False"),
+        (compile is None or isinstance(compile, bool), "compile must be None, True or False"),
+        (tied is None or isinstance(tied, bool), "tied must be None, True or False"),
         (
             init_from in ("scratch", "resume") or Path(init_from).resolve().parent != Path(out_dir).resolve(),
             f"out_dir {out_dir} is the folder of {init_from}, which would be overwritten: choose another",
@@ -255,6 +255,8 @@ def choose_sizes(settings, start, stored):
     for name in (*SIZES, "family"):
         if name in stored and settings[name] == DEFAULTS[name]:
             settings[name] = stored[name]
+    if settings["tied"] is None:
+        settings["tied"] = GPTConfig(**FAMILIES[settings["family"]]).tied
 
 
 def take_sizes(settings, config):
@@ -369,7 +371,7 @@ def choose_machine_settings(settings, device, stored):
 
 def make_model(settings, tokenizer):
     """A GPT with new weights for the settings' sizes and the tokenizer's vocabulary. BadInput if they do not fit."""
-    sizes = {name: settings[name] for name in SIZES if settings[name] is not None}
+    sizes = {name: settings[name] for name in SIZES}
     sizes["vocab_size"] = round_up(tokenizer.n_vocab, 64)  # GPUs multiply matrices of such sizes fastest
     sizes["n_vocab"] = tokenizer.n_vocab
     try:

@@ -1,5 +1,5 @@
 # The 712M model on FineWeb-Edu, on one GPU, in GPT-2's architecture: exactly 712,035,360 parameters, and the weights
-# load into GPT2LMHeadModel. Its reference points are in README.md; config/fgpt_modern.py learns faster.
+# load into GPT2LMHeadModel. Its reference points are in README.md; config/fgpt_modern.py is recommended.
 # 19,073 steps of 524,288 tokens are 10 billion tokens. Not yet trained to the end with this code.
 data_dir = "data/fineweb"
 out_dir = "out/fgpt_712m"

@@ -13,7 +13,7 @@ tied = True  # an untied head would be 39M parameters more than gpt2 has
 tokens_per_step = 65536
 batch_size = 32
 max_steps = 450
-weight_decay = 0.1
+weight_decay = 0.1  # more than in the real run, as these runs are short
 if optimizer == "adamw":
     warmup_steps = 50
 else:

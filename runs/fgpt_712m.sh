@@ -13,7 +13,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 config=${CONFIG:-config/fgpt_modern.py} gpus=${GPUS:-1}
-name=${NAME:-$(basename "$config" .py)} # of the folders in out
+name=$(basename "$config" .py) # of the folders in out
 if [[ ! $gpus =~ ^[1-9][0-9]*$ ]] || ((512 % gpus)); then # rows of a step
     echo "fgpt_712m.sh: GPUS=$gpus does not divide the 512 rows of a step: use 1, 2, 4, 8 ..." >&2
     exit 2

@@ -19,6 +19,7 @@ from configurator import BadInput, one_line
 
 import numpy as np
 import torch
+from torch._dynamo.utils import counters
 
 import train
 from data import write_shard
@@ -128,17 +129,20 @@ def first_steps(settings):
 
     losses = []
     attention = ""
+    n_before = counters["stats"]["unique_graphs"]
     try:
         with fixed_shapes():
             for number in range(N_STEPS):
                 scale = train.lr_scale(number, max(N_STEPS, settings["max_steps"]), settings["warmup_steps"])
                 train.set_learning_rates(optimizers, scale)
-                with torch.compiler.set_stance("default" if number == 0 else "fail_on_recompile"):
-                    losses.append(step())
+                losses.append(step())
             if device.type == "cuda":
                 attention = attention_kernels(step)
     except torch._dynamo.exc.TorchDynamoException as error:
-        raise BadInput(f"the compiled step is not one graph that stays: {one_line(error):.300}") from None
+        raise BadInput(f"the step does not compile into one graph: {one_line(error):.300}") from None
+    n_graphs = counters["stats"]["unique_graphs"] - n_before
+    if n_graphs > 1:
+        raise BadInput(f"the step was compiled {n_graphs} times: TORCH_LOGS=recompiles says why")
     return Steps(losses, attention)
 
 

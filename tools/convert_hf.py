@@ -312,7 +312,8 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 def model_card(gpt, stored, name):
     """The text of an export's README.md."""
     config = gpt.config
-    n_padding = (config.vocab_size - config.n_vocab) * config.n_embd  # weights that are not exported
+    n_tables = 1 if config.tied else 2
+    n_padding = n_tables * (config.vocab_size - config.n_vocab) * config.n_embd  # weights that are not exported
     n_params = gpt.n_params() - n_padding
     architecture = ARCHITECTURES[family_of(config)]
     inputs = BASE_INPUTS if stored["stage"] == "pretrain" else CHAT_INPUTS
@@ -394,7 +395,7 @@ def config_from_hf(hf):
         raise BadInput(f"model_type is {model_type!r}; fgpt has counterparts of {' and '.join(families)}")
     family = families[model_type]
     constants = dict(HF_CONSTANTS[family])
-    values = dict(tied=hf.get("tie_word_embeddings", family == "gpt2"))  # transformers' defaults
+    values = dict(tied=bool(hf.get("tie_word_embeddings", family == "gpt2")))  # transformers' defaults
     if family == "modern":
         defaults = dict(head_dim=128, rope_theta=10000.0)  # of transformers
         rope = hf.get("rope_parameters") or {}  # contains rope_theta in transformers 5; in 4 it is a value of its own

@@ -34,7 +34,7 @@ def race(config, folder, seeds, rates, more=(), n_points=8):
     over the seeds with its standard deviation (0 of one seed); a share is of the baseline's tokens and seconds to its
     own final loss (the mean over the seeds): the median over the seeds, and its range. Then (2) and (3) are run with
     fewer and fewer steps, until their final loss is above the baseline's; each of these runs has its whole schedule,
-    with the rate falling to zero at its end. At the end the curves are drawn into folder/race.png, if matplotlib is installed.
+    with the rate falling to zero at its end. The curves are drawn into folder/race.png, if matplotlib is installed.
     """
     losses = {}
     for rate in rates:
@@ -58,16 +58,16 @@ def race(config, folder, seeds, rates, more=(), n_points=8):
     yield from share_rows(curves)
 
     def run_shorter(arm, twentieths):
-        steps = f"--max_steps={n_steps * twentieths // 20}"
+        steps = f"--max_steps={max(1, n_steps * twentieths // 20)}"
         out_dirs = {seed: f"{folder}/{folder_name(arm)}_{seed}_shorter_{twentieths}" for seed in seeds}
         return [curve(run(config, arm, out_dir, f"--seed={seed}", steps, *more)) for seed, out_dir in out_dirs.items()]
 
-    for arm in CHALLENGERS:
-        yield from shorter_rows(arm, curves, run_shorter)
     if importlib.util.find_spec("matplotlib"):
         draw(curves, Path(folder, "race.png"))
     else:
         print("no picture: pip install -e '.[plot]', and the same command draws it", file=sys.stderr)
+    for arm in CHALLENGERS:
+        yield from shorter_rows(arm, curves, run_shorter)
 
 
 def folder_name(arm):
@@ -75,13 +75,11 @@ def folder_name(arm):
 
 
 def run(config, arm, out_dir, *arguments):
-    """The rows of the log of a run of train.py.
-
-    A finished run of the same command and config is not repeated, even if the code or the data have changed since.
-    """
+    """The rows of the log of a run of train.py. A finished run of the same command and code is not repeated."""
     folder = Path(out_dir)
     command = ["train.py", *ARMS[arm], config, f"--out_dir={out_dir}", *arguments]
-    recipe = f"{' '.join(command)}\n{Path(config).read_text(encoding='utf-8')}"
+    code = [Path(config), ROOT / "model.py", ROOT / "muon.py", ROOT / "train.py"]
+    recipe = "\n".join([*command, *(path.read_text(encoding="utf-8") for path in code)])
     done = folder / "done.txt"
     if not done.exists() or done.read_text(encoding="utf-8") != recipe:
         print(*command, file=sys.stderr, flush=True)

@@ -40,7 +40,8 @@ def main():
                 page.locator(".stop-button").wait_for(state="hidden")  # shown while an answer is written
             page.screenshot(path=out)
         except Error as error:
-            raise BadInput(f"{url}: {str(error).splitlines()[0]}: is the page running there, and Chromium installed?") from None
+            problem = str(error).splitlines()[0]
+            raise BadInput(f"{url}: {problem}: is the page running there, and Chromium installed?") from None
     print(f"wrote {out}")
 
 
