@@ -5506,16 +5506,22 @@ def in_pieces(self, x):
     return x
 
 
-def always_new(self, x):
-    self.n_calls = getattr(self, "n_calls", 0) + 1
+def new_at_first(self, x):
+    self.n_calls = min(4, getattr(self, "n_calls", 0) + 1)
     return x * self.n_calls
+
+
+def always_new(self, x):
+    self.n_calls = getattr(self, "n_calls", "") + "x"
+    return x * len(self.n_calls)
 
 
 @pytest.mark.parametrize(
     "forward, said",
     [
         (in_pieces, "the step does not compile into one graph: "),
-        (always_new, "the step was compiled . times: TORCH_LOGS"),
+        (always_new, "the step does not compile into one graph: "),
+        (new_at_first, "the step was compiled . times: TORCH_LOGS"),
     ],
 )
 def test_the_check_of_a_machine_ends_when_a_compiled_step_is_not_one_graph(monkeypatch, forward, said):

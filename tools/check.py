@@ -138,7 +138,7 @@ def first_steps(settings):
                 losses.append(step())
             if device.type == "cuda":
                 attention = attention_kernels(step)
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
         raise BadInput(f"the step does not compile into one graph: {one_line(error):.300}") from None
     n_graphs = counters["stats"]["unique_graphs"] - n_before
     if n_graphs > 1:
