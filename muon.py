@@ -150,6 +150,6 @@ def normalize_neurons(updates, second_moment, beta2):
 
 def mean_square(updates):
     """The mean of the squared entries of each row, (n, rows, 1), or of each column of wide matrices, (n, 1, cols)."""
-    n, rows, cols = updates.shape
+    _, rows, cols = updates.shape
     dim = -1 if rows >= cols else -2
-    return updates.norm(dim=dim, keepdim=True).square() / updates.shape[dim]
+    return updates.square().mean(dim=dim, keepdim=True)

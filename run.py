@@ -871,7 +871,8 @@ def pick_device(name="", deterministic=False):
             torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
         torch.backends.cuda.enable_cudnn_sdp(False)  # see fixed_shapes
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # else the call would cost a second of imports
+        torch.use_deterministic_algorithms(deterministic)
     return device
 
 

@@ -13,6 +13,7 @@ import glob
 import json
 import math
 import sys
+import textwrap
 from datetime import timedelta
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def draw(tables, x):
         for title, ax in figure.subplot_mosaic(rows).items():
             draw_panel(ax, title, tables, x)
         handles = [matplotlib.lines.Line2D([], [], color=color, linewidth=4) for color in COLORS[: len(tables)]]
-        labels = [f"{name}: {summary(table)}" for name, table in tables.items()]
+        labels = [textwrap.fill(f"{name}: {summary(table)}", 130) for name, table in tables.items()]
         figure.legend(handles, labels, loc="outside upper left", fontsize=9)
     return figure
 
