@@ -371,7 +371,7 @@ def choose_machine_settings(settings, device, stored):
 
 def make_model(settings, tokenizer):
     """A GPT with new weights for the settings' sizes and the tokenizer's vocabulary. BadInput if they do not fit."""
-    sizes = {name: settings[name] for name in SIZES}
+    sizes = {name: settings[name] for name in SIZES if settings[name] is not None}
     sizes["vocab_size"] = round_up(tokenizer.n_vocab, 64)  # GPUs multiply matrices of such sizes fastest
     sizes["n_vocab"] = tokenizer.n_vocab
     try:
