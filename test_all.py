@@ -5752,7 +5752,8 @@ def test_models_that_are_compared_have_as_many_parameters():
     assert model_of("config/fgpt_712m.py").n_params() == 712_035_360
     assert abs(model_of("config/fgpt_modern.py").n_params() / 712_035_360 - 1) < 0.03
     racers = [model_of(*arm, "config/race.py", "--tokenizer=bytes").n_params() for arm in race.ARMS.values()]
-    assert max(racers) < 1.01 * min(racers)
+    baseline, _, modern = racers
+    assert 0.98 * baseline < modern <= baseline
 
 
 PAGES = {  # text of each page with commands, in the order in which a reader needs what they write
