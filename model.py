@@ -348,15 +348,15 @@ class Attention(nn.Module):
         if cache is not None:
             k, v, mask = cache.extend(self.layer, k, v)  # (B, H, S, D or more) twice, (B, 1, T, S)
             q = F.pad(q, (0, k.shape[-1] - self.head_dim))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[..., : self.head_dim]
         elif in_fp32:
             with torch.autocast(x.device.type, enabled=False):
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         else:
             pad = (0, -self.head_dim % 8)  # cuDNN's attention needs multiples of 8, others pad on their own
             q, k, v = (F.pad(part, pad) for part in (q, k, v))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        y = y[..., : self.head_dim].transpose(1, 2).to(qkv.dtype)  # (B, T, H, D)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., : self.head_dim]
+        y = y.transpose(1, 2).to(qkv.dtype)  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, -1))  # (B, T, C)
 
 
