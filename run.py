@@ -183,7 +183,7 @@ class Run:
         """FileExistsError if out_dir has files of these names and may not be overwritten."""
         if not self.settings["overwrite"] and not all(map(is_kept, names)):
             raise FileExistsError(
-                f"{self.folder} is in use: --init_from=resume continues, --overwrite=True starts over, or --out_dir="
+                f"{self.folder} is not empty: --init_from=resume continues, --overwrite=True starts over, or --out_dir="
             )
 
     def restore(self, model, optimizers, tokenizer, data, vocabulary="", sources=(), base=None):

@@ -780,8 +780,8 @@ BAD_INPUT = [
      "init_from must be scratch, resume or a file .*, not 'best'; schedule must be trapezoid or cosine, not 'linear'; "
      "beta2 must be below 1; decay_fraction must be at most 1; final_lr_fraction must be at most 1"),
     # train.py, on an out_dir that holds a run
-    ("train.py", {}, "--out_dir=base", "base is in use: --init_from=resume continues, --overwrite=True starts over"),
-    ("train.py", {"new/notes.txt": "mine"}, "", "new is in use"),
+    ("train.py", {}, "--out_dir=base", "base is not empty: --init_from=resume continues, --overwrite=True starts over"),
+    ("train.py", {"new/notes.txt": "mine"}, "", "new is not empty"),
     ("train.py", {"bad.pt": "not a checkpoint"}, "--init_from=bad.pt", "bad.pt is damaged or not a checkpoint"),
     ("train.py", {}, "--init_from=base/best.pt --n_layer=3", "best.pt has n_layer 2, not 3: leave out what"),
     ("prepare_fineweb.py", {"tok/vocabulary.tiktoken": "IQ== 0"}, "--tokenizer=tok", "make it with python -m tools"),
@@ -2770,7 +2770,7 @@ def test_two_runs_that_begin_in_a_folder_that_neither_has_found_do_not_overwrite
     settings = train.DEFAULTS | dict(out_dir=str(tmp_path / "out"))
     late = run_py.Run("pretrain", settings, 1, {}, {})
     pretrain(story, tmp_path / "out", max_steps=1)
-    with pytest.raises(FileExistsError, match="out is in use: --init_from=resume continues"):
+    with pytest.raises(FileExistsError, match="out is not empty: --init_from=resume continues"):
         late.restore(tiny(), [], "bytes", [])
     assert log_rows(tmp_path / "out")[-1]["step"] == 1
 
