@@ -3454,6 +3454,7 @@ def test_a_run_that_dies_and_is_resumed_equals_one_that_did_not(stage, death, tm
 
 def get_a_signal_twice(folder, number):
     settings = dict(out_dir=str(folder), init_from="scratch", overwrite=False, max_minutes=0.0)
+    signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored
     a_run = run_py.Run("test", settings, 1, {}, {})
     a_run.handle_signals(a_run.on_signal)
     print(a_run.must_stop(), flush=True)
