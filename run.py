@@ -893,7 +893,7 @@ def keep_freed_memory():
 
 @contextmanager
 def fixed_shapes():
-    """Allow cuDNN's attention inside: meant for GPUs and one shape, as it plans anew for each other shape.
+    """Allow cuDNN's attention inside: meant for GPUs and one shape, as it plans again for each new shape.
 
     Users of PyTorch report 0.4 s for a plan; neither that nor its speed was measured here.
     """

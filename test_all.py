@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
 import resource
@@ -3450,6 +3451,21 @@ def test_a_run_that_dies_and_is_resumed_equals_one_that_did_not(stage, death, tm
     for out, how in DEATHS[death](stage, tmp_path):
         stage.run(out)
         assert same_result(stage.whole, out), how
+
+
+IN_THE_HEAP = """
+import torch, run
+run.pick_device("cpu")
+tensor = torch.ones(2**24)  # so large that it would be a mapping of the system, given back when it is freed
+(heap,) = [line for line in open("/proc/self/maps") if line.endswith("[heap]\\n")]
+first, last = (int(address, 16) for address in heap.split()[0].split("-"))
+print(first <= tensor.data_ptr() < last)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_large_tensors_on_a_cpu_are_in_memory_that_the_process_keeps():
+    assert run("-c", IN_THE_HEAP) == "True\n"
 
 
 def get_a_signal_twice(folder, number):

@@ -485,7 +485,7 @@ def next_token_batch(windows, n_rows, step):
 
 
 def next_token_loss(model, idx, targets):
-    """Sum of -log p over the targets, nats. For another loss, start from the logits: model(idx) (B, T, vocab_size)."""
+    """Sum of -log p over the targets, nats. For another loss, start from the logits: model(idx) (B, T, n_vocab)."""
     return model(idx, targets)
 
 

@@ -6,7 +6,7 @@ block_size = 128
 n_layer = 4
 n_head = 4
 n_embd = 128
-mlp_dim = 320 if family == "modern" else 512  # 0.84M parameters with modern's own head, 0.85M in gpt2
+mlp_dim = 320 if family == "modern" else 512  # 0.84M parameters with modern's untied head, 0.85M in gpt2
 
 tokens_per_step = 1024
 batch_size = 8
